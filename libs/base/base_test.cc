@@ -1,0 +1,57 @@
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "libs/base/dtype.h"
+#include "libs/base/ids.h"
+#include "libs/base/thread_pool.h"
+
+namespace minke {
+namespace {
+
+TEST(BF16, RoundsToNearestEven) {
+  EXPECT_EQ(F32ToBF16(1.0f), 0x3f80);
+  EXPECT_EQ(F32ToBF16(std::bit_cast<float>(0x3f808000u)), 0x3f80);  // tie, even below
+  EXPECT_EQ(F32ToBF16(std::bit_cast<float>(0x3f818000u)), 0x3f82);  // tie, even above
+  EXPECT_EQ(F32ToBF16(std::bit_cast<float>(0x3f808001u)), 0x3f81);
+  EXPECT_EQ(F32ToBF16(std::numeric_limits<float>::infinity()), 0x7f80);
+  EXPECT_TRUE(std::isnan(BF16ToF32(F32ToBF16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(F16, WidensEveryValue) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const int sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+    const float got = F16ToF32(static_cast<uint16_t>(bits));
+    if (exponent == 31 && mantissa != 0) {
+      EXPECT_TRUE(std::isnan(got));
+    } else if (exponent == 31) {
+      EXPECT_EQ(got, sign * std::numeric_limits<float>::infinity());
+    } else {
+      const float want = exponent == 0 ? std::ldexp(float(mantissa), -24) : std::ldexp(float(mantissa + 1024), exponent - 25);
+      EXPECT_EQ(got, sign * want) << bits;
+    }
+  }
+}
+
+TEST(Ids, AreNeverZeroAndDiffer) {
+  EXPECT_NE(RandomNodeId(), RandomNodeId());
+  EXPECT_NE(RandomNodeId().value, 0u);
+}
+
+TEST(ThreadPool, RunsEveryIndexExactlyOnce) {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 2000; ++round) {
+      const int64_t n = round % 37;
+      std::vector<int> count(n, 0);
+      pool.ParallelFor(n, [&](int64_t i) { ++count[i]; });
+      EXPECT_EQ(std::accumulate(count.begin(), count.end(), 0), n);
+      for (int c : count) ASSERT_EQ(c, 1);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace minke

@@ -1,0 +1,80 @@
+#include "libs/base/thread_pool.h"
+
+#include <chrono>
+
+#include "libs/base/status.h"
+
+namespace minke {
+namespace {
+
+// About 20 µs of pauses: longer than the gap between two loops of one layer, shorter than a time slice.
+constexpr int kSpinRounds = 600;
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { WorkerLoop(); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_.store(true);
+  state_.fetch_add(uint64_t{1} << 32);
+  state_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+bool ThreadPool::RunOne() {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while ((state & 0xffffffffu) != 0) {
+    if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    const int64_t index = tasks_ - static_cast<int64_t>(state & 0xffffffffu);
+    (*body_)(index);
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+  return false;
+}
+
+void ThreadPool::WorkerLoop() {
+  while (!stop_.load(std::memory_order_relaxed)) {
+    if (RunOne()) continue;
+    const uint64_t seen = state_.load(std::memory_order_acquire);
+    if ((seen & 0xffffffffu) != 0) continue;
+    int round = 0;
+    while (round < kSpinRounds && state_.load(std::memory_order_relaxed) == seen) {
+      Pause();
+      ++round;
+    }
+    if (round == kSpinRounds) state_.wait(seen, std::memory_order_acquire);
+  }
+}
+
+void ThreadPool::ParallelFor(int64_t n, absl::FunctionRef<void(int64_t)> body) {
+  if (n <= 0) return;
+  if (workers_.empty() || n == 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  MK_CHECK(n < (int64_t{1} << 32));
+  body_ = &body;
+  tasks_ = n;
+  done_.store(0, std::memory_order_relaxed);
+  const uint64_t generation = (state_.load(std::memory_order_relaxed) >> 32) + 1;
+  state_.store(generation << 32 | static_cast<uint64_t>(n), std::memory_order_release);
+  state_.notify_all();
+  while (RunOne()) {
+  }
+  for (int round = 0; done_.load(std::memory_order_acquire) != n; ++round) {
+    // A worker that was preempted in the middle of a task needs the core we are spinning on.
+    if (round > kSpinRounds) std::this_thread::yield();
+    Pause();
+  }
+}
+
+}  // namespace minke

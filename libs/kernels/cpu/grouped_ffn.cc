@@ -1,0 +1,95 @@
+#include "libs/kernels/cpu/grouped_ffn.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "libs/base/status.h"
+
+namespace minke::kernels {
+namespace {
+
+constexpr int64_t kTaskRows = 96;
+
+// A strip of rows of one item. Kept in a thread-local vector: steady state allocates nothing.
+struct Strip {
+  const FfnWeights* weights;
+  int64_t begin, count;
+};
+
+const std::vector<Strip>& PlanStrips(std::span<const FfnRows> items) {
+  static thread_local std::vector<Strip> strips;
+  strips.clear();
+  for (const FfnRows& item : items) {
+    for (int64_t at = 0; at < item.count; at += kTaskRows) {
+      strips.push_back({item.weights, item.begin + at, std::min(kTaskRows, item.count - at)});
+    }
+  }
+  return strips;
+}
+
+}  // namespace
+
+absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const std::string& prefix, int64_t hidden,
+                                            int64_t inner, Precision precision, ThreadPool& pool) {
+  const int64_t wide[] = {inner, hidden}, tall[] = {hidden, inner};
+  MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint.Find(prefix + "gate_proj.weight", wide));
+  MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint.Find(prefix + "up_proj.weight", wide));
+  MK_ASSIGN_OR_RETURN(const TensorView down, checkpoint.Find(prefix + "down_proj.weight", tall));
+  FfnWeights weights;
+  const int64_t half_blocks = (inner + kBlockColumns - 1) / kBlockColumns;
+  weights.gate_up_ = PackedMatrix::Pack(
+      precision, 2 * half_blocks * kBlockColumns, hidden,
+      [&](int64_t row, std::span<float> out) {
+        const int64_t block = row / kBlockColumns, column = block / 2 * kBlockColumns + row % kBlockColumns;
+        if (column < inner) {
+          (block % 2 == 0 ? gate : up).Read(column * hidden, out);
+        } else {
+          std::fill(out.begin(), out.end(), 0.0f);
+        }
+      },
+      pool);
+  weights.down_ = PackedMatrix::Pack(precision, down, pool);
+  for (const TensorView& view : {gate, up, down}) checkpoint.Release(view);
+  return weights;
+}
+
+void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, FfnScratch& scratch, ThreadPool& pool) {
+  const std::vector<Strip>& strips = PlanStrips(items);
+  if (strips.empty()) return;
+  const FfnWeights& first = *strips.front().weights;
+  const Precision precision = first.down().precision();
+  const int64_t hidden = first.hidden(), inner = first.inner(), element = ActivationBytes(precision);
+  int64_t rows_end = 0;
+  for (const Strip& strip : strips) {
+    MK_CHECK(strip.weights->hidden() == hidden && strip.weights->inner() == inner);
+    rows_end = std::max(rows_end, strip.begin + strip.count);
+  }
+  std::byte* activated = scratch.inner.Resize(rows_end * inner * element);
+
+  const int64_t half_blocks = first.gate_up().blocks() / 2;
+  const auto* const strip_data = strips.data();   // thread_local: workers must not look it up themselves
+  pool.ParallelFor(static_cast<int64_t>(strips.size()) * half_blocks, [&](int64_t task) {
+    const Strip& strip = strip_data[task / half_blocks];
+    const int64_t block = task % half_blocks, column = block * kBlockColumns;
+    const int64_t width = std::min(kBlockColumns, inner - column);
+    alignas(64) float gate[kTaskRows * kBlockColumns], up[kTaskRows * kBlockColumns];
+    const std::byte* a = x + strip.begin * hidden * element;
+    MatMulBlock(strip.weights->gate_up(), 2 * block, a, hidden, strip.count, gate, kBlockColumns);
+    MatMulBlock(strip.weights->gate_up(), 2 * block + 1, a, hidden, strip.count, up, kBlockColumns);
+    for (int64_t i = 0; i < strip.count; ++i) {
+      float* row = gate + i * kBlockColumns;
+      Tiles().silu_mul(row, up + i * kBlockColumns, row, width);
+      ToActivation(precision, row, activated + ((strip.begin + i) * inner + column) * element, width);
+    }
+  });
+
+  const int64_t down_blocks = first.down().blocks();
+  pool.ParallelFor(static_cast<int64_t>(strips.size()) * down_blocks, [&](int64_t task) {
+    const Strip& strip = strip_data[task / down_blocks];
+    const int64_t block = task % down_blocks;
+    MatMulBlock(strip.weights->down(), block, activated + strip.begin * inner * element, inner, strip.count,
+                y + strip.begin * hidden + block * kBlockColumns, hidden);
+  });
+}
+
+}  // namespace minke::kernels

@@ -1,0 +1,60 @@
+// Weights packed once at load in the order the tile kernels read them.
+//   exact: f32 [n / 64][k][64];  bf16: [n / 64][ceil(k / 2)][64][2]; columns beyond n and an odd last k are zero.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "absl/functional/function_ref.h"
+#include "libs/base/dtype.h"
+#include "libs/base/thread_pool.h"
+#include "libs/kernels/cpu/tile_kernels.h"
+#include "libs/model/checkpoint.h"
+
+namespace minke::kernels {
+
+// Anonymous memory, 2 MiB aligned, huge pages where the system has them.
+class HugeBuffer {
+ public:
+  HugeBuffer() = default;
+  explicit HugeBuffer(int64_t bytes);   // zero-filled
+  ~HugeBuffer();
+  HugeBuffer(HugeBuffer&& other) noexcept;
+  HugeBuffer& operator=(HugeBuffer&& other) noexcept;
+  std::byte* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  int64_t bytes_ = 0;
+  int64_t mapped_bytes_ = 0;
+};
+
+// Immutable after Pack; thread-safe. A linear layer y [n] = W x [k], W stored [n, k] in the checkpoint.
+class PackedMatrix {
+ public:
+  // read_row(i, out): the i-th of n weight rows, widened to f32 (exact for every supported dtype). Called on the
+  // pool's threads.
+  using RowReader = absl::FunctionRef<void(int64_t row, std::span<float> out)>;
+
+  PackedMatrix() = default;
+  static PackedMatrix Pack(Precision precision, int64_t n, int64_t k, RowReader read_row, ThreadPool& pool);
+  // A whole [n, k] tensor.
+  static PackedMatrix Pack(Precision precision, const TensorView& tensor, ThreadPool& pool);
+
+  Precision precision() const { return precision_; }
+  int64_t n() const { return n_; }
+  int64_t k() const { return k_; }
+  int64_t blocks() const { return (n_ + kBlockColumns - 1) / kBlockColumns; }
+  int64_t bytes() const { return storage_.bytes(); }
+  const float* block_f32(int64_t block) const;
+  const bf16* block_bf16(int64_t block) const;
+
+ private:
+  Precision precision_ = Precision::kBF16;
+  int64_t n_ = 0, k_ = 0;
+  HugeBuffer storage_;
+};
+
+}  // namespace minke::kernels

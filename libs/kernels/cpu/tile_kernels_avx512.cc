@@ -1,0 +1,5 @@
+#define MK_ISA_NAME "avx512"
+#define MK_ISA_TABLE k_tiles_avx512
+#define MK_LANES 16
+#define MK_TILE_VECTORS 4
+#include "libs/kernels/cpu/tile_kernels.inc"

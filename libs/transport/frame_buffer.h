@@ -1,0 +1,84 @@
+// Reference-counted message buffers from a pool: header and payload together, so that a message has one owner
+// from the moment its rows are computed until its last send request completes, and is never copied on the way.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "libs/wire/frame.h"
+
+namespace minke::transport {
+
+class FramePool;
+
+namespace internal {
+struct FrameBlock {
+  std::atomic<uint32_t> references{0};
+  uint32_t size_class = 0;
+  uint32_t capacity = 0;             // payload bytes
+  FramePool* pool = nullptr;         // outlives every block
+  FrameBlock* next_free = nullptr;
+  void* transport_data = nullptr;    // registration handle of the transport, if it has one
+  alignas(64) wire::FrameHeader header;
+  // payload follows, 64-byte aligned
+};
+void Release(FrameBlock* block);
+}  // namespace internal
+
+// Shared handle; copying adds a reference. Contents may be written only before Send() and by one thread; after
+// that they are read-only. Thread-safe like shared_ptr.
+class FrameRef {
+ public:
+  FrameRef() = default;
+  explicit FrameRef(internal::FrameBlock* block) : block_(block) {}  // takes over one reference
+  FrameRef(const FrameRef& other) : block_(other.block_) {
+    if (block_ != nullptr) block_->references.fetch_add(1, std::memory_order_relaxed);
+  }
+  FrameRef(FrameRef&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
+  FrameRef& operator=(FrameRef other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
+  }
+  ~FrameRef() {
+    if (block_ != nullptr) internal::Release(block_);
+  }
+
+  explicit operator bool() const { return block_ != nullptr; }
+  wire::FrameHeader& header() const { return block_->header; }
+  std::byte* payload() const { return reinterpret_cast<std::byte*>(block_ + 1); }
+  std::span<std::byte> payload_span() const { return {payload(), block_->header.payload_bytes}; }
+  uint32_t capacity() const { return block_->capacity; }
+  // Gives up the handle without dropping its reference (for passing through C callbacks).
+  internal::FrameBlock* Detach() { return std::exchange(block_, nullptr); }
+
+ private:
+  internal::FrameBlock* block_ = nullptr;
+};
+static_assert(sizeof(internal::FrameBlock) % 64 == 0);
+
+// Size classes 1 KiB, 4 KiB, 16 KiB, 64 KiB, 256 KiB of payload. The pool grows to the high-water mark and then
+// allocates nothing. Thread-safe. Must outlive every frame (transports keep it alive until all are back).
+class FramePool {
+ public:
+  FramePool();
+  ~FramePool();
+  FramePool(const FramePool&) = delete;
+  FramePool& operator=(const FramePool&) = delete;
+
+  // A frame with a default header (payload_bytes = `payload_bytes`) and an uninitialised payload.
+  // REQUIRES: payload_bytes <= wire::kPayloadBytesMax.
+  FrameRef Allocate(uint32_t payload_bytes);
+
+  int64_t allocated_bytes() const;   // held from the system
+  int64_t frames_in_use() const;     // references still out: 0 when idle, for leak tests
+
+ private:
+  friend void internal::Release(internal::FrameBlock* block);
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace minke::transport

@@ -1,0 +1,118 @@
+// Moves frames between the processes of a cluster. Two implementations: `ucx` (RDMA, shared memory or TCP, chosen
+// by UCX) and `inproc` (roles in one process); `faulty` wraps either and loses, repeats, delays and reorders
+// frames by seed.
+//
+// Messages between two nodes have no order. A frame is delivered whole or not at all; what is not delivered is
+// found by its owner's deadline. Heartbeats find frozen peers; a dead one surfaces within 100 ms.
+//
+// Threads: one thread, the engine, calls everything except Wake() and the const statistics. While the engine computes for
+// longer than a heartbeat period, a keepalive thread of the transport makes progress for it: received frames
+// wait in the inbox, heartbeats go out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "libs/base/dtype.h"
+#include "libs/base/ids.h"
+#include "libs/transport/frame_buffer.h"
+#include "libs/wire/frame.h"
+
+namespace minke::transport {
+
+// What a node says of itself in the handshake. A peer with another fingerprint, precision or secret is refused.
+struct Identity {
+  NodeId node_id;
+  uint8_t role = 0;                 // cluster.v1 Role number
+  Precision precision = Precision::kBF16;
+  uint64_t model_fingerprint = 0;
+  std::string cluster_secret;       // HMAC-SHA256 key; may be empty
+};
+
+enum class PollMode : uint8_t {
+  kAdaptive,  // spin for spin_us, then sleep on the event descriptor
+  kSpin,
+  kBlock,
+};
+
+struct TransportOptions {
+  PollMode poll = PollMode::kAdaptive;
+  absl::Duration spin = absl::Microseconds(50);
+  absl::Duration heartbeat = absl::Milliseconds(250);   // a peer silent for two periods is lost
+  absl::Duration handshake_timeout = absl::Seconds(5);
+  absl::Duration send_timeout = absl::Seconds(5);       // a send not complete by then closes the peer (FORCE)
+  // Rows of credit each peer is granted towards this node, per class. A peer may have this many rows here that
+  // were not yet returned by ReturnCredit().
+  uint32_t credit_rows[wire::kNumTrafficClasses] = {4096, 4096};
+  // Credit taken but not returned for this long is presumed lost with its message and forgiven.
+  absl::Duration credit_ttl = absl::Seconds(10);
+  uint32_t peers_max = 1024;
+  uint32_t inbox_frames_max = 65536;                    // beyond it the sender's connection is closed
+};
+
+struct Event {
+  enum class Kind : uint8_t {
+    kFrame,     // frame is set; its header is valid and its kind is not a transport kind
+    kPeerUp,    // handshake done in both directions: Send() works
+    kPeerLost,  // reason says why; every queued send to it is dropped. Reconnecting is the caller's business.
+  };
+  Kind kind;
+  NodeId peer;
+  FrameRef frame;
+  absl::Status reason;
+};
+
+struct PeerStatistics {
+  NodeId peer;
+  std::string transport;   // as UCX names it: "posix", "tcp", "rc_mlx5" ...; "inproc"
+  uint64_t sent_bytes = 0, received_bytes = 0, sent_frames = 0, received_frames = 0;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual NodeId self() const = 0;
+  // Where peers reach this node: "host:port" (ucx), "inproc:ID".
+  virtual std::string address() const = 0;
+  virtual FramePool& frames() = 0;
+
+  // Starts connecting to `peer` at `address`; kPeerUp or kPeerLost follows. Connecting to a peer that is up or
+  // on its way (also because it connected to us) does nothing. When both connect at once, one connection wins
+  // and each side sees one kPeerUp.
+  virtual absl::Status Connect(NodeId peer, std::string_view address) = 0;
+  // Says goodbye and closes; no kPeerLost follows here. Unknown peers are ignored.
+  virtual void Disconnect(NodeId peer) = 0;
+
+  // Queues `frame` on the lane of its traffic class. The transport fills header.credits and header.magic/version;
+  // the caller everything else. Does not wait and does not check credit (see TakeCredit).
+  // UNAVAILABLE if the peer is not up; RESOURCE_EXHAUSTED if too many sends are under way to it.
+  virtual absl::Status Send(NodeId peer, FrameRef frame) = 0;
+
+  // Credit, in rows. TakeCredit is all or nothing. The receiver of rows calls ReturnCredit when it has finished
+  // with them; what is returned travels in the next frame to that peer, or in a Credit frame of its own before
+  // the peer can run dry.
+  virtual bool TakeCredit(NodeId peer, wire::TrafficClass traffic_class, uint32_t rows) = 0;
+  virtual void ReturnCredit(NodeId peer, wire::TrafficClass traffic_class, uint32_t rows) = 0;
+
+  // Makes progress and hands over what arrived since, decode frames first. Returns the number of events.
+  // `handler` may call Send, Connect, Disconnect and credit functions.
+  virtual int Poll(absl::FunctionRef<void(Event&)> handler) = 0;
+  // Returns when Poll() may have something, after Wake(), or at the timeout.
+  virtual void Wait(absl::Duration timeout) = 0;
+  // Ends the current or next Wait(). Any thread.
+  virtual void Wake() = 0;
+
+  // Any thread.
+  virtual std::vector<PeerStatistics> statistics() const = 0;
+  // Frames dropped because they were malformed. Any thread.
+  virtual uint64_t bad_frames() const = 0;
+};
+
+}  // namespace minke::transport

@@ -1,0 +1,124 @@
+// Payload layouts of the data-plane messages and checked views over received ones (docs/wire_format.md).
+// Writers fill caller-owned memory; readers check every length and index against the bytes received before
+// anything is used, and return INVALID_ARGUMENT that names expected and found.
+//
+// "row" below is a row's index in its exchange (0-based, the order in which the attention node laid the
+// microbatch out). Row data are [rows, hidden] in the activation dtype, at a multiple of kRowAlignment.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "absl/status/statusor.h"
+#include "libs/base/dtype.h"
+#include "libs/wire/frame.h"
+
+namespace minke::wire {
+
+// Shapes both sides know from the model; never sent.
+struct RowShape {
+  int32_t hidden = 0;
+  int32_t top_k = 0;          // num_experts_per_tok
+  int32_t num_experts = 0;
+  int32_t num_groups = 0;     // placement groups
+  int32_t activation_bytes = 2;  // 4: f32, 2: bf16
+  int64_t row_bytes() const { return int64_t{hidden} * activation_bytes; }
+};
+
+// ---- Dispatch -----------------------------------------------------------------------------------------------
+// Without kDispatchRouted: payload = row data [rows, hidden]; row i of the message is row_begin + i.
+// With kDispatchRouted (a re-dispatch: the plan is known): header.pairs work pairs; payload = WorkRow[rows],
+// WorkPair[pairs], padding, row data. The epoch in the header is the least the router must have.
+inline constexpr uint8_t kDispatchRouted = 1;
+
+// One row and its (expert, weight) pairs: pairs[pairs_begin, pairs_begin + pairs_count), experts ascending.
+struct WorkRow {
+  uint32_t row = 0;
+  uint16_t pairs_begin_low = 0;   // pairs_begin = low | high << 16
+  uint8_t pairs_begin_high = 0;
+  uint8_t pairs_count = 0;
+  uint32_t pairs_begin() const { return pairs_begin_low | uint32_t{pairs_begin_high} << 16; }
+  void set_pairs(uint32_t begin, uint32_t count) {
+    pairs_begin_low = static_cast<uint16_t>(begin);
+    pairs_begin_high = static_cast<uint8_t>(begin >> 16);
+    pairs_count = static_cast<uint8_t>(count);
+  }
+};
+static_assert(sizeof(WorkRow) == 8);
+struct WorkPair {
+  float weight = 0;
+  uint16_t expert = 0;
+  uint16_t reserved = 0;
+};
+static_assert(sizeof(WorkPair) == 8);
+
+// ---- RoutePlan ----------------------------------------------------------------------------------------------
+// payload = uint64 servers[header.pairs] (NodeIds), float weights[rows][k], uint16 experts[rows][k] (ascending
+// in a row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
+// rows were not sent). Rows are row_begin ... row_begin + rows - 1.
+inline constexpr uint16_t kNoServer = 0xffff;
+
+// ---- ExpertWork ---------------------------------------------------------------------------------------------
+// payload as a routed Dispatch: WorkRow[rows], WorkPair[pairs], padding, row data. Only pairs of the receiver.
+
+// ---- Partial ------------------------------------------------------------------------------------------------
+// payload = PartialRow[rows], padding, row data: the weighted sum of the row's experts in `group`.
+struct PartialRow {
+  uint32_t row = 0;
+  uint16_t group = 0;
+  uint16_t reserved = 0;
+};
+static_assert(sizeof(PartialRow) == 8);
+
+// ---- Nack, Busy, Reject -------------------------------------------------------------------------------------
+// Nack and Reject: payload = PartialRow[rows] (row, group) without data; Nack's epoch is the one the server
+// knows. Reject with flag kRejectGate: every group of the row. Busy: payload = PartialRow[rows]; group =
+// kWholeRow when the row was not routed at all.
+inline constexpr uint8_t kRejectGate = 1;
+inline constexpr uint16_t kWholeRow = 0xffff;
+
+// Byte offset of the row data behind `descriptor_bytes` of descriptors.
+inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
+  return (descriptor_bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+}
+// Rows of a message of each kind that fit into kPayloadBytesMax, at least 1 for every supported shape.
+int32_t DispatchRowsMax(const RowShape& shape);
+int32_t WorkRowsMax(const RowShape& shape);      // routed Dispatch and ExpertWork, top_k pairs each
+int32_t PartialRowsMax(const RowShape& shape);
+int32_t RoutePlanRowsMax(const RowShape& shape);
+
+// Sizes of payloads.
+uint32_t WorkPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t pairs);
+uint32_t PartialPayloadBytes(const RowShape& shape, uint32_t rows);
+uint32_t RoutePlanPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t servers);
+
+// Views; spans point into the payload and live as long as it does.
+struct WorkView {
+  std::span<const WorkRow> rows;
+  std::span<const WorkPair> pairs;
+  const std::byte* data = nullptr;   // [rows, hidden]
+};
+struct PartialView {
+  std::span<const PartialRow> rows;
+  const std::byte* data = nullptr;   // [rows, hidden]; null for Nack, Busy, Reject
+};
+struct RoutePlanView {
+  std::span<const uint64_t> servers;
+  std::span<const float> weights;          // [rows, k]
+  std::span<const uint16_t> experts;       // [rows, k]
+  std::span<const uint16_t> server_index;  // [rows, k]
+};
+
+// Dispatch with kDispatchRouted, and ExpertWork.
+absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header, std::span<const std::byte> payload);
+// Dispatch without kDispatchRouted: the row data.
+absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const FrameHeader& header,
+                                              std::span<const std::byte> payload);
+absl::StatusOr<PartialView> ReadPartial(const RowShape& shape, const FrameHeader& header,
+                                        std::span<const std::byte> payload);
+absl::StatusOr<PartialView> ReadRowList(const RowShape& shape, const FrameHeader& header,
+                                        std::span<const std::byte> payload);  // Nack, Busy, Reject
+absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHeader& header,
+                                            std::span<const std::byte> payload);
+
+}  // namespace minke::wire
