@@ -7,15 +7,24 @@
 
 namespace minke::kernels {
 
-absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p, uint16_t* experts, float* weights) {
-  const int32_t num_experts = config.n_routed_experts, k = config.num_experts_per_tok;
-  float maximum = -INFINITY;
-  for (int32_t e = 0; e < num_experts; ++e) {
+namespace {
+
+absl::Status CheckFinite(const ModelConfig& config, const float* logits) {
+  for (int32_t e = 0; e < config.n_routed_experts; ++e) {
     if (!std::isfinite(logits[e])) {
       return absl::InvalidArgumentError(StrCat("gate logit of expert ", e, ": expected finite, found ", logits[e]));
     }
-    maximum = std::max(maximum, logits[e]);
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status WeighExperts(const ModelConfig& config, const float* logits, float* p, const uint16_t* experts,
+                          float* weights) {
+  const int32_t num_experts = config.n_routed_experts, k = config.num_experts_per_tok;
+  MK_RETURN_IF_ERROR(CheckFinite(config, logits));
+  const float maximum = *std::max_element(logits, logits + num_experts);
   float sum = 0;
   for (int32_t e = 0; e < num_experts; ++e) {
     p[e] = std::exp(logits[e] - maximum);
@@ -23,6 +32,19 @@ absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p
   }
   for (int32_t e = 0; e < num_experts; ++e) p[e] /= sum;
 
+  if (config.norm_topk_prob && k > 1) {
+    float total = 0;
+    for (int32_t i = 0; i < k; ++i) total += p[experts[i]];
+    for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] / (total + 1e-20f);
+  } else {
+    for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] * static_cast<float>(config.routed_scaling_factor);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p, uint16_t* experts, float* weights) {
+  const int32_t num_experts = config.n_routed_experts, k = config.num_experts_per_tok;
+  MK_RETURN_IF_ERROR(CheckFinite(config, logits));
   // Candidates are ordered by logit, which underflow cannot tie; equal logits keep the lower index.
   uint64_t kept_groups = ~uint64_t{0};
   int32_t group_size = num_experts;
@@ -54,14 +76,7 @@ absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p
   }
   MK_CHECK(count == k);
   std::sort(experts, experts + k);
-  if (config.norm_topk_prob && k > 1) {
-    float total = 0;
-    for (int32_t i = 0; i < k; ++i) total += p[experts[i]];
-    for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] / (total + 1e-20f);
-  } else {
-    for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] * static_cast<float>(config.routed_scaling_factor);
-  }
-  return absl::OkStatus();
+  return WeighExperts(config, logits, p, experts, weights);
 }
 
 }  // namespace minke::kernels

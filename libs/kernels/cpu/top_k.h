@@ -17,4 +17,8 @@ namespace minke::kernels {
 absl::Status RouteToken(const ModelConfig& config, const float* logits, float* scratch, uint16_t* experts,
                         float* weights);
 
+// The weights of experts chosen by somebody else: the second half of RouteToken. Same errors.
+absl::Status WeighExperts(const ModelConfig& config, const float* logits, float* scratch, const uint16_t* experts,
+                          float* weights);
+
 }  // namespace minke::kernels

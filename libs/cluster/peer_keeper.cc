@@ -1,0 +1,67 @@
+#include "libs/cluster/peer_keeper.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "libs/base/log.h"
+#include "libs/base/strings.h"
+
+namespace minke::cluster {
+namespace {
+
+constexpr absl::Duration kPauseMin = absl::Milliseconds(50), kPauseMax = absl::Seconds(2);
+
+}  // namespace
+
+void PeerKeeper::SetWanted(std::map<NodeId, std::string> wanted) {
+  std::vector<NodeId> gone;
+  for (const auto& [peer, state] : peers_) {
+    if (!wanted.contains(peer)) gone.push_back(peer);
+  }
+  for (const NodeId peer : gone) {
+    transport_.Disconnect(peer);
+    peers_.erase(peer);
+  }
+  for (auto& [peer, address] : wanted) peers_[peer].address = std::move(address);
+}
+
+void PeerKeeper::OnPeerUp(NodeId peer) {
+  auto it = peers_.find(peer);
+  if (it == peers_.end()) return;   // it connected to us; nobody told us yet what for
+  it->second.up = true;
+  it->second.connecting = false;
+  it->second.pause = kPauseMin;
+}
+
+void PeerKeeper::OnPeerLost(NodeId peer) {
+  auto it = peers_.find(peer);
+  if (it == peers_.end()) return;
+  Peer& state = it->second;
+  state.up = state.connecting = false;
+  state.next_try = absl::Now() + state.pause;
+  state.pause = std::min(state.pause * 2, kPauseMax);
+}
+
+void PeerKeeper::Tick(absl::Time now) {
+  for (auto& [peer, state] : peers_) {
+    if (state.up || state.connecting || now < state.next_try) continue;
+    if (absl::Status status = transport_.Connect(peer, state.address); !status.ok()) {
+      log::Warning("cluster", StrCat("cannot connect peer=", ToString(peer), " address=", state.address, ": ", status.message()));
+      state.next_try = now + state.pause;
+      state.pause = std::min(state.pause * 2, kPauseMax);
+      continue;
+    }
+    state.connecting = true;
+  }
+}
+
+bool PeerKeeper::AllUp() const {
+  return std::all_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer.second.up; });
+}
+
+bool PeerKeeper::IsUp(NodeId peer) const {
+  auto it = peers_.find(peer);
+  return it != peers_.end() && it->second.up;
+}
+
+}  // namespace minke::cluster

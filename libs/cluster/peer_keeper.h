@@ -1,0 +1,41 @@
+// Keeps a node connected to the peers it needs: connects to new members, reconnects to lost ones with a pause, and
+// lets go of those that left. Engine thread only.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "absl/time/time.h"
+#include "libs/base/ids.h"
+#include "libs/transport/transport.h"
+
+namespace minke::cluster {
+
+class PeerKeeper {
+ public:
+  explicit PeerKeeper(transport::Transport& transport) : transport_(transport) {}
+
+  // The members this node needs, by address. Replaces the earlier set.
+  void SetWanted(std::map<NodeId, std::string> wanted);
+  // To be told of every kPeerUp and kPeerLost.
+  void OnPeerUp(NodeId peer);
+  void OnPeerLost(NodeId peer);
+  // Starts what is due.
+  void Tick(absl::Time now);
+
+  bool AllUp() const;
+  bool IsUp(NodeId peer) const;
+
+ private:
+  struct Peer {
+    std::string address;
+    bool up = false;
+    bool connecting = false;
+    absl::Time next_try = absl::InfinitePast();
+    absl::Duration pause = absl::Milliseconds(50);
+  };
+  transport::Transport& transport_;
+  std::map<NodeId, Peer> peers_;
+};
+
+}  // namespace minke::cluster

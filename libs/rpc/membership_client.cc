@@ -1,0 +1,154 @@
+#include "libs/rpc/membership_client.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <atomic>
+#include <thread>
+
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "libs/base/log.h"
+#include "libs/base/strings.h"
+#include "libs/rpc/grpc_server.h"
+#include "proto/cluster/cluster.grpc.pb.h"
+
+namespace minke::rpc {
+namespace {
+
+using cluster::v1::ClusterUpdate;
+using cluster::v1::MemberReport;
+using cluster::v1::Membership;
+
+constexpr absl::Duration kReconnectPause = absl::Milliseconds(200);
+constexpr absl::Duration kFirstLease = absl::Seconds(3);
+
+}  // namespace
+
+struct MembershipClient::Impl {
+  std::string router_address;
+  OnUpdate on_update;
+  OnRefused on_refused;
+
+  absl::Mutex mutex;
+  MemberReport report ABSL_GUARDED_BY(mutex);
+  uint64_t version ABSL_GUARDED_BY(mutex) = 0;
+  bool stop ABSL_GUARDED_BY(mutex) = false;
+  grpc::ClientContext* context ABSL_GUARDED_BY(mutex) = nullptr;
+  std::atomic<bool> connected{false};
+  std::thread thread;
+
+  void Run();
+  grpc::Status RunOnce(Membership::Stub& stub);
+};
+
+// One stream: this thread reads, a second one writes reports.
+grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
+  grpc::ClientContext context_here;
+  {
+    absl::MutexLock lock(&mutex);
+    if (stop) return grpc::Status::CANCELLED;
+    context = &context_here;
+  }
+  auto stream = stub.Join(&context_here);
+  std::atomic<int64_t> lease_ms{absl::ToInt64Milliseconds(kFirstLease)};
+  std::atomic<int64_t> heard_ms{absl::ToUnixMillis(absl::Now())};
+  std::atomic<bool> done{false};
+  std::thread writer([&] {
+    uint64_t sent = 0;
+    while (!done.load()) {
+      MemberReport copy;
+      {
+        absl::MutexLock lock(&mutex);
+        const auto changed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex) { return version != sent || stop || done.load(); };
+        mutex.AwaitWithTimeout(absl::Condition(&changed), absl::Milliseconds(lease_ms.load() / 3));
+        if (stop) context_here.TryCancel();
+        if (stop || done.load()) break;
+        copy = report;
+        sent = version;
+      }
+      // A router that says nothing for two leases is gone, whatever the connection says.
+      if (absl::ToUnixMillis(absl::Now()) - heard_ms.load() > 2 * lease_ms.load()) context_here.TryCancel();
+      if (!stream->Write(copy)) break;
+    }
+  });
+  ClusterUpdate update;
+  while (stream->Read(&update)) {
+    connected.store(true);
+    heard_ms.store(absl::ToUnixMillis(absl::Now()));
+    if (update.lease_ms() > 0) lease_ms.store(update.lease_ms());
+    if (update.has_view()) on_update(update);
+  }
+  connected.store(false);
+  done.store(true);
+  {
+    absl::MutexLock lock(&mutex);   // wakes the writer: its condition looks at `done`
+    context = nullptr;
+  }
+  writer.join();
+  return stream->Finish();
+}
+
+void MembershipClient::Impl::Run() {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 5000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 3000);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  auto stub = Membership::NewStub(grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments));
+  bool complained = false;
+  while (true) {
+    const grpc::Status status = RunOnce(*stub);
+    {
+      absl::MutexLock lock(&mutex);
+      if (stop) return;
+    }
+    if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) {
+      on_refused(ToAbsl(status));
+    } else if (!complained) {
+      log::Warning("membership", StrCat("router=", router_address, " not reachable: ", status.error_message(), "; trying again"));
+    }
+    complained = true;
+    absl::MutexLock lock(&mutex);
+    mutex.AwaitWithTimeout(absl::Condition(&stop), kReconnectPause);
+    if (stop) return;
+  }
+}
+
+MembershipClient::MembershipClient(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+std::unique_ptr<MembershipClient> MembershipClient::Start(std::string router_address, MemberReport report,
+                                                          OnUpdate on_update, OnRefused on_refused) {
+  auto impl = std::make_unique<Impl>();
+  impl->router_address = std::move(router_address);
+  impl->on_update = std::move(on_update);
+  impl->on_refused = std::move(on_refused);
+  {
+    absl::MutexLock lock(&impl->mutex);
+    impl->report = std::move(report);
+    impl->version = 1;
+  }
+  Impl* raw = impl.get();
+  impl->thread = std::thread([raw] { raw->Run(); });
+  return std::unique_ptr<MembershipClient>(new MembershipClient(std::move(impl)));
+}
+
+MembershipClient::~MembershipClient() {
+  {
+    absl::MutexLock lock(&impl_->mutex);
+    impl_->stop = true;
+    if (impl_->context != nullptr) impl_->context->TryCancel();
+  }
+  impl_->thread.join();
+}
+
+void MembershipClient::SetReport(MemberReport report) {
+  absl::MutexLock lock(&impl_->mutex);
+  if (report.SerializeAsString() == impl_->report.SerializeAsString()) return;
+  impl_->report = std::move(report);
+  ++impl_->version;
+}
+
+bool MembershipClient::connected() const { return impl_->connected.load(); }
+
+}  // namespace minke::rpc

@@ -1,0 +1,46 @@
+// The gRPC edge of the attention node: gateways' sessions in, engine events out.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "absl/synchronization/mutex.h"
+#include "proto/inference/inference.grpc.pb.h"
+#include "services/attention/engine/engine.h"
+
+namespace minke::attention {
+
+// Thread-safe.
+class AttentionApi final : public inference::v1::Attention::CallbackService {
+ public:
+  AttentionApi() = default;
+  ~AttentionApi() override { Shutdown(); }
+  // REQUIRES: before the gRPC server starts.
+  void SetEngine(Engine* engine) { engine_ = engine; }
+  // The engine's sink: sends each event to its session.
+  void Deliver(std::vector<RequestEvent> events);
+  void Shutdown();
+
+  grpc::ServerBidiReactor<inference::v1::GatewayMessage, inference::v1::AttentionMessage>* Session(
+      grpc::CallbackServerContext* context) override;
+  grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* context,
+                                      const inference::v1::GetStatusRequest* request,
+                                      inference::v1::GetStatusResponse* response) override;
+
+ private:
+  class SessionStream;
+  void OnGone(uint64_t session);
+  bool NoSessions() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return sessions_.empty(); }
+
+  Engine* engine_ = nullptr;
+  absl::Mutex mutex_;
+  uint64_t next_session_ ABSL_GUARDED_BY(mutex_) = 1;
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  // Shared with the thread that is delivering to one while its stream ends.
+  std::map<uint64_t, std::shared_ptr<SessionStream>> sessions_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace minke::attention

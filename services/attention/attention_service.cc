@@ -1,0 +1,84 @@
+#include "services/attention/attention_service.h"
+
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/cluster/view.h"
+
+namespace minke::attention {
+
+absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(std::shared_ptr<const Checkpoint> checkpoint,
+                                                                          std::unique_ptr<transport::Transport> transport,
+                                                                          AttentionServiceOptions options) {
+  std::unique_ptr<AttentionService> service(new AttentionService);
+  service->options_ = std::move(options);
+  AttentionServiceOptions& o = service->options_;
+  service->pool_ = std::make_unique<ThreadPool>(o.threads);
+  const int32_t layers = checkpoint->config().num_hidden_layers;
+  absl::Time last = absl::Now();
+  MK_ASSIGN_OR_RETURN(auto model, AttentionModel::Load(checkpoint, o.precision, *service->pool_, [&](int32_t layer) {
+                        if (absl::Now() - last < absl::Seconds(1)) return;
+                        last = absl::Now();
+                        log::Info("attention", StrCat("loading layers: ", layer + 1, " of ", layers));
+                      }));
+  std::unique_ptr<router::Gate> gate;
+  if (o.local_routing) {
+    MK_ASSIGN_OR_RETURN(router::Gate loaded, router::Gate::Load(*checkpoint, o.precision, *service->pool_));
+    loaded.SetOverrideForTest(std::move(o.gate_override));
+    gate = std::make_unique<router::Gate>(std::move(loaded));
+  }
+  service->self_.set_node_id(transport->self().value);
+  service->self_.set_role(cluster::v1::ROLE_ATTENTION);
+  service->self_.set_data_address(transport->address());
+  service->engine_ = std::make_unique<Engine>(
+      std::move(model), std::move(transport), std::move(gate), *service->pool_, o.engine, o.allowed_tokens,
+      [raw = service.get()](std::vector<RequestEvent> events) { raw->api_.Deliver(std::move(events)); });
+  service->api_.SetEngine(service->engine_.get());
+  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {&service->api_}));
+  service->server_->SetServing(false);
+  const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
+  service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));
+  service->engine_thread_ = std::thread([raw = service.get()] { raw->engine_->Run(); });
+
+  cluster::v1::MemberReport report;
+  report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));
+  report.set_precision(std::string(ToString(o.precision)));
+  *report.mutable_member() = service->self_;
+  report.mutable_member()->set_detail("connecting to the data plane");
+  const auto on_update = [raw = service.get()](const cluster::v1::ClusterUpdate& update) {
+    const cluster::v1::ClusterView& view = update.view();
+    raw->engine_->UpdateCluster(
+        {.routers = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER),
+         .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
+         .placement = std::make_shared<router::PlacementTable>(cluster::EpochOf(view), cluster::Replicas(view))});
+  };
+  service->client_ = rpc::MembershipClient::Start(o.router, report, on_update, o.on_refused);
+  service->watch_thread_ = std::thread([raw = service.get(), report]() mutable {
+    while (!raw->stop_.load()) {
+      const bool ready = raw->engine_->status().connected;
+      report.mutable_member()->set_ready(ready);
+      report.mutable_member()->set_detail(ready ? "" : "connecting to the data plane");
+      raw->client_->SetReport(report);
+      raw->server_->SetServing(ready);
+      absl::SleepFor(absl::Milliseconds(20));
+    }
+  });
+  log::Info("attention", StrCat("serving rpc=", service->self_.rpc_address(), " cache_pages=", service->engine_->status().pages_total));
+  return service;
+}
+
+AttentionService::~AttentionService() {
+  stop_.store(true);
+  if (watch_thread_.joinable()) watch_thread_.join();
+  client_.reset();
+  api_.Shutdown();
+  if (server_ != nullptr) server_->Shutdown(absl::Seconds(1));
+  if (engine_thread_.joinable()) {
+    engine_->Stop();
+    engine_thread_.join();
+  }
+}
+
+}  // namespace minke::attention

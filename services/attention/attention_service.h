@@ -1,0 +1,54 @@
+// A whole attention node: engine thread, gRPC edge, membership. One per process, or one of the roles of
+// `minke serve`.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/status/statusor.h"
+#include "libs/rpc/grpc_server.h"
+#include "libs/rpc/membership_client.h"
+#include "services/attention/api/attention_api.h"
+#include "services/attention/engine/engine.h"
+
+namespace minke::attention {
+
+struct AttentionServiceOptions {
+  std::string router;                   // host:port of the router's gRPC server
+  std::string listen = "127.0.0.1:0";   // gRPC
+  std::string advertise_host;           // as others reach this host; empty: the host of `listen`
+  Precision precision = Precision::kBF16;
+  bool local_routing = false;
+  int threads = 1;
+  EngineOptions engine;
+  std::vector<uint8_t> allowed_tokens;  // [vocab] 0/1: ids that have a token; empty: all
+  router::Gate::Override gate_override; // tests only, with local_routing
+  rpc::MembershipClient::OnRefused on_refused;
+};
+
+class AttentionService {
+ public:
+  static absl::StatusOr<std::unique_ptr<AttentionService>> Start(std::shared_ptr<const Checkpoint> checkpoint,
+                                                                 std::unique_ptr<transport::Transport> transport,
+                                                                 AttentionServiceOptions options);
+  ~AttentionService();
+  Engine& engine() { return *engine_; }
+  const std::string& rpc_address() const { return self_.rpc_address(); }
+
+ private:
+  AttentionService() = default;
+
+  AttentionServiceOptions options_;
+  cluster::v1::Member self_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<Engine> engine_;
+  AttentionApi api_;
+  std::unique_ptr<rpc::GrpcServer> server_;
+  std::unique_ptr<rpc::MembershipClient> client_;
+  std::thread engine_thread_, watch_thread_;
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace minke::attention

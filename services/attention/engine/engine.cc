@@ -1,0 +1,404 @@
+#include "services/attention/engine/engine.h"
+
+#include <algorithm>
+#include <optional>
+#include <variant>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+
+namespace minke::attention {
+namespace {
+
+// Above this many rows expanding keys and values costs less than attending over the wide latent:
+// 2 * 512 * 256 * P against 1536 * t * P operations per head (docs/mathematics.md).
+constexpr int64_t kNaiveRowsMin = 171;
+// Head rows whose logits are held at once: 64 x 102,400 x 4 B = 25 MiB.
+constexpr int64_t kLogitRowsMax = 64;
+constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
+// Longest sleep inside a step: deadlines of the exchange are looked at this often.
+constexpr absl::Duration kExchangeWait = absl::Milliseconds(2);
+
+absl::Status OutcomeError(RowOutcome outcome) {
+  return outcome == RowOutcome::kRejected
+             ? absl::InternalError("the model produced values that are not finite for this request")
+             : absl::UnavailableError("the experts of this request could not be reached in time");
+}
+
+}  // namespace
+
+struct Engine::Command {
+  struct CancelSessionCommand { uint64_t session; };
+  std::variant<Request, RequestKey, CancelSessionCommand, ClusterSnapshot> body;
+};
+
+Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport::Transport> transport,
+               std::unique_ptr<router::Gate> local_gate, ThreadPool& pool, EngineOptions options,
+               std::vector<uint8_t> allowed_tokens, EventSink sink)
+    : options_(options),
+      model_(std::move(model)),
+      transport_(std::move(transport)),
+      local_gate_(std::move(local_gate)),
+      pool_(pool),
+      allowed_tokens_(std::move(allowed_tokens)),
+      sink_(std::move(sink)),
+      pages_(std::max<int64_t>(1, options.cache_bytes / (model_->CacheBytesPerToken() * kernels::kPageTokens))),
+      cache_(model_->config(), model_->precision(), pages_.total()),
+      scheduler_(options.limits, pages_),
+      exchange_(model_->config(), model_->precision(), *transport_, options.exchange, std::max(1, options.microbatches),
+                local_gate_.get(), pool),
+      peers_(*transport_),
+      lanes_(std::max(1, options.microbatches)) {
+  PublishStatus();
+}
+
+Engine::~Engine() = default;
+
+absl::Status Engine::Submit(Request request) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (std::ssize(mail_) >= options_.mailbox_max) {
+      return absl::ResourceExhaustedError(StrCat("the engine has ", mail_.size(), " submissions it has not seen yet"));
+    }
+    mail_.push_back({std::move(request)});
+  }
+  transport_->Wake();
+  return absl::OkStatus();
+}
+
+void Engine::Cancel(const RequestKey& key) {
+  absl::MutexLock lock(&mutex_);
+  mail_.push_back({key});   // one per submission at most, so bounded by what was let in
+}
+
+void Engine::CancelSession(uint64_t session) {
+  absl::MutexLock lock(&mutex_);
+  mail_.push_back({Command::CancelSessionCommand{session}});
+}
+
+void Engine::UpdateCluster(ClusterSnapshot snapshot) {
+  {
+    absl::MutexLock lock(&mutex_);
+    mail_.push_back({std::move(snapshot)});
+  }
+  transport_->Wake();
+}
+
+void Engine::Stop() {
+  stop_.store(true);
+  transport_->Wake();
+}
+
+EngineStatus Engine::status() const {
+  absl::MutexLock lock(&mutex_);
+  return status_;
+}
+
+void Engine::PublishStatus() {
+  const ExchangeCounters& counters = exchange_.counters();
+  EngineStatus status;
+  status.running = scheduler_.running();
+  status.waiting = scheduler_.waiting();
+  status.pages_total = pages_.total();
+  status.pages_used = pages_.used();
+  status.steps = step_;
+  status.preemptions = scheduler_.preemptions();
+  status.redispatched_rows = counters.redispatched_rows;
+  status.stale_frames = counters.stale_frames;
+  status.duplicate_rows = counters.duplicate_rows;
+  status.bad_frames = counters.bad_frames;
+  status.generated_tokens = generated_tokens_;
+  status.prompt_tokens = prompt_tokens_;
+  const bool routed = local_gate_ != nullptr ||
+                      std::any_of(cluster_.routers.begin(), cluster_.routers.end(),
+                                  [&](const auto& router) { return peers_.IsUp(router.first); });
+  status.connected = cluster_.placement != nullptr && routed &&
+                     std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
+                                 [&](const auto& expert) { return peers_.IsUp(expert.first); });
+  absl::MutexLock lock(&mutex_);
+  status_ = status;
+}
+
+void Engine::ApplyCluster() {
+  std::map<NodeId, std::string> wanted = cluster_.experts;
+  wanted.insert(cluster_.routers.begin(), cluster_.routers.end());
+  peers_.SetWanted(std::move(wanted));
+  std::vector<NodeId> routers;
+  for (const auto& [router, address] : cluster_.routers) routers.push_back(router);
+  exchange_.SetRouters(std::move(routers));
+  if (cluster_.placement != nullptr) exchange_.SetPlacement(cluster_.placement);
+}
+
+void Engine::TakeMail() {
+  std::vector<Command> mail;
+  {
+    absl::MutexLock lock(&mutex_);
+    mail.swap(mail_);
+  }
+  std::vector<RequestEvent> refused;
+  for (Command& command : mail) {
+    if (auto* request = std::get_if<Request>(&command.body)) {
+      const RequestKey key = request->key;
+      prompt_tokens_ += request->prompt.size();
+      if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(*request))); !status.ok()) {
+        refused.push_back({.key = key, .finish = FinishReason::kError, .error = status});
+      }
+    } else if (auto* key = std::get_if<RequestKey>(&command.body)) {
+      scheduler_.Cancel(*key);
+    } else if (auto* session = std::get_if<Command::CancelSessionCommand>(&command.body)) {
+      scheduler_.CancelSession(session->session);
+    } else if (auto* snapshot = std::get_if<ClusterSnapshot>(&command.body)) {
+      cluster_ = std::move(*snapshot);
+      ApplyCluster();
+    }
+  }
+  Emit(std::move(refused));
+}
+
+void Engine::Emit(std::vector<RequestEvent> events) {
+  if (!events.empty()) sink_(std::move(events));
+}
+
+void Engine::PollTransport() {
+  transport_->Poll([&](transport::Event& event) {
+    switch (event.kind) {
+      case transport::Event::Kind::kFrame: return exchange_.OnFrame(event.frame);
+      case transport::Event::Kind::kPeerUp:
+        peers_.OnPeerUp(event.peer);
+        return exchange_.OnPeerUp(event.peer);
+      case transport::Event::Kind::kPeerLost:
+        log::Warning("attention", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
+        peers_.OnPeerLost(event.peer);
+        return exchange_.OnPeerLost(event.peer);
+    }
+  });
+  peers_.Tick(absl::Now());
+}
+
+void Engine::Run() {
+  while (!stop_.load()) {
+    TakeMail();
+    PollTransport();
+    std::vector<RequestEvent> refused;
+    std::vector<StepChunk> chunks = scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence) {
+      refused.push_back({.key = sequence.request.key,
+                         .finish = FinishReason::kError,
+                         .error = absl::ResourceExhaustedError("not admitted in time: the attention node is overloaded")});
+    });
+    Emit(std::move(refused));
+    PublishStatus();
+    if (chunks.empty()) {
+      transport_->Wait(scheduler_.HasWork() ? kExchangeWait : kIdleWait);
+      continue;
+    }
+    RunStep(std::move(chunks));
+  }
+}
+
+kernels::MlaForm Engine::FormOf(int64_t rows) const {
+  switch (options_.mla) {
+    case MlaChoice::kAbsorbed: return kernels::MlaForm::kAbsorbed;
+    case MlaChoice::kNaive: return kernels::MlaForm::kNaive;
+    case MlaChoice::kAuto: break;
+  }
+  // Exact mode promises the same bits for every chunking, so it has one form.
+  if (model_->precision() == Precision::kExact) return kernels::MlaForm::kAbsorbed;
+  return rows >= kNaiveRowsMin ? kernels::MlaForm::kNaive : kernels::MlaForm::kAbsorbed;
+}
+
+void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
+  for (Lane& lane : lanes_) {
+    lane.batch.rows.clear();
+    lane.batch.chunks.clear();
+    lane.chunks.clear();
+    lane.layer = 0;
+    lane.traffic_class = wire::TrafficClass::kDecode;
+  }
+  // Longest first onto the emptiest lane. A sequence stays whole: its rows see each other's latents.
+  std::vector<StepChunk> order = chunks;
+  std::stable_sort(order.begin(), order.end(), [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
+  for (const StepChunk& chunk : order) {
+    Lane& lane = *std::min_element(lanes_.begin(), lanes_.end(),
+                                   [](const Lane& a, const Lane& b) { return a.batch.size() < b.batch.size(); });
+    if (chunk.count > 1) lane.traffic_class = wire::TrafficClass::kPrefill;
+    lane.chunks.push_back(chunk);
+    lane.batch.chunks.push_back({.row_begin = lane.batch.size(),
+                                 .rows = chunk.count,
+                                 .position_begin = chunk.begin,
+                                 .pages = chunk.sequence->pages,
+                                 .form = FormOf(chunk.count)});
+    for (int64_t position = chunk.begin; position < chunk.begin + chunk.count; ++position) {
+      lane.batch.rows.push_back({.token = chunk.sequence->tokens[position],
+                                 .page = chunk.sequence->pages[position / kernels::kPageTokens],
+                                 .page_slot = static_cast<uint32_t>(position % kernels::kPageTokens),
+                                 .position = position});
+    }
+  }
+  for (Lane& lane : lanes_) {
+    lane.phase = lane.batch.rows.empty() ? Phase::kDone : Phase::kCompute;
+    lane.outcomes.assign(lane.batch.size(), RowOutcome::kOk);
+  }
+}
+
+// Computes until the lane has to wait for experts or has passed the last layer.
+void Engine::Advance(Lane& lane, int index) {
+  const ModelConfig& config = model_->config();
+  if (lane.layer == 0) model_->Embed(lane.batch);
+  while (lane.layer < config.num_hidden_layers) {
+    model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer));
+    if (config.IsMoeLayer(lane.layer)) {
+      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed.data(), lane.batch.size(), absl::Now());
+      model_->FeedForward(lane.layer, lane.batch);   // the shared experts, while the rows are away
+      lane.phase = Phase::kExchange;
+      return;
+    }
+    model_->FeedForward(lane.layer, lane.batch);
+    ++lane.layer;
+  }
+  lane.phase = Phase::kDone;
+}
+
+void Engine::FinishExchange(Lane& lane, int index) {
+  std::vector<RowOutcome> outcomes(lane.batch.size());
+  exchange_.Combine(index, lane.batch.x.data(), outcomes);
+  for (size_t i = 0; i < outcomes.size(); ++i) {
+    if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = outcomes[i];
+  }
+  ++lane.layer;
+  lane.phase = lane.layer == model_->config().num_hidden_layers ? Phase::kDone : Phase::kCompute;
+}
+
+void Engine::RunStep(std::vector<StepChunk> chunks) {
+  ++step_;
+  FillLanes(chunks);
+  const auto done = [&] {
+    return std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return lane.phase == Phase::kDone; });
+  };
+  while (!done() && !stop_.load()) {
+    bool progressed = false;
+    for (int i = 0; i < std::ssize(lanes_); ++i) {
+      if (lanes_[i].phase != Phase::kCompute) continue;
+      Advance(lanes_[i], i);
+      PollTransport();
+      progressed = true;
+    }
+    PollTransport();
+    for (int i = 0; i < std::ssize(lanes_); ++i) {
+      if (lanes_[i].phase != Phase::kExchange || !exchange_.Done(i)) continue;
+      FinishExchange(lanes_[i], i);
+      progressed = true;
+    }
+    if (progressed) continue;
+    exchange_.Tick(absl::Now());
+    // The view of the cluster may change while we wait for a server that is gone.
+    TakeMail();
+    transport_->Wait(kExchangeWait);
+  }
+  if (stop_.load()) return;
+  std::vector<RequestEvent> events;
+  for (Lane& lane : lanes_) CollectOutputs(lane, events);
+  PublishStatus();   // before the events: whoever sees a stream end may look at the pages next
+  Emit(std::move(events));
+}
+
+namespace {
+
+// A row whose logits are wanted, and why.
+struct OutputRow {
+  int32_t row;             // in the microbatch
+  size_t chunk;
+  std::optional<uint32_t> prompt_token;   // set: log-probability of this next prompt token; unset: sample
+};
+
+}  // namespace
+
+void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
+  std::vector<OutputRow> outputs;
+  std::vector<RowOutcome> failed(lane.chunks.size(), RowOutcome::kOk);
+  for (size_t c = 0; c < lane.chunks.size(); ++c) {
+    const StepChunk& chunk = lane.chunks[c];
+    Sequence& sequence = *chunk.sequence;
+    const int64_t first = lane.batch.chunks[c].row_begin;
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      if (lane.outcomes[first + i] != RowOutcome::kOk) failed[c] = lane.outcomes[first + i];
+    }
+    if (failed[c] != RowOutcome::kOk) continue;
+    const SamplingParams& params = sequence.request.sampling;
+    for (int64_t i = 0; params.want_prompt_logprobs && i < chunk.count; ++i) {
+      const int64_t next = chunk.begin + i + 1;
+      if (next < sequence.prompt_size() && next > sequence.prompt_logprobs_done) {
+        outputs.push_back({static_cast<int32_t>(first + i), c, sequence.tokens[next]});
+      }
+    }
+    if (chunk.begin + chunk.count == std::ssize(sequence.tokens) && sequence.generated_size() < params.max_tokens) {
+      outputs.push_back({static_cast<int32_t>(first + chunk.count - 1), c, std::nullopt});
+    }
+  }
+
+  const int64_t vocab = model_->config().vocab_size;
+  std::vector<TokenLogprobs> logprobs(outputs.size());
+  std::vector<uint32_t> sampled(outputs.size());
+  std::vector<int32_t> selected;
+  for (size_t begin = 0; begin < outputs.size(); begin += kLogitRowsMax) {
+    const size_t count = std::min<size_t>(kLogitRowsMax, outputs.size() - begin);
+    selected.clear();
+    for (size_t i = 0; i < count; ++i) selected.push_back(outputs[begin + i].row);
+    float* logits = logits_.Resize(static_cast<int64_t>(count) * vocab);
+    model_->Logits(lane.batch, selected, logits);
+    pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) {
+      const OutputRow& output = outputs[begin + i];
+      const Sequence& sequence = *lane.chunks[output.chunk].sequence;
+      const SamplingParams& params = sequence.request.sampling;
+      const std::span<float> row(logits + i * vocab, vocab);
+      if (output.prompt_token) {
+        logprobs[begin + i] = Logprobs(row, *output.prompt_token, params.top_prompt_logprobs);
+        return;
+      }
+      // Log-probabilities are of the plain distribution; sampling changes the row.
+      std::vector<float> plain;
+      if (params.want_logprobs) plain.assign(row.begin(), row.end());
+      sampled[begin + i] = Sample(params, sequence.counts, allowed_tokens_, std::ssize(sequence.tokens), row);
+      if (params.want_logprobs) logprobs[begin + i] = Logprobs(plain, sampled[begin + i], params.top_logprobs);
+    });
+  }
+
+  size_t next_output = 0;
+  for (size_t c = 0; c < lane.chunks.size(); ++c) {
+    const StepChunk& chunk = lane.chunks[c];
+    Sequence& sequence = *chunk.sequence;
+    const SamplingParams& params = sequence.request.sampling;
+    RequestEvent event{.key = sequence.request.key};
+    if (failed[c] != RowOutcome::kOk) {
+      event.finish = FinishReason::kError;
+      event.error = OutcomeError(failed[c]);
+    }
+    sequence.computed = chunk.begin + chunk.count;
+    for (; next_output < outputs.size() && outputs[next_output].chunk == c; ++next_output) {
+      if (outputs[next_output].prompt_token) {
+        event.prompt_logprobs.push_back(std::move(logprobs[next_output]));
+        ++sequence.prompt_logprobs_done;
+        continue;
+      }
+      const uint32_t token = sampled[next_output];
+      sequence.tokens.push_back(token);
+      ++sequence.counts.generated[token];
+      ++generated_tokens_;
+      event.tokens.push_back(token);
+      if (params.want_logprobs) event.logprobs.push_back(std::move(logprobs[next_output]));
+      const auto& stops = params.stop_token_ids;
+      if (std::find(stops.begin(), stops.end(), token) != stops.end()) event.finish = FinishReason::kStop;
+    }
+    const bool prompt_done = sequence.computed >= sequence.prompt_size();
+    if (event.finish == FinishReason::kNone && prompt_done && sequence.generated_size() >= params.max_tokens) {
+      event.finish = FinishReason::kLength;
+    }
+    if (event.finish == FinishReason::kNone && !scheduler_.CanGrow(sequence)) event.finish = FinishReason::kLength;
+    const bool worth_sending = !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
+    const bool finished = event.finish != FinishReason::kNone;
+    if (worth_sending && !sequence.cancelled) events.push_back(std::move(event));
+    if (finished) scheduler_.Finish(&sequence);
+  }
+}
+
+}  // namespace minke::attention

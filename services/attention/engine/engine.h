@@ -1,0 +1,122 @@
+// The attention node's step loop: takes submissions, plans a step, drives its microbatches through all layers
+// (computing attention here, exchanging rows with the expert pool), samples, and hands out events.
+//
+// Threads: Run() is the engine thread and owns model scratch, cache, scheduler, exchange and transport. Everything
+// else is thread-safe and only posts to the engine's mailbox.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "libs/cluster/peer_keeper.h"
+#include "services/attention/latent_cache/page_pool.h"
+#include "services/attention/layers/attention_model.h"
+#include "services/attention/moe_exchange/expert_exchange.h"
+#include "services/attention/scheduler/scheduler.h"
+
+namespace minke::attention {
+
+enum class MlaChoice { kAuto, kAbsorbed, kNaive };
+
+struct EngineOptions {
+  SchedulerLimits limits;
+  int64_t cache_bytes = int64_t{1} << 30;   // of the latent cache; untouched memory costs nothing
+  int microbatches = 0;                     // 0: auto
+  MlaChoice mla = MlaChoice::kAuto;         // auto: naive for long chunks; absorbed for all in exact mode
+  ExchangeOptions exchange;
+  int64_t mailbox_max = 4096;               // submissions not yet seen by the engine
+};
+
+// The part of the cluster this node talks to.
+struct ClusterSnapshot {
+  std::map<NodeId, std::string> routers, experts;   // data-plane addresses
+  std::shared_ptr<const router::PlacementTable> placement;   // shared with other readers of the same view
+};
+
+struct EngineStatus {
+  int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0;
+  uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0, bad_frames = 0;
+  uint64_t generated_tokens = 0, prompt_tokens = 0;
+  bool connected = false;   // to a router (if one is needed) and every expert server
+};
+
+class Engine {
+ public:
+  // Called on the engine thread at the end of a step, with the events of all requests it touched.
+  using EventSink = std::function<void(std::vector<RequestEvent>)>;
+
+  // local_gate: --routing=local. allowed_tokens [vocab] 0/1: ids that may be sampled; empty: all.
+  Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport::Transport> transport,
+         std::unique_ptr<router::Gate> local_gate, ThreadPool& pool, EngineOptions options,
+         std::vector<uint8_t> allowed_tokens, EventSink sink);
+  ~Engine();
+
+  // RESOURCE_EXHAUSTED when the mailbox is full. Every accepted request ends with an event that has a finish
+  // reason, unless it is cancelled.
+  absl::Status Submit(Request request);
+  void Cancel(const RequestKey& key);
+  void CancelSession(uint64_t session);
+  void UpdateCluster(ClusterSnapshot snapshot);
+
+  void Run();    // until Stop()
+  void Stop();   // any thread
+  EngineStatus status() const;
+  const ModelConfig& config() const { return model_->config(); }
+
+ private:
+  enum class Phase { kCompute, kExchange, kDone };
+  struct Lane {   // one microbatch on its way
+    Microbatch batch;
+    std::vector<StepChunk> chunks;
+    std::vector<RowOutcome> outcomes;   // worst so far, by row
+    Phase phase = Phase::kDone;
+    int32_t layer = 0;
+    wire::TrafficClass traffic_class{};
+  };
+  struct Command;
+
+  void TakeMail();
+  void PollTransport();
+  void ApplyCluster();
+  void RunStep(std::vector<StepChunk> chunks);
+  void FillLanes(const std::vector<StepChunk>& chunks);
+  void Advance(Lane& lane, int index);
+  void FinishExchange(Lane& lane, int index);
+  void CollectOutputs(Lane& lane, std::vector<RequestEvent>& events);
+  void Emit(std::vector<RequestEvent> events);
+  void PublishStatus();
+  kernels::MlaForm FormOf(int64_t rows) const;
+
+  const EngineOptions options_;
+  std::unique_ptr<AttentionModel> model_;
+  std::unique_ptr<transport::Transport> transport_;
+  std::unique_ptr<router::Gate> local_gate_;
+  ThreadPool& pool_;
+  const std::vector<uint8_t> allowed_tokens_;
+  const EventSink sink_;
+
+  PagePool pages_;
+  LatentCache cache_;
+  Scheduler scheduler_;
+  ExpertExchange exchange_;
+  cluster::PeerKeeper peers_;
+  std::vector<Lane> lanes_;
+  uint64_t step_ = 0;
+  uint64_t generated_tokens_ = 0, prompt_tokens_ = 0;
+  kernels::Scratch<float> logits_;
+  ClusterSnapshot cluster_;
+
+  mutable absl::Mutex mutex_;
+  std::vector<Command> mail_ ABSL_GUARDED_BY(mutex_);
+  EngineStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace minke::attention

@@ -1,0 +1,537 @@
+#include "services/attention/moe_exchange/expert_exchange.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/kernels/cpu/matmul.h"
+
+namespace minke::attention {
+
+using transport::FrameRef;
+
+namespace {
+
+constexpr int kDoublingsMax = 4;         // of a deadline: 16 times the first
+constexpr size_t kEarlyFramesMax = 256;  // partials that overtook their plan, per piece
+
+}  // namespace
+
+// One (row, group) to be done.
+struct ExpertExchange::Slot {
+  enum class State : uint8_t { kUnsent, kSent, kDone };
+  uint16_t group = 0;
+  State state = State::kUnsent;
+  NodeId server;
+  const std::byte* data = nullptr;   // the partial, inside a held frame
+};
+
+// The rows of one Dispatch message.
+struct ExpertExchange::Piece {
+  FrameRef frame;               // its payload keeps the rows until the exchange ends
+  uint32_t row_begin = 0, rows = 0;
+  uint32_t attempt = 0;         // raised when the piece is to be gated anew
+  bool dispatched = false;      // a router has it
+  bool planned = false;
+  bool unsent = false;          // some slot is kUnsent
+  NodeId router;
+  absl::Time deadline, retry_at;
+  int doublings = 0;
+  int64_t open = 0;             // slots not kDone
+  std::vector<FrameRef> early;
+  std::vector<uint16_t> experts;    // [rows, k]
+  std::vector<float> weights;       // [rows, k]
+  std::vector<Slot> slots;          // [rows, fan_out_max]
+  std::vector<uint8_t> slot_count;  // [rows]
+  std::vector<RowOutcome> outcomes; // [rows]
+};
+
+struct ExpertExchange::Exchange {
+  bool active = false;
+  int microbatch = 0;
+  uint64_t step = 0;
+  int32_t layer = 0;
+  wire::TrafficClass traffic_class{};
+  int64_t rows = 0;
+  uint32_t rows_per_piece = 1;
+  size_t piece_count = 0;
+  std::vector<Piece> pieces;       // the first piece_count are in use; the rest keep their memory
+  std::vector<FrameRef> held;      // partials
+  absl::Time give_up_at;
+  std::span<Piece> active_pieces() { return {pieces.data(), piece_count}; }
+};
+
+ExpertExchange::ExpertExchange(const ModelConfig& config, Precision precision, transport::Transport& transport,
+                               ExchangeOptions options, int microbatches_max, router::Gate* local_gate, ThreadPool& pool)
+    : config_(config),
+      precision_(precision),
+      shape_(RowShapeOf(config, precision)),
+      options_(options),
+      transport_(transport),
+      local_gate_(local_gate),
+      pool_(pool),
+      sender_(config, precision, transport),
+      placement_(std::make_shared<router::PlacementTable>()) {
+  for (int i = 0; i < microbatches_max; ++i) {
+    exchanges_.push_back(std::make_unique<Exchange>());
+    exchanges_.back()->microbatch = i;
+  }
+}
+
+ExpertExchange::~ExpertExchange() = default;
+
+bool ExpertExchange::IsUp(NodeId peer) const { return std::find(up_.begin(), up_.end(), peer) != up_.end(); }
+
+void ExpertExchange::OnPeerUp(NodeId peer) {
+  if (!IsUp(peer)) up_.push_back(peer);
+}
+
+void ExpertExchange::OnPeerLost(NodeId peer) {
+  std::erase(up_, peer);
+  const absl::Time now = absl::Now();
+  for (const auto& exchange : exchanges_) {
+    if (!exchange->active) continue;
+    for (Piece& piece : exchange->active_pieces()) {
+      if (!piece.planned && piece.dispatched && piece.router == peer) {
+        ++piece.attempt;
+        ++counters_.plan_retries;
+        piece.dispatched = false;
+        piece.early.clear();
+        piece.retry_at = now;
+      }
+      for (Slot& slot : piece.slots) {
+        if (slot.state == Slot::State::kSent && slot.server == peer) {
+          slot.state = Slot::State::kUnsent;
+          piece.unsent = true;
+          piece.retry_at = now;
+          ++counters_.redispatched_rows;
+        }
+      }
+    }
+  }
+}
+
+wire::FrameHeader ExpertExchange::ExchangeHeader(const Exchange& exchange, const Piece& piece) const {
+  wire::FrameHeader header;
+  header.traffic_class = exchange.traffic_class;
+  header.origin = transport_.self().value;
+  header.step = exchange.step;
+  header.layer = static_cast<uint16_t>(exchange.layer);
+  header.microbatch = static_cast<uint16_t>(exchange.microbatch);
+  header.attempt = piece.attempt;
+  header.set_epoch(placement_->epoch());
+  return header;
+}
+
+void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
+                           const std::byte* x, int64_t rows, absl::Time now) {
+  Exchange& exchange = *exchanges_[microbatch];
+  MK_CHECK(!exchange.active && rows > 0);
+  exchange.active = true;
+  exchange.step = step;
+  exchange.layer = layer;
+  exchange.traffic_class = traffic_class;
+  exchange.rows = rows;
+  exchange.rows_per_piece = static_cast<uint32_t>(MessageRowsMax(shape_));
+  exchange.piece_count = (rows + exchange.rows_per_piece - 1) / exchange.rows_per_piece;
+  exchange.give_up_at = now + options_.total_timeout;
+  if (exchange.pieces.size() < exchange.piece_count) exchange.pieces.resize(exchange.piece_count);
+  counters_.dispatched_rows += rows;
+  for (size_t i = 0; i < exchange.piece_count; ++i) {
+    Piece& piece = exchange.pieces[i];
+    piece.row_begin = static_cast<uint32_t>(i) * exchange.rows_per_piece;
+    piece.rows = static_cast<uint32_t>(std::min<int64_t>(exchange.rows_per_piece, rows - piece.row_begin));
+    piece.attempt = 0;
+    piece.dispatched = piece.planned = piece.unsent = false;
+    piece.retry_at = now;
+    piece.doublings = 0;
+    piece.open = 0;
+    piece.slots.clear();
+    const uint32_t bytes = static_cast<uint32_t>(piece.rows * shape_.row_bytes());
+    piece.frame = transport_.frames().Allocate(bytes);
+    std::memcpy(piece.frame.payload(), x + piece.row_begin * shape_.row_bytes(), bytes);
+    if (local_gate_ != nullptr) {
+      RouteHere(exchange, piece, now);
+    } else {
+      SendDispatch(exchange, piece, now);
+    }
+  }
+}
+
+void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time now) {
+  std::vector<NodeId>::const_iterator router = routers_.end();
+  for (size_t i = 0; i < routers_.size() && router == routers_.end(); ++i) {
+    const auto candidate = routers_.begin() + (piece.attempt + i) % routers_.size();
+    if (IsUp(*candidate)) router = candidate;
+  }
+  if (router == routers_.end()) {
+    piece.retry_at = now + options_.retry_pause;
+    return;
+  }
+  if (!transport_.TakeCredit(*router, exchange.traffic_class, piece.rows)) {
+    piece.retry_at = now;   // asked again at every turn of the engine's wait
+    return;
+  }
+  if (piece.attempt > 0) {   // the old frame may still be on its way out, with its old header
+    FrameRef fresh = transport_.frames().Allocate(piece.frame.header().payload_bytes);
+    std::memcpy(fresh.payload(), piece.frame.payload(), piece.frame.header().payload_bytes);
+    piece.frame = fresh;
+  }
+  wire::FrameHeader& header = piece.frame.header();
+  const uint32_t payload_bytes = header.payload_bytes;
+  header = ExchangeHeader(exchange, piece);
+  header.kind = wire::Kind::kDispatch;
+  header.rows = piece.rows;
+  header.row_begin = piece.row_begin;
+  header.payload_bytes = payload_bytes;
+  piece.dispatched = true;
+  piece.router = *router;
+  piece.deadline = now + options_.plan_timeout * (1 << piece.doublings);
+  if (absl::Status sent = transport_.Send(*router, piece.frame); !sent.ok()) {
+    piece.dispatched = false;
+    ++piece.attempt;
+    piece.retry_at = now + options_.retry_pause;
+  }
+}
+
+void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now) {
+  const int64_t k = shape_.top_k;
+  piece.experts.resize(piece.rows * k);
+  piece.weights.resize(piece.rows * k);
+  std::vector<router::GateResult> results(piece.rows);
+  local_gate_->Route(exchange.layer, piece.row_begin, piece.frame.payload(), piece.rows, piece.experts.data(),
+                     piece.weights.data(), results.data(), pool_);
+  for (uint32_t i = 0; i < piece.rows; ++i) {
+    if (results[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
+  }
+  AdoptPlan(piece, now);
+  SendAgain(exchange, piece, now);
+}
+
+// Makes a slot of every (row, group) of piece.experts, unsent.
+void ExpertExchange::AdoptPlan(Piece& piece, absl::Time now) {
+  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  piece.slots.assign(piece.rows * fan_out, Slot{});
+  piece.slot_count.assign(piece.rows, 0);
+  piece.outcomes.assign(piece.rows, RowOutcome::kOk);
+  piece.planned = true;
+  piece.unsent = true;
+  piece.open = 0;
+  piece.doublings = 0;
+  piece.deadline = now + options_.result_timeout;
+  piece.retry_at = now;
+  for (uint32_t i = 0; i < piece.rows; ++i) {
+    if (piece.weights[i * k] == wire::kRejectedRowWeight) {
+      piece.outcomes[i] = RowOutcome::kRejected;
+      continue;
+    }
+    uint64_t mask = router::GroupMask(config_, {piece.experts.data() + i * k, static_cast<size_t>(k)});
+    MK_CHECK(std::popcount(mask) <= fan_out);
+    for (; mask != 0; mask &= mask - 1) {
+      piece.slots[i * fan_out + piece.slot_count[i]++].group = static_cast<uint16_t>(std::countr_zero(mask));
+      ++piece.open;
+    }
+  }
+}
+
+void ExpertExchange::SendAgain(Exchange& exchange, Piece& piece, absl::Time now) {
+  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  static thread_local std::vector<router::WorkItem> items;
+  items.clear();
+  for (uint32_t i = 0; i < piece.rows; ++i) {
+    uint64_t groups = 0;
+    for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+      const Slot& slot = piece.slots[i * fan_out + s];
+      if (slot.state == Slot::State::kUnsent) groups |= uint64_t{1} << slot.group;
+    }
+    if (groups == 0) continue;
+    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(), &piece.experts[i * k],
+                     &piece.weights[i * k], groups});
+  }
+  piece.unsent = false;
+  if (items.empty()) return;
+  piece.retry_at = now + options_.retry_pause;
+  sender_.Send(
+      *placement_, ExchangeHeader(exchange, piece), items, [&](NodeId server) { return IsUp(server); },
+      [&](size_t item, uint32_t group, NodeId server) {
+        const uint32_t i = items[item].row - piece.row_begin;
+        for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+          Slot& slot = piece.slots[i * fan_out + s];
+          if (slot.group != group || slot.state != Slot::State::kUnsent) continue;
+          if (server == NodeId{}) {
+            piece.unsent = true;
+          } else {
+            slot.state = Slot::State::kSent;
+            slot.server = server;
+          }
+        }
+      });
+}
+
+ExpertExchange::Exchange* ExpertExchange::Find(const wire::FrameHeader& header) {
+  if (header.origin != transport_.self().value || header.microbatch >= exchanges_.size()) return nullptr;
+  Exchange& exchange = *exchanges_[header.microbatch];
+  const bool current = exchange.active && exchange.step == header.step && exchange.layer == header.layer;
+  return current ? &exchange : nullptr;
+}
+
+ExpertExchange::Piece* ExpertExchange::FindPiece(Exchange& exchange, uint32_t row) {
+  return row < exchange.rows ? &exchange.pieces[row / exchange.rows_per_piece] : nullptr;
+}
+
+void ExpertExchange::OnFrame(const FrameRef& frame) {
+  const wire::FrameHeader& header = frame.header();
+  Exchange* exchange = Find(header);
+  if (exchange == nullptr) {
+    ++counters_.stale_frames;
+    return;
+  }
+  switch (header.kind) {
+    case wire::Kind::kRoutePlan: return OnRoutePlan(*exchange, frame);
+    case wire::Kind::kPartial: return OnPartial(*exchange, frame, /*again=*/false);
+    case wire::Kind::kNack: return OnNack(*exchange, frame);
+    case wire::Kind::kReject: return OnReject(*exchange, frame);
+    case wire::Kind::kBusy: return OnBusy(*exchange, frame);
+    default: ++counters_.bad_frames; return;
+  }
+}
+
+void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
+  const wire::FrameHeader& header = frame.header();
+  absl::StatusOr<wire::RoutePlanView> plan = wire::ReadRoutePlan(shape_, header, frame.payload_span());
+  Piece* piece = FindPiece(exchange, header.row_begin);
+  if (!plan.ok() || piece == nullptr || piece->row_begin != header.row_begin || piece->rows != header.rows) {
+    ++counters_.bad_frames;
+    return;
+  }
+  if (piece->attempt != header.attempt || piece->planned) {
+    ++counters_.stale_frames;
+    return;
+  }
+  const absl::Time now = absl::Now();
+  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  // The fan-out bound is what result slots are reserved by: a plan that breaks it is not a plan.
+  for (uint32_t i = 0; i < piece->rows; ++i) {
+    if (std::popcount(router::GroupMask(config_, plan->experts.subspan(i * k, k))) > fan_out) {
+      ++counters_.bad_frames;
+      return;
+    }
+  }
+  piece->experts.assign(plan->experts.begin(), plan->experts.end());
+  piece->weights.assign(plan->weights.begin(), plan->weights.end());
+  AdoptPlan(*piece, now);
+  piece->unsent = false;
+  for (uint32_t i = 0; i < piece->rows; ++i) {
+    for (int64_t s = 0; s < piece->slot_count[i]; ++s) {
+      Slot& slot = piece->slots[i * fan_out + s];
+      for (int64_t e = 0; e < k; ++e) {
+        const uint16_t index = plan->server_index[i * k + e];
+        if (config_.GroupOfExpert(plan->experts[i * k + e]) != slot.group || index == wire::kNoServer) continue;
+        slot.server = NodeId{plan->servers[index]};
+        // A server this node is not connected to could not answer it.
+        if (IsUp(slot.server)) slot.state = Slot::State::kSent;
+      }
+      if (slot.state == Slot::State::kUnsent) piece->unsent = true;
+    }
+  }
+  const std::vector<FrameRef> early = std::move(piece->early);
+  piece->early.clear();
+  for (const FrameRef& partial : early) OnPartial(exchange, partial, /*again=*/true);
+}
+
+void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool again) {
+  const wire::FrameHeader& header = frame.header();
+  absl::StatusOr<wire::PartialView> view = wire::ReadPartial(shape_, header, frame.payload_span());
+  if (!view.ok()) {
+    ++counters_.bad_frames;
+    return;
+  }
+  const int64_t fan_out = config_.fan_out_max();
+  bool used = false;
+  for (size_t r = 0; r < view->rows.size(); ++r) {
+    const wire::PartialRow& partial = view->rows[r];
+    Piece* piece = FindPiece(exchange, partial.row);
+    if (piece == nullptr) {
+      ++counters_.bad_frames;
+      return;
+    }
+    if (piece->attempt != header.attempt) {
+      ++counters_.stale_frames;
+      return;
+    }
+    if (!piece->planned) {
+      if (!again && piece->early.size() < kEarlyFramesMax) piece->early.push_back(frame);
+      return;
+    }
+    const uint32_t i = partial.row - piece->row_begin;
+    Slot* found = nullptr;
+    for (int64_t s = 0; s < piece->slot_count[i]; ++s) {
+      if (piece->slots[i * fan_out + s].group == partial.group) found = &piece->slots[i * fan_out + s];
+    }
+    if (found == nullptr) {
+      ++counters_.bad_frames;
+    } else if (found->state == Slot::State::kDone) {
+      ++counters_.duplicate_rows;
+    } else {
+      found->state = Slot::State::kDone;
+      found->data = view->data + r * shape_.row_bytes();
+      --piece->open;
+      used = true;
+    }
+  }
+  if (used) exchange.held.push_back(frame);
+}
+
+void ExpertExchange::OnNack(Exchange& exchange, const FrameRef& frame) {
+  absl::StatusOr<wire::PartialView> view = wire::ReadRowList(shape_, frame.header(), frame.payload_span());
+  if (!view.ok()) {
+    ++counters_.bad_frames;
+    return;
+  }
+  const absl::Time now = absl::Now();
+  const int64_t fan_out = config_.fan_out_max();
+  for (const wire::PartialRow& row : view->rows) {
+    Piece* piece = FindPiece(exchange, row.row);
+    if (piece == nullptr || piece->attempt != frame.header().attempt || !piece->planned) continue;
+    for (int64_t s = 0; s < piece->slot_count[row.row - piece->row_begin]; ++s) {
+      Slot& slot = piece->slots[(row.row - piece->row_begin) * fan_out + s];
+      if (slot.group != row.group || slot.state != Slot::State::kSent) continue;
+      slot.state = Slot::State::kUnsent;
+      piece->unsent = true;
+      // The server knows a newer table; ours is on its way.
+      piece->retry_at = frame.header().epoch() > placement_->epoch() ? now + options_.retry_pause : now;
+      ++counters_.redispatched_rows;
+    }
+  }
+}
+
+void ExpertExchange::OnReject(Exchange& exchange, const FrameRef& frame) {
+  absl::StatusOr<wire::PartialView> view = wire::ReadRowList(shape_, frame.header(), frame.payload_span());
+  if (!view.ok()) {
+    ++counters_.bad_frames;
+    return;
+  }
+  for (const wire::PartialRow& row : view->rows) {
+    Piece* piece = FindPiece(exchange, row.row);
+    if (piece == nullptr || piece->attempt != frame.header().attempt) continue;
+    if (piece->planned) FailRow(*piece, row.row, RowOutcome::kRejected);
+  }
+}
+
+void ExpertExchange::OnBusy(Exchange& exchange, const FrameRef& frame) {
+  absl::StatusOr<wire::PartialView> view = wire::ReadRowList(shape_, frame.header(), frame.payload_span());
+  Piece* piece = view.ok() && !view->rows.empty() ? FindPiece(exchange, view->rows.front().row) : nullptr;
+  if (piece == nullptr) {
+    ++counters_.bad_frames;
+    return;
+  }
+  if (piece->attempt != frame.header().attempt || piece->planned) return;
+  ++piece->attempt;
+  ++counters_.plan_retries;
+  piece->dispatched = false;
+  piece->early.clear();
+  piece->retry_at = absl::Now() + options_.retry_pause;
+}
+
+void ExpertExchange::FailRow(Piece& piece, uint32_t row, RowOutcome outcome) {
+  const int64_t i = row - piece.row_begin, fan_out = config_.fan_out_max();
+  if (piece.outcomes[i] == RowOutcome::kOk) piece.outcomes[i] = outcome;
+  for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+    Slot& slot = piece.slots[i * fan_out + s];
+    if (slot.state != Slot::State::kDone) --piece.open;
+    slot.state = Slot::State::kDone;
+  }
+}
+
+void ExpertExchange::Tick(absl::Time now) {
+  for (const auto& exchange : exchanges_) {
+    if (!exchange->active) continue;
+    for (Piece& piece : exchange->active_pieces()) {
+      if (piece.planned && piece.open == 0) continue;
+      if (now >= exchange->give_up_at) {
+        if (!piece.planned) {   // no plan: every row fails, with no slot to wait for
+          piece.outcomes.assign(piece.rows, RowOutcome::kUnavailable);
+          piece.slot_count.assign(piece.rows, 0);
+          piece.slots.assign(piece.rows * config_.fan_out_max(), Slot{});
+          piece.planned = true;
+        }
+        for (uint32_t i = 0; i < piece.rows; ++i) {
+          const int64_t fan_out = config_.fan_out_max();
+          const bool open = std::any_of(piece.slots.begin() + i * fan_out,
+                                        piece.slots.begin() + i * fan_out + piece.slot_count[i],
+                                        [](const Slot& slot) { return slot.state != Slot::State::kDone; });
+          if (open) FailRow(piece, piece.row_begin + i, RowOutcome::kUnavailable);
+        }
+        continue;
+      }
+      if (!piece.planned) {
+        if (piece.dispatched && now >= piece.deadline) {
+          ++piece.attempt;
+          ++counters_.plan_retries;
+          piece.doublings = std::min(piece.doublings + 1, kDoublingsMax);
+          piece.dispatched = false;
+          piece.early.clear();
+          piece.retry_at = now;
+        }
+        if (!piece.dispatched && now >= piece.retry_at) SendDispatch(*exchange, piece, now);
+        continue;
+      }
+      if (now >= piece.deadline) {
+        piece.doublings = std::min(piece.doublings + 1, kDoublingsMax);
+        piece.deadline = now + options_.result_timeout * (1 << piece.doublings);
+        for (Slot& slot : piece.slots) {
+          if (slot.state != Slot::State::kSent) continue;
+          slot.state = Slot::State::kUnsent;
+          piece.unsent = true;
+          ++counters_.redispatched_rows;
+        }
+        piece.retry_at = now;
+      }
+      if (piece.unsent && now >= piece.retry_at) SendAgain(*exchange, piece, now);
+    }
+  }
+}
+
+bool ExpertExchange::Done(int microbatch) const {
+  Exchange& exchange = *exchanges_[microbatch];
+  if (!exchange.active) return false;
+  const auto pieces = exchange.active_pieces();
+  return std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.planned && piece.open == 0; });
+}
+
+void ExpertExchange::Combine(int microbatch, float* x, std::span<RowOutcome> outcomes) {
+  Exchange& exchange = *exchanges_[microbatch];
+  MK_CHECK(Done(microbatch));
+  const int64_t hidden = shape_.hidden, fan_out = config_.fan_out_max();
+  constexpr int64_t kGrain = 8;
+  pool_.ParallelFor((exchange.rows + kGrain - 1) / kGrain, [&](int64_t task) {
+    static thread_local std::vector<float> sum, widened;
+    sum.resize(hidden);
+    widened.resize(hidden);
+    for (int64_t row = task * kGrain; row < std::min(exchange.rows, (task + 1) * kGrain); ++row) {
+      const Piece& piece = exchange.pieces[row / exchange.rows_per_piece];
+      const int64_t i = row - piece.row_begin;
+      outcomes[row] = piece.outcomes[i];
+      if (piece.outcomes[i] != RowOutcome::kOk) continue;
+      // Slots are in group order (they were made from a bit mask), whatever order the answers came in.
+      for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+        const std::byte* data = piece.slots[i * fan_out + s].data;
+        float* into = s == 0 ? sum.data() : widened.data();
+        kernels::FromActivation(precision_, data, into, hidden);
+        if (s > 0) kernels::Tiles().add_scaled(sum.data(), widened.data(), 1.0f, hidden);
+      }
+      kernels::Tiles().add_scaled(x + row * hidden, sum.data(), 1.0f, hidden);
+    }
+  });
+  exchange.active = false;
+  exchange.held.clear();
+  for (Piece& piece : exchange.active_pieces()) {
+    piece.frame = FrameRef();
+    piece.early.clear();
+  }
+}
+
+}  // namespace minke::attention

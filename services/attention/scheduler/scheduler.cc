@@ -1,0 +1,132 @@
+#include "services/attention/scheduler/scheduler.h"
+
+#include <algorithm>
+
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+
+namespace minke::attention {
+
+absl::Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
+  if (PagesFor(std::ssize(sequence->tokens)) > pages_.total()) {
+    return absl::InvalidArgumentError(StrCat("prompt of ", sequence->tokens.size(), " tokens: expected at most ",
+                                             pages_.total() * kernels::kPageTokens, ", the size of this node's latent cache"));
+  }
+  if (std::ssize(waiting_) >= limits_.waiting_max) {
+    return absl::ResourceExhaustedError(StrCat("the admission queue is full (", limits_.waiting_max, " requests)"));
+  }
+  waiting_.push_back(std::move(sequence));
+  return absl::OkStatus();
+}
+
+void Scheduler::Cancel(const RequestKey& key) {
+  for (auto& sequence : running_) sequence->cancelled |= sequence->request.key == key;
+  for (auto& sequence : waiting_) sequence->cancelled |= sequence->request.key == key;
+}
+
+void Scheduler::CancelSession(uint64_t session) {
+  for (auto& sequence : running_) sequence->cancelled |= sequence->request.key.session == session;
+  for (auto& sequence : waiting_) sequence->cancelled |= sequence->request.key.session == session;
+}
+
+void Scheduler::ReleasePages(Sequence& sequence) {
+  for (const uint32_t page : sequence.pages) pages_.Release(page);
+  sequence.pages.clear();
+  sequence.computed = 0;
+}
+
+void Scheduler::DropCancelled() {
+  for (auto& sequence : running_) {
+    if (sequence->cancelled) ReleasePages(*sequence);
+  }
+  std::erase_if(running_, [](const auto& sequence) { return sequence->cancelled; });
+  std::erase_if(waiting_, [](const auto& sequence) { return sequence->cancelled; });
+}
+
+void Scheduler::Finish(Sequence* sequence) {
+  auto it = std::find_if(running_.begin(), running_.end(), [&](const auto& s) { return s.get() == sequence; });
+  MK_CHECK(it != running_.end());
+  ReleasePages(**it);
+  running_.erase(it);
+}
+
+void Scheduler::PreemptLast() {
+  std::unique_ptr<Sequence> victim = std::move(running_.back());
+  running_.pop_back();
+  ReleasePages(*victim);
+  waiting_.push_front(std::move(victim));
+  ++preemptions_;
+}
+
+bool Scheduler::CanGrow(const Sequence& sequence) const {
+  // Alone, a sequence may have every page.
+  return PagesFor(std::ssize(sequence.tokens)) <= pages_.total();
+}
+
+// Takes pages until `sequence` has room for `tokens`; preempts the youngest sequences for it. False if `sequence` was
+// itself the youngest and had to go.
+bool Scheduler::Reserve(Sequence& sequence, int64_t tokens) {
+  while (std::ssize(sequence.pages) < PagesFor(tokens)) {
+    if (std::optional<uint32_t> page = pages_.Take()) {
+      sequence.pages.push_back(*page);
+      continue;
+    }
+    const bool self = running_.back().get() == &sequence;
+    PreemptLast();
+    if (self) return false;
+  }
+  return true;
+}
+
+std::vector<StepChunk> Scheduler::PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused) {
+  DropCancelled();
+  for (auto it = waiting_.begin(); it != waiting_.end();) {
+    if ((*it)->request.waiting_until < now && (*it)->computed == 0 && (*it)->generated_size() == std::ssize((*it)->request.generated)) {
+      refused(**it);
+      it = waiting_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+  std::vector<StepChunk> chunks;
+  int64_t budget = limits_.step_tokens_max;
+  const auto left = [](const Sequence& s) { return std::ssize(s.tokens) - s.computed; };
+  const auto take = [&](Sequence& sequence, int64_t count) {
+    chunks.push_back({&sequence, sequence.computed, count});
+    budget -= count;
+  };
+  // Decode first: one row each. Preemption takes from the end, so earlier ones are safe.
+  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
+    Sequence& sequence = *running_[i];
+    if (left(sequence) == 1 && Reserve(sequence, sequence.computed + 1)) take(sequence, 1);
+  }
+  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
+    Sequence& sequence = *running_[i];
+    const int64_t count = std::min(budget, left(sequence));
+    // Prefill waits for pages instead of taking them from sequences that already produce.
+    if (left(sequence) <= 1 || PagesFor(sequence.computed + count) - std::ssize(sequence.pages) > pages_.free()) continue;
+    MK_CHECK(Reserve(sequence, sequence.computed + count));
+    take(sequence, count);
+  }
+  while (!waiting_.empty() && budget > 0 && std::ssize(running_) < limits_.sequences_max) {
+    Sequence& sequence = *waiting_.front();
+    // Room for the whole prompt and the first new token, so that admission does not lead to preemption at once.
+    if (PagesFor(std::ssize(sequence.tokens) + 1) > pages_.free() &&
+        !(running_.empty() && PagesFor(std::ssize(sequence.tokens)) <= pages_.free())) {
+      break;
+    }
+    running_.push_back(std::move(waiting_.front()));
+    waiting_.pop_front();
+    const int64_t count = std::min(budget, left(sequence));
+    MK_CHECK(Reserve(sequence, count));
+    take(sequence, count);
+  }
+  // A chunk's sequence may have been preempted after its chunk was planned.
+  std::erase_if(chunks, [](const StepChunk& chunk) {
+    return std::ssize(chunk.sequence->pages) < PagesFor(chunk.begin + chunk.count);
+  });
+  if (chunks.empty() && !running_.empty()) PreemptLast();   // prefills that block each other: the oldest goes on
+  return chunks;
+}
+
+}  // namespace minke::attention

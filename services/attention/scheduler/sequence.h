@@ -1,0 +1,63 @@
+// One request inside the attention node: tokens, how far the cache holds them, what was asked for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "services/attention/sampling/sampler.h"
+
+namespace minke::attention {
+
+// A request as its gateway names it. `session` is this node's number of the gateway's stream.
+struct RequestKey {
+  uint64_t session = 0;
+  uint64_t request = 0;
+  uint32_t generation = 0;
+  friend auto operator<=>(const RequestKey&, const RequestKey&) = default;
+};
+
+struct Request {
+  RequestKey key;
+  std::vector<uint32_t> prompt;      // not empty
+  std::vector<uint32_t> generated;   // streamed before the request came here
+  SamplingParams sampling;
+  absl::Time waiting_until = absl::InfiniteFuture();   // refused if still not admitted
+};
+
+enum class FinishReason { kNone, kStop, kLength, kError };
+
+// What one step did for one request.
+struct RequestEvent {
+  RequestKey key;
+  std::vector<uint32_t> tokens;
+  std::vector<TokenLogprobs> logprobs;
+  std::vector<TokenLogprobs> prompt_logprobs;
+  FinishReason finish = FinishReason::kNone;
+  absl::Status error;   // with kError
+};
+
+struct Sequence {
+  explicit Sequence(Request r) : request(std::move(r)), tokens(request.prompt) {
+    tokens.insert(tokens.end(), request.generated.begin(), request.generated.end());
+    if (request.sampling.repetition_penalty != 1) {
+      for (const uint32_t token : request.prompt) ++counts.prompt[token];
+    }
+    for (const uint32_t token : request.generated) ++counts.generated[token];
+  }
+  int64_t prompt_size() const { return std::ssize(request.prompt); }
+  int64_t generated_size() const { return std::ssize(tokens) - prompt_size(); }
+
+  Request request;
+  std::vector<uint32_t> tokens;       // prompt and generated
+  int64_t computed = 0;               // tokens whose latents are in the cache
+  std::vector<uint32_t> pages;
+  TokenCounts counts;
+  int64_t prompt_logprobs_done = 0;   // prompt tokens 1 ... done were reported; survives recomputation
+  bool cancelled = false;
+};
+
+}  // namespace minke::attention

@@ -1,0 +1,235 @@
+#include "services/experts/engine/expert_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/cluster/row_shape.h"
+
+namespace minke::experts {
+
+using transport::FrameRef;
+
+namespace {
+
+constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
+
+// The request's exchange, as a reply names it.
+void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows, Epoch epoch, FrameRef& frame) {
+  wire::FrameHeader& header = frame.header();
+  const uint32_t payload_bytes = header.payload_bytes;
+  header = request;
+  header.kind = kind;
+  header.flags = 0;
+  header.pairs = 0;
+  header.row_begin = 0;
+  header.rows = rows;
+  header.payload_bytes = payload_bytes;
+  header.set_epoch(epoch);
+}
+
+}  // namespace
+
+ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
+                           std::unique_ptr<transport::Transport> transport, ThreadPool& pool, ExpertEngineOptions options)
+    : config_(config),
+      precision_(precision),
+      shape_(RowShapeOf(config, precision)),
+      options_(options),
+      transport_(std::move(transport)),
+      launch_(config, precision, pool) {}
+
+ExpertEngine::~ExpertEngine() = default;
+
+void ExpertEngine::AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weights) {
+  {
+    absl::MutexLock lock(&mutex_);
+    new_units_.emplace_back(unit, std::move(weights));
+  }
+  transport_->Wake();
+}
+
+void ExpertEngine::SetEpoch(Epoch epoch) {
+  absl::MutexLock lock(&mutex_);
+  new_epoch_ = epoch;
+}
+
+void ExpertEngine::Stop() {
+  stop_.store(true);
+  transport_->Wake();
+}
+
+ExpertEngineStatus ExpertEngine::status() const {
+  absl::MutexLock lock(&mutex_);
+  return status_;
+}
+
+void ExpertEngine::TakeMail() {
+  absl::MutexLock lock(&mutex_);
+  for (auto& [unit, weights] : new_units_) units_[unit] = std::move(weights);
+  new_units_.clear();
+  epoch_ = new_epoch_;
+  status_ = counters_;
+}
+
+void ExpertEngine::Accept(transport::Event& event) {
+  const wire::FrameHeader& header = event.frame.header();
+  absl::StatusOr<wire::WorkView> view = absl::InvalidArgumentError("not ExpertWork");
+  if (header.kind == wire::Kind::kExpertWork) view = wire::ReadWork(shape_, header, event.frame.payload_span());
+  if (view.ok() && !(header.layer < config_.num_hidden_layers && config_.IsMoeLayer(header.layer))) {
+    view = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no experts"));
+  }
+  if (!view.ok()) {
+    ++counters_.bad_frames;
+    log::Warning("experts", StrCat("bad message peer=", ToString(event.peer), ": ", view.status().message()));
+    return;
+  }
+  if (counters_.queued_rows + header.rows > options_.queued_rows_max) {
+    ++counters_.dropped_frames;
+    return;
+  }
+  counters_.queued_rows += header.rows;
+  queues_[static_cast<int>(header.traffic_class)].push_back({std::move(event.frame), event.peer, *view});
+}
+
+void ExpertEngine::PollTransport() {
+  transport_->Poll([&](transport::Event& event) {
+    switch (event.kind) {
+      case transport::Event::Kind::kFrame: return Accept(event);
+      case transport::Event::Kind::kPeerUp: return;
+      case transport::Event::Kind::kPeerLost:
+        log::Info("experts", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
+        return;
+    }
+  });
+}
+
+FrameRef ExpertEngine::RowListFrame(const wire::FrameHeader& request, wire::Kind kind, std::span<const GroupRow> rows,
+                                    const wire::WorkView& view) {
+  FrameRef frame = transport_->frames().Allocate(static_cast<uint32_t>(rows.size() * sizeof(wire::PartialRow)));
+  const std::span<wire::PartialRow> out = wire::LayOutRowList(static_cast<uint32_t>(rows.size()), frame.payload_span());
+  for (size_t i = 0; i < rows.size(); ++i) out[i] = {view.rows[rows[i].row].row, rows[i].group, 0};
+  FillReply(request, kind, static_cast<uint32_t>(rows.size()), epoch_, frame);
+  return frame;
+}
+
+// Takes the next launch's jobs off the queues. False if there is none.
+bool ExpertEngine::RunLaunch() {
+  for (int c = 0; c < wire::kNumTrafficClasses; ++c) {
+    std::deque<Job>& queue = queues_[c];
+    if (queue.empty()) continue;
+    const bool decode = c == static_cast<int>(wire::TrafficClass::kDecode);
+    const int64_t rows_max = decode ? options_.decode_rows_max : options_.prefill_rows_max;
+    const uint16_t layer = queue.front().frame.header().layer;
+    int64_t rows = 0;
+    jobs_.clear();
+    for (auto it = queue.begin(); it != queue.end();) {
+      const wire::FrameHeader& header = it->frame.header();
+      if (header.layer == layer && (rows == 0 || rows + header.rows <= rows_max)) {
+        rows += header.rows;
+        jobs_.push_back(std::move(*it));
+        it = queue.erase(it);
+      } else {
+        ++it;
+      }
+    }
+    counters_.queued_rows -= rows;
+    counters_.rows += rows;
+    ++counters_.launches;
+    Reply(jobs_);
+    jobs_.clear();
+    return true;
+  }
+  return false;
+}
+
+void ExpertEngine::Reply(std::span<const Job> jobs) {
+  const uint32_t layer = jobs.front().frame.header().layer;
+  static thread_local std::vector<wire::WorkView> views;
+  static thread_local std::vector<GroupRow> hosted, missing;
+  static thread_local std::vector<size_t> hosted_end;   // of each job
+  views.clear();
+  hosted.clear();
+  hosted_end.clear();
+  for (uint32_t j = 0; j < jobs.size(); ++j) {
+    views.push_back(jobs[j].view);
+    missing.clear();
+    SplitByGroup(config_, units_, layer, j, jobs[j].view, hosted, missing);
+    hosted_end.push_back(hosted.size());
+    if (!missing.empty()) {
+      counters_.nacked_rows += missing.size();
+      (void)transport_->Send(NodeId{jobs[j].frame.header().origin},
+                             RowListFrame(jobs[j].frame.header(), wire::Kind::kNack, missing, jobs[j].view));
+    }
+  }
+  // Results are written straight into the messages that carry them.
+  struct Out {
+    FrameRef frame;
+    size_t job, begin, end;   // rows of `hosted`
+  };
+  std::vector<Out> out_frames;
+  static thread_local std::vector<std::byte*> outs;
+  static thread_local std::vector<uint8_t> finite;
+  outs.resize(hosted.size());
+  finite.assign(hosted.size(), 1);
+  const size_t partial_rows_max = wire::PartialRowsMax(shape_);
+  for (size_t j = 0, begin = 0; j < jobs.size(); ++j) {
+    for (; begin < hosted_end[j];) {
+      const size_t end = std::min(hosted_end[j], begin + partial_rows_max);
+      const uint32_t rows = static_cast<uint32_t>(end - begin);
+      FrameRef frame = transport_->frames().Allocate(wire::PartialPayloadBytes(shape_, rows));
+      const wire::PartialSpans spans = wire::LayOutPartial(shape_, rows, frame.payload_span());
+      for (size_t i = begin; i < end; ++i) {
+        spans.rows[i - begin] = {views[j].rows[hosted[i].row].row, hosted[i].group, 0};
+        outs[i] = spans.data + (i - begin) * shape_.row_bytes();
+      }
+      FillReply(jobs[j].frame.header(), wire::Kind::kPartial, rows, epoch_, frame);
+      out_frames.push_back({std::move(frame), j, begin, end});
+      begin = end;
+    }
+  }
+  if (!hosted.empty()) launch_.Run(units_, layer, views, hosted, outs, finite);
+  for (Out& out : out_frames) {
+    const wire::FrameHeader& request = jobs[out.job].frame.header();
+    const NodeId origin{request.origin};
+    std::vector<GroupRow> rejected;
+    for (size_t i = out.begin; i < out.end; ++i) {
+      if (finite[i] == 0) rejected.push_back(hosted[i]);
+    }
+    if (rejected.empty()) {
+      (void)transport_->Send(origin, std::move(out.frame));   // an origin that is gone needs no answer
+      continue;
+    }
+    // Rare: the sums that are not finite are named, the others sent in a message without them.
+    counters_.rejected_rows += rejected.size();
+    (void)transport_->Send(origin, RowListFrame(request, wire::Kind::kReject, rejected, views[out.job]));
+    const uint32_t good = static_cast<uint32_t>(out.end - out.begin - rejected.size());
+    if (good == 0) continue;
+    FrameRef frame = transport_->frames().Allocate(wire::PartialPayloadBytes(shape_, good));
+    const wire::PartialSpans spans = wire::LayOutPartial(shape_, good, frame.payload_span());
+    uint32_t next = 0;
+    for (size_t i = out.begin; i < out.end; ++i) {
+      if (finite[i] == 0) continue;
+      spans.rows[next] = {views[out.job].rows[hosted[i].row].row, hosted[i].group, 0};
+      std::memcpy(spans.data + next * shape_.row_bytes(), outs[i], shape_.row_bytes());
+      ++next;
+    }
+    FillReply(request, wire::Kind::kPartial, good, epoch_, frame);
+    (void)transport_->Send(origin, std::move(frame));
+  }
+  for (const Job& job : jobs) {
+    transport_->ReturnCredit(job.from, job.frame.header().traffic_class, job.frame.header().rows);
+  }
+}
+
+void ExpertEngine::Run() {
+  while (!stop_.load()) {
+    TakeMail();
+    PollTransport();
+    if (!RunLaunch()) transport_->Wait(kIdleWait);
+  }
+}
+
+}  // namespace minke::experts

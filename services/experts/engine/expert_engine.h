@@ -1,0 +1,82 @@
+// The expert server's loop: takes ExpertWork from the transport, merges what is queued for one layer into a launch
+// (decode before prefill), and answers each message's attention node with its partial sums.
+//
+// Threads: Run() is the engine thread; the rest is thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "libs/transport/transport.h"
+#include "services/experts/compute/launch.h"
+#include "services/experts/shard/expert_shard.h"
+
+namespace minke::experts {
+
+struct ExpertEngineOptions {
+  // Rows of one launch. Prefill launches are cut short, so that decode rows arriving meanwhile wait a few
+  // milliseconds at most.
+  int64_t decode_rows_max = 4096;
+  int64_t prefill_rows_max = 512;
+  // Rows queued; beyond it messages are dropped (a peer within its credit never gets there).
+  int64_t queued_rows_max = 1 << 20;
+};
+
+struct ExpertEngineStatus {
+  uint64_t launches = 0, rows = 0, nacked_rows = 0, rejected_rows = 0, bad_frames = 0, dropped_frames = 0;
+  int64_t queued_rows = 0;
+};
+
+class ExpertEngine {
+ public:
+  ExpertEngine(const ModelConfig& config, Precision precision, std::unique_ptr<transport::Transport> transport,
+               ThreadPool& pool, ExpertEngineOptions options);
+  ~ExpertEngine();
+
+  void AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weights);
+  void SetEpoch(Epoch epoch);   // newest placement this server knows of; named in Nacks
+
+  void Run();    // until Stop()
+  void Stop();
+  ExpertEngineStatus status() const;
+
+ private:
+  struct Job {
+    transport::FrameRef frame;
+    NodeId from;              // whose credit it holds
+    wire::WorkView view;
+  };
+  void TakeMail();
+  void PollTransport();
+  void Accept(transport::Event& event);
+  bool RunLaunch();
+  void Reply(std::span<const Job> jobs);
+  transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind, std::span<const GroupRow> rows,
+                                   const wire::WorkView& view);
+
+  const ModelConfig config_;
+  const Precision precision_;
+  const wire::RowShape shape_;
+  const ExpertEngineOptions options_;
+  std::unique_ptr<transport::Transport> transport_;
+  Launch launch_;
+  Units units_;
+  Epoch epoch_;
+  std::deque<Job> queues_[wire::kNumTrafficClasses];
+  std::vector<Job> jobs_;
+  ExpertEngineStatus counters_;
+
+  mutable absl::Mutex mutex_;
+  std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);
+  Epoch new_epoch_ ABSL_GUARDED_BY(mutex_);
+  ExpertEngineStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace minke::experts

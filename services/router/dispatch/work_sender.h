@@ -1,0 +1,53 @@
+// Sends rows to the expert servers that host their groups: chooses a replica per group, gathers each server's rows
+// into ExpertWork frames, takes credit and posts them. Used by the router for fresh rows, and by the attention node
+// for --routing=local and for everything that has to be sent again.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "libs/cluster/row_shape.h"
+#include "libs/model/config.h"
+#include "libs/transport/transport.h"
+#include "libs/wire/messages.h"
+#include "services/router/placement/placement_table.h"
+
+namespace minke::router {
+
+// One row and the groups to send it to (bit g: group g). Pointers are borrowed for the call.
+struct WorkItem {
+  uint32_t row = 0;                      // index in the exchange
+  const std::byte* data = nullptr;       // [hidden] Act
+  const uint16_t* experts = nullptr;     // [k] ascending
+  const float* weights = nullptr;        // [k]
+  uint64_t groups = 0;
+};
+
+// Engine thread only.
+class WorkSender {
+ public:
+  WorkSender(const ModelConfig& config, Precision precision, transport::Transport& transport)
+      : config_(config), shape_(RowShapeOf(config, precision)), transport_(transport) {}
+
+  // `exchange` carries origin, step, layer, microbatch, attempt and class. For every item and group of its mask,
+  // `assign(item, group, server)` is called once: with NodeId{} if no usable server hosts the group or has
+  // credit, in which case nothing was sent for it.
+  void Send(const PlacementTable& placement, const wire::FrameHeader& exchange, std::span<const WorkItem> items,
+            absl::FunctionRef<bool(NodeId)> usable, absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign);
+
+ private:
+  bool SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange, Epoch epoch,
+                 std::span<const WorkItem> items, std::span<const uint32_t> selected);
+
+  const ModelConfig config_;
+  const wire::RowShape shape_;
+  transport::Transport& transport_;
+  std::vector<uint32_t> selected_;
+};
+
+// Groups of a row's experts as a bit mask.
+uint64_t GroupMask(const ModelConfig& config, std::span<const uint16_t> experts);
+
+}  // namespace minke::router

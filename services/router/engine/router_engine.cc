@@ -1,0 +1,177 @@
+#include "services/router/engine/router_engine.h"
+
+#include <algorithm>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+
+namespace minke::router {
+
+using transport::FrameRef;
+
+namespace {
+
+constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
+
+}  // namespace
+
+RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport, ThreadPool& pool)
+    : gate_(std::move(gate)),
+      config_(gate_.config()),
+      shape_(RowShapeOf(config_, precision)),
+      moe_layers_(config_.MoeLayers()),
+      transport_(std::move(transport)),
+      pool_(pool),
+      sender_(config_, precision, *transport_),
+      peers_(*transport_),
+      placement_(std::make_shared<PlacementTable>()),
+      index_of_layer_(config_.num_hidden_layers, -1),
+      expert_counts_(new std::atomic<uint64_t>[moe_layers_.size() * config_.n_routed_experts]()) {
+  for (size_t i = 0; i < moe_layers_.size(); ++i) index_of_layer_[moe_layers_[i]] = static_cast<int32_t>(i);
+}
+
+RouterEngine::~RouterEngine() = default;
+
+void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts, std::shared_ptr<const PlacementTable> placement) {
+  {
+    absl::MutexLock lock(&mutex_);
+    new_experts_ = std::move(experts);
+    new_placement_ = std::move(placement);
+    updated_ = true;
+  }
+  transport_->Wake();
+}
+
+void RouterEngine::Stop() {
+  stop_.store(true);
+  transport_->Wake();
+}
+
+RouterStatus RouterEngine::status() const {
+  absl::MutexLock lock(&mutex_);
+  return status_;
+}
+
+std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
+  std::vector<std::vector<uint64_t>> counts(moe_layers_.size(), std::vector<uint64_t>(config_.n_routed_experts));
+  for (size_t layer = 0; layer < counts.size(); ++layer) {
+    for (int32_t e = 0; e < config_.n_routed_experts; ++e) {
+      counts[layer][e] = expert_counts_[layer * config_.n_routed_experts + e].load(std::memory_order_relaxed);
+    }
+  }
+  return counts;
+}
+
+void RouterEngine::TakeMail() {
+  absl::MutexLock lock(&mutex_);
+  if (updated_) {
+    updated_ = false;
+    experts_ = new_experts_;
+    placement_ = new_placement_;
+    peers_.SetWanted(experts_);
+  }
+  counters_.connected = !experts_.empty() && peers_.AllUp();
+  status_ = counters_;
+}
+
+void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
+  const wire::FrameHeader& header = frame.header();
+  absl::StatusOr<const std::byte*> data = wire::ReadDispatch(shape_, header, frame.payload_span());
+  if (data.ok() && (header.layer >= config_.num_hidden_layers || !gate_.HasLayer(header.layer))) {
+    data = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no gate"));
+  }
+  if (data.ok() && header.rows > static_cast<uint32_t>(MessageRowsMax(shape_))) {
+    data = absl::InvalidArgumentError(StrCat("expected at most ", MessageRowsMax(shape_), " rows, found ", header.rows));
+  }
+  if (!data.ok()) {
+    ++counters_.bad_frames;
+    log::Warning("router", StrCat("bad message peer=", ToString(from), ": ", data.status().message()));
+    return;
+  }
+  const int64_t rows = header.rows, k = shape_.top_k, groups = shape_.num_groups;
+  experts_scratch_.resize(rows * k);
+  weights_scratch_.resize(rows * k);
+  results_.resize(rows);
+  gate_.Route(header.layer, header.row_begin, *data, rows, experts_scratch_.data(), weights_scratch_.data(),
+              results_.data(), pool_);
+  items_.clear();
+  assigned_.assign(rows * groups, NodeId{});
+  std::atomic<uint64_t>* counts = &expert_counts_[index_of_layer_[header.layer] * config_.n_routed_experts];
+  for (int64_t i = 0; i < rows; ++i) {
+    uint16_t* experts = experts_scratch_.data() + i * k;
+    if (results_[i] == GateResult::kRejected) {
+      ++counters_.rejected_rows;
+      for (int64_t e = 0; e < k; ++e) experts[e] = static_cast<uint16_t>(e), weights_scratch_[i * k + e] = 0;
+      weights_scratch_[i * k] = wire::kRejectedRowWeight;
+      continue;
+    }
+    for (int64_t e = 0; e < k; ++e) {
+      std::atomic<uint64_t>& count = counts[experts[e]];
+      count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    }
+    items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
+                      weights_scratch_.data() + i * k, GroupMask(config_, {experts, static_cast<size_t>(k)})});
+  }
+  sender_.Send(
+      *placement_, header, items_, [&](NodeId server) { return peers_.IsUp(server); },
+      [&](size_t item, uint32_t group, NodeId server) {
+        assigned_[(items_[item].row - header.row_begin) * groups + group] = server;
+        if (server == NodeId{}) ++counters_.unplaced_rows;
+      });
+
+  std::vector<NodeId> servers(assigned_);
+  std::sort(servers.begin(), servers.end());
+  servers.erase(std::unique(servers.begin(), servers.end()), servers.end());
+  std::erase(servers, NodeId{});
+  FrameRef plan = transport_->frames().Allocate(
+      wire::RoutePlanPayloadBytes(shape_, header.rows, static_cast<uint32_t>(servers.size())));
+  const wire::RoutePlanSpans out =
+      wire::LayOutRoutePlan(shape_, header.rows, static_cast<uint32_t>(servers.size()), plan.payload_span());
+  for (size_t s = 0; s < servers.size(); ++s) out.servers[s] = servers[s].value;
+  std::copy(weights_scratch_.begin(), weights_scratch_.end(), out.weights.begin());
+  std::copy(experts_scratch_.begin(), experts_scratch_.end(), out.experts.begin());
+  for (int64_t i = 0; i < rows * k; ++i) {
+    const NodeId server = assigned_[i / k * groups + config_.GroupOfExpert(experts_scratch_[i])];
+    const auto at = std::lower_bound(servers.begin(), servers.end(), server);
+    out.server_index[i] = server == NodeId{} ? wire::kNoServer : static_cast<uint16_t>(at - servers.begin());
+  }
+  wire::FrameHeader& reply = plan.header();
+  const uint32_t payload_bytes = reply.payload_bytes;
+  reply = header;
+  reply.kind = wire::Kind::kRoutePlan;
+  reply.flags = 0;
+  reply.pairs = static_cast<uint32_t>(servers.size());
+  reply.payload_bytes = payload_bytes;
+  reply.set_epoch(placement_->epoch());
+  // Credit first: it travels with the plan.
+  transport_->ReturnCredit(from, header.traffic_class, header.rows);
+  (void)transport_->Send(from, std::move(plan));   // a sender that is gone needs no plan
+  ++counters_.dispatches;
+  counters_.rows += header.rows;
+}
+
+void RouterEngine::Run() {
+  while (!stop_.load()) {
+    TakeMail();
+    const int events = transport_->Poll([&](transport::Event& event) {
+      switch (event.kind) {
+        case transport::Event::Kind::kFrame:
+          if (event.frame.header().kind == wire::Kind::kDispatch) {
+            OnDispatch(event.peer, event.frame);
+          } else {
+            ++counters_.bad_frames;
+          }
+          return;
+        case transport::Event::Kind::kPeerUp: return peers_.OnPeerUp(event.peer);
+        case transport::Event::Kind::kPeerLost:
+          log::Warning("router", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
+          return peers_.OnPeerLost(event.peer);
+      }
+    });
+    peers_.Tick(absl::Now());
+    if (events == 0) transport_->Wait(kIdleWait);
+  }
+}
+
+}  // namespace minke::router

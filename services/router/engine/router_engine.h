@@ -1,0 +1,76 @@
+// The router's data plane: gates the rows of each Dispatch, tells the attention node the plan, and sends the rows on
+// to the expert servers. Keeps nothing of a request.
+//
+// Threads: Run() is the engine thread; the rest is thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "libs/cluster/peer_keeper.h"
+#include "services/router/dispatch/work_sender.h"
+#include "services/router/gating/gate.h"
+#include "services/router/placement/placement_table.h"
+
+namespace minke::router {
+
+struct RouterStatus {
+  uint64_t dispatches = 0, rows = 0, rejected_rows = 0, unplaced_rows = 0, bad_frames = 0;
+  bool connected = false;   // to every expert server of the placement
+};
+
+class RouterEngine {
+ public:
+  RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport, ThreadPool& pool);
+  ~RouterEngine();
+
+  // Expert servers by data-plane address, and where the units are.
+  void UpdateCluster(std::map<NodeId, std::string> experts, std::shared_ptr<const PlacementTable> placement);
+
+  void Run();    // until Stop()
+  void Stop();
+  RouterStatus status() const;
+  // Rows each expert was chosen for, [moe layer index][expert], since the start.
+  std::vector<std::vector<uint64_t>> ExpertCounts() const;
+  std::vector<int32_t> moe_layers() const { return moe_layers_; }
+
+ private:
+  void TakeMail();
+  void OnDispatch(NodeId from, const transport::FrameRef& frame);
+
+  Gate gate_;
+  const ModelConfig config_;
+  const wire::RowShape shape_;
+  const std::vector<int32_t> moe_layers_;
+  std::unique_ptr<transport::Transport> transport_;
+  ThreadPool& pool_;
+  WorkSender sender_;
+  cluster::PeerKeeper peers_;
+  std::shared_ptr<const PlacementTable> placement_;   // shared with the control plane, which replaces it
+  std::map<NodeId, std::string> experts_;
+  RouterStatus counters_;
+  std::vector<int32_t> index_of_layer_;
+  std::vector<uint16_t> experts_scratch_;
+  std::vector<float> weights_scratch_;
+  std::vector<GateResult> results_;
+  std::vector<WorkItem> items_;
+  std::vector<NodeId> assigned_;   // [rows, groups]
+
+  // Written by the engine thread only; relaxed reads elsewhere.
+  std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;
+
+  mutable absl::Mutex mutex_;
+  bool updated_ ABSL_GUARDED_BY(mutex_) = false;
+  std::map<NodeId, std::string> new_experts_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<const PlacementTable> new_placement_ ABSL_GUARDED_BY(mutex_);
+  RouterStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace minke::router

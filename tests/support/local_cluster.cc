@@ -1,0 +1,151 @@
+#include "tests/support/local_cluster.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <map>
+
+#include "absl/time/clock.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/transport/ucx/ucx.h"
+
+namespace minke::testing_support {
+
+std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) {
+  const transport::Identity identity{.node_id = RandomNodeId(),
+                                     .role = role,
+                                     .precision = options_.precision,
+                                     .model_fingerprint = checkpoint_->fingerprint(),
+                                     .cluster_secret = "test"};
+  transport::TransportOptions options;
+  if (options_.faults) options.credit_ttl = absl::Milliseconds(500);
+  std::unique_ptr<transport::Transport> made;
+  if (options_.ucx) {
+    auto ucx = transport::CreateUcx(identity, {.transport = options});
+    if (!ucx.ok()) log::Error("test", ucx.status().ToString());
+    MK_CHECK(ucx.ok());
+    made = *std::move(ucx);
+  } else {
+    made = transport::CreateInproc(hub_, identity, options);
+  }
+  if (!options_.faults) return made;
+  transport::FaultOptions faults = *options_.faults;
+  faults.seed += faulty_.size();
+  auto faulty = transport::CreateFaulty(std::move(made), faults);
+  faulty_.push_back(faulty.get());
+  return faulty;
+}
+
+LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)) {
+  auto checkpoint = Checkpoint::Open(options_.checkpoint);
+  if (!checkpoint.ok()) log::Error("test", checkpoint.status().ToString());
+  MK_CHECK(checkpoint.ok());
+  checkpoint_ = *std::move(checkpoint);
+  const auto refused = [](const absl::Status& status) {
+    log::Error("test", status.ToString());
+    MK_CHECK(false);
+  };
+  auto router = router::RouterService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
+                                             {.precision = options_.precision,
+                                              .replicas = options_.replicas,
+                                              .expert_servers = options_.experts,
+                                              .threads = options_.threads,
+                                              .gate_override = options_.local_routing ? nullptr : options_.gate_override});
+  MK_CHECK(router.ok());
+  router_ = *std::move(router);
+  for (int i = 0; i < options_.experts; ++i) {
+    auto expert = experts::ExpertService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_EXPERT),
+                                                {.router = router_->rpc_address(),
+                                                 .precision = options_.precision,
+                                                 .threads = options_.threads,
+                                                 .on_refused = refused});
+    MK_CHECK(expert.ok());
+    experts_.push_back(*std::move(expert));
+  }
+  attention::EngineOptions engine;
+  engine.limits.step_tokens_max = options_.step_tokens_max;
+  engine.cache_bytes = options_.cache_bytes;
+  engine.microbatches = options_.microbatches;
+  engine.mla = options_.mla;
+  engine.exchange = options_.exchange;
+  auto attention = attention::AttentionService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
+                                                      {.router = router_->rpc_address(),
+                                                       .precision = options_.precision,
+                                                       .local_routing = options_.local_routing,
+                                                       .threads = options_.threads,
+                                                       .engine = engine,
+                                                       .gate_override = options_.local_routing ? options_.gate_override : nullptr,
+                                                       .on_refused = refused});
+  if (!attention.ok()) log::Error("test", attention.status().ToString());
+  MK_CHECK(attention.ok());
+  attention_ = *std::move(attention);
+  const absl::Time limit = absl::Now() + absl::Seconds(30);
+  while (!router_->membership().view().ready()) {
+    if (absl::Now() > limit) log::Error("test", "not ready: " + router_->membership().view().not_ready_reason());
+    MK_CHECK(absl::Now() < limit);
+    absl::SleepFor(absl::Milliseconds(5));
+  }
+}
+
+LocalCluster::~LocalCluster() {
+  attention_.reset();
+  experts_.clear();
+  router_.reset();
+}
+
+transport::FaultCounts LocalCluster::fault_counts() const {
+  transport::FaultCounts sum;
+  for (const transport::FaultyTransport* faulty : faulty_) {
+    const transport::FaultCounts counts = faulty->counts();
+    sum.frames += counts.frames;
+    sum.dropped += counts.dropped;
+    sum.duplicated += counts.duplicated;
+    sum.delayed += counts.delayed;
+    sum.reordered += counts.reordered;
+  }
+  return sum;
+}
+
+std::vector<Generation> LocalCluster::Run(const std::vector<inference::v1::Submit>& requests) {
+  auto stub = inference::v1::Attention::NewStub(
+      grpc::CreateChannel(attention_->rpc_address(), grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(60)));
+  auto stream = stub->Session(&context);
+  std::vector<Generation> results(requests.size());
+  for (Generation& result : results) result.error = absl::DeadlineExceededError("no end within 60 s");
+  for (size_t i = 0; i < requests.size(); ++i) {
+    inference::v1::GatewayMessage message;
+    *message.mutable_submit() = requests[i];
+    message.mutable_submit()->set_request_id(i + 1);
+    stream->Write(message);
+  }
+  inference::v1::AttentionMessage message;
+  for (size_t open = requests.size(); open > 0 && stream->Read(&message);) {
+    for (const auto& event : message.events()) {
+      Generation& result = results[event.request_id() - 1];
+      for (const uint32_t token : event.token_ids()) result.tokens.push_back(token);
+      for (const auto& logprobs : event.logprobs()) result.logprobs.push_back(logprobs.logprob());
+      for (const auto& logprobs : event.prompt_logprobs()) result.prompt_logprobs.push_back(logprobs.logprob());
+      result.finish = event.finish_reason();
+      if (event.finish_reason() == inference::v1::FINISH_REASON_NONE) continue;
+      --open;
+      result.error = event.has_error() ? absl::Status(static_cast<absl::StatusCode>(event.error().code()), event.error().message())
+                                       : absl::OkStatus();
+    }
+  }
+  stream->WritesDone();
+  (void)stream->Finish();
+  return results;
+}
+
+inference::v1::Submit Greedy(const std::vector<uint32_t>& prompt, uint32_t max_tokens, bool score) {
+  inference::v1::Submit submit;
+  submit.mutable_prompt_token_ids()->Add(prompt.begin(), prompt.end());
+  submit.mutable_sampling()->set_max_tokens(max_tokens);
+  submit.mutable_sampling()->set_want_prompt_logprobs(score);
+  submit.mutable_sampling()->set_want_logprobs(score);
+  return submit;
+}
+
+}  // namespace minke::testing_support

@@ -1,0 +1,77 @@
+// Router, expert servers and an attention node inside the test's process, over inproc or UCX, each transport optionally
+// faulty; and a client that speaks the gateway's protocol to the attention node.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "libs/transport/faulty/faulty.h"
+#include "libs/transport/inproc/inproc.h"
+#include "services/attention/attention_service.h"
+#include "services/experts/expert_service.h"
+#include "services/router/router_service.h"
+
+namespace minke::testing_support {
+
+struct ClusterOptions {
+  std::string checkpoint;
+  Precision precision = Precision::kExact;
+  int experts = 2;
+  int replicas = 1;
+  bool local_routing = false;
+  bool ucx = false;
+  int microbatches = 1;
+  attention::MlaChoice mla = attention::MlaChoice::kAuto;
+  int64_t step_tokens_max = 512;
+  int64_t cache_bytes = 64 << 20;
+  int threads = 2;
+  std::optional<transport::FaultOptions> faults;   // around every transport
+  attention::ExchangeOptions exchange;
+  router::Gate::Override gate_override;
+};
+
+struct Generation {
+  std::vector<uint32_t> tokens;
+  std::vector<float> logprobs;          // of tokens, when wanted
+  std::vector<float> prompt_logprobs;   // of prompt tokens 1...
+  inference::v1::FinishReason finish = inference::v1::FINISH_REASON_NONE;
+  absl::Status error;
+};
+
+class LocalCluster {
+ public:
+  // Starts and waits until everything can serve; aborts after 30 s.
+  explicit LocalCluster(ClusterOptions options);
+  ~LocalCluster();
+
+  // Submits all at once on one session and waits for every end (60 s, then the rest have DEADLINE_EXCEEDED).
+  std::vector<Generation> Run(const std::vector<inference::v1::Submit>& requests);
+  Generation Run(const inference::v1::Submit& request) { return Run(std::vector{request}).front(); }
+
+  attention::Engine& engine() { return attention_->engine(); }
+  router::RouterEngine& router_engine() { return router_->engine(); }
+  experts::ExpertService& expert(int i) { return *experts_[i]; }
+  void StopExpert(int i) { experts_[i].reset(); }
+  const std::string& attention_address() const { return attention_->rpc_address(); }
+  const std::string& router_address() const { return router_->rpc_address(); }
+  transport::FaultCounts fault_counts() const;
+
+ private:
+  std::unique_ptr<transport::Transport> MakeTransport(uint8_t role);
+
+  const ClusterOptions options_;
+  std::shared_ptr<const Checkpoint> checkpoint_;   // shared by the services
+  transport::InprocHub hub_;
+  std::vector<transport::FaultyTransport*> faulty_;
+  std::unique_ptr<router::RouterService> router_;
+  std::vector<std::unique_ptr<experts::ExpertService>> experts_;
+  std::unique_ptr<attention::AttentionService> attention_;
+};
+
+// A greedy request for `max_tokens`, with the prompt's log-probabilities if `score`.
+inference::v1::Submit Greedy(const std::vector<uint32_t>& prompt, uint32_t max_tokens, bool score);
+
+}  // namespace minke::testing_support
