@@ -3,57 +3,99 @@
 
 #include <CLI/CLI.hpp>
 
+#include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
+#include "cli/demo_command.h"
+#include "cli/up_command.h"
 #include "libs/base/strings.h"
+#include "libs/node/node.h"
 #include "libs/tokenizer/tokenize_command.h"
 
 namespace {
 
-// One line on stderr; the exit code of a failed command.
-int Fail(const absl::Status& status) {
+// One line on stderr; the exit code of the command.
+int Finish(const absl::Status& status) {
+  if (status.ok()) return 0;
   std::cerr << "minke: " << status.message() << std::endl;
   return 1;
 }
-int Finish(const absl::Status& status) { return status.ok() ? 0 : Fail(status); }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  using namespace minke;
+  node::BlockSignals();   // before any thread starts; commands without children unblock again
   CLI::App app{"Minke serves DeepSeek-V2 with disaggregated experts."};
+  app.set_version_flag("--version", MK_VERSION);
   app.require_subcommand(1);
   int exit_code = 0;
+
+  cli::UpFlags up_flags;
+  CLI::App* up = app.add_subcommand("up", "a whole cluster on this machine: gateway, router, attention, experts");
+  cli::AddUpFlags(*up, up_flags);
+  up->callback([&] { exit_code = Finish(cli::RunUp(up_flags, nullptr)); });
+
+  cli::UpFlags serve_flags;
+  CLI::App* serve = app.add_subcommand("serve", "all roles in one process");
+  cli::AddServeFlags(*serve, serve_flags);
+  serve->callback([&] { exit_code = Finish(cli::RunServe(serve_flags, nullptr)); });
+
+  cli::DemoFlags demo_flags;
+  CLI::App* demo = app.add_subcommand("demo", "start a cluster on a small model and stream a completion");
+  demo->add_option("--port", demo_flags.port, "port of the HTTP API; 0: a free one")->check(CLI::Range(0, 65535))->capture_default_str();
+  demo->callback([&] { exit_code = Finish(cli::RunDemo(demo_flags)); });
+
+  cli::ChatFlags chat_flags;
+  CLI::App* chat = app.add_subcommand("chat", "talk to a running cluster");
+  chat->add_option("--url", chat_flags.url)->capture_default_str();
+  chat->add_option("--api-key", chat_flags.api_key);
+  chat->add_option("--system", chat_flags.system, "system message");
+  chat->add_option("--temperature", chat_flags.temperature)->check(CLI::Range(0.0, 2.0))->capture_default_str();
+  chat->add_option("--top-p", chat_flags.top_p)->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  chat->add_option("--max-tokens", chat_flags.max_tokens)->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  chat->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::RunChat(chat_flags, std::cin, std::cout));
+  });
 
   CLI::App* checkpoint = app.add_subcommand("checkpoint", "look at checkpoints, make random ones");
   checkpoint->require_subcommand(1);
   std::string inspect_directory;
   CLI::App* inspect = checkpoint->add_subcommand("inspect", "shapes, sizes per role, what is missing");
   inspect->add_option("DIR", inspect_directory, "checkpoint folder")->required();
-  inspect->callback([&] { exit_code = Finish(minke::cli::InspectCheckpoint(inspect_directory, std::cout)); });
-  minke::cli::MakeCheckpointFlags make_flags;
+  inspect->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::InspectCheckpoint(inspect_directory, std::cout));
+  });
+  cli::MakeCheckpointFlags make_flags;
   CLI::App* make = checkpoint->add_subcommand("make", "write a checkpoint of random weights");
   make->add_option("DIR", make_flags.directory, "folder to create")->required();
   make->add_option("--config", make_flags.config_file, "config.json of the shape")->required();
-  make->add_option("--seed", make_flags.seed, "the same seed gives the same bytes");
-  make->add_option("--dtype", make_flags.dtype)->check(CLI::IsMember({"bf16", "f32"}));
-  make->add_option("--shard-mib", make_flags.shard_mib, "size of a shard")->check(CLI::Range(1, 1 << 20));
-  make->add_option("--threads", make_flags.threads, "0: all cores")->check(CLI::Range(0, 1024));
+  make->add_option("--seed", make_flags.seed, "the same seed gives the same bytes")->capture_default_str();
+  make->add_option("--dtype", make_flags.dtype)->check(CLI::IsMember({"bf16", "f32"}))->capture_default_str();
+  make->add_option("--shard-mib", make_flags.shard_mib, "size of a shard")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  make->add_option("--threads", make_flags.threads, "0: all cores")->check(CLI::Range(0, 1024))->capture_default_str();
   make->add_flag("--tokenizer", make_flags.tokenizer, "also write a byte-level tokenizer");
-  make->callback([&] { exit_code = Finish(minke::cli::MakeCheckpointFromFlags(make_flags, std::cout)); });
+  make->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::MakeCheckpointFromFlags(make_flags, std::cout));
+  });
 
-  minke::tokenizer::TokenizeOptions tokenize_options;
+  tokenizer::TokenizeOptions tokenize_options;
   CLI::App* tokenize = app.add_subcommand("tokenize", "standard input to token ids, or back");
   tokenize->add_option("DIR", tokenize_options.directory, "folder with tokenizer.json")->required();
   tokenize->add_flag("--lines", tokenize_options.lines, "one line of ids per line of text");
   tokenize->add_flag("--bos", tokenize_options.bos, "begin with the BOS id");
   tokenize->add_flag("--decode", tokenize_options.decode, "ids to text");
   tokenize->callback([&] {
-    exit_code = minke::tokenizer::RunTokenizeCommand(tokenize_options, std::cin, std::cout, std::cerr);
+    node::UnblockSignals();
+    exit_code = tokenizer::RunTokenizeCommand(tokenize_options, std::cin, std::cout, std::cerr);
   });
 
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);   // --help
+    if (error.get_exit_code() == 0) return app.exit(error);   // --help, --version
     std::cerr << "minke: " << error.what() << std::endl;
     return 2;
   }

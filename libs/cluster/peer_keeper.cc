@@ -10,17 +10,15 @@ namespace minke::cluster {
 namespace {
 
 constexpr absl::Duration kPauseMin = absl::Milliseconds(50), kPauseMax = absl::Seconds(2);
+// After it a peer that is no member any more is let go of, though its connection works.
+constexpr absl::Duration kGrace = absl::Seconds(5);
 
 }  // namespace
 
 void PeerKeeper::SetWanted(std::map<NodeId, std::string> wanted) {
-  std::vector<NodeId> gone;
-  for (const auto& [peer, state] : peers_) {
-    if (!wanted.contains(peer)) gone.push_back(peer);
-  }
-  for (const NodeId peer : gone) {
-    transport_.Disconnect(peer);
-    peers_.erase(peer);
+  for (auto& [peer, state] : peers_) {
+    if (state.wanted && !wanted.contains(peer)) state.unwanted_since = absl::Now();
+    state.wanted = wanted.contains(peer);
   }
   for (auto& [peer, address] : wanted) peers_[peer].address = std::move(address);
 }
@@ -37,13 +35,30 @@ void PeerKeeper::OnPeerLost(NodeId peer) {
   auto it = peers_.find(peer);
   if (it == peers_.end()) return;
   Peer& state = it->second;
+  if (!state.wanted) {
+    peers_.erase(it);
+    return;
+  }
   state.up = state.connecting = false;
   state.next_try = absl::Now() + state.pause;
   state.pause = std::min(state.pause * 2, kPauseMax);
 }
 
-void PeerKeeper::Tick(absl::Time now) {
-  for (auto& [peer, state] : peers_) {
+std::vector<NodeId> PeerKeeper::Tick(absl::Time now) {
+  std::vector<NodeId> dropped;
+  for (auto it = peers_.begin(); it != peers_.end();) {
+    auto& [peer, state] = *it;
+    if (!state.wanted) {
+      if (state.up && now - state.unwanted_since < kGrace) {
+        ++it;
+        continue;
+      }
+      transport_.Disconnect(peer);
+      dropped.push_back(peer);
+      it = peers_.erase(it);
+      continue;
+    }
+    ++it;
     if (state.up || state.connecting || now < state.next_try) continue;
     if (absl::Status status = transport_.Connect(peer, state.address); !status.ok()) {
       log::Warning("cluster", StrCat("cannot connect peer=", ToString(peer), " address=", state.address, ": ", status.message()));
@@ -53,10 +68,11 @@ void PeerKeeper::Tick(absl::Time now) {
     }
     state.connecting = true;
   }
+  return dropped;
 }
 
 bool PeerKeeper::AllUp() const {
-  return std::all_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer.second.up; });
+  return std::all_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer.second.up || !peer.second.wanted; });
 }
 
 bool PeerKeeper::IsUp(NodeId peer) const {

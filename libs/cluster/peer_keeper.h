@@ -1,9 +1,11 @@
 // Keeps a node connected to the peers it needs: connects to new members, reconnects to lost ones with a pause, and
-// lets go of those that left. Engine thread only.
+// lets go of those that left. A connection that works outlives its membership for a while: after a router's restart
+// the view is empty until everybody has joined again, and nothing must break meanwhile. Engine thread only.
 #pragma once
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "libs/base/ids.h"
@@ -20,17 +22,20 @@ class PeerKeeper {
   // To be told of every kPeerUp and kPeerLost.
   void OnPeerUp(NodeId peer);
   void OnPeerLost(NodeId peer);
-  // Starts what is due.
-  void Tick(absl::Time now);
+  // Starts what is due. Returns the peers let go of just now: their transport will not report them lost.
+  std::vector<NodeId> Tick(absl::Time now);
 
+  // Every wanted peer is up.
   bool AllUp() const;
   bool IsUp(NodeId peer) const;
 
  private:
   struct Peer {
     std::string address;
+    bool wanted = true;
     bool up = false;
     bool connecting = false;
+    absl::Time unwanted_since;
     absl::Time next_try = absl::InfinitePast();
     absl::Duration pause = absl::Milliseconds(50);
   };

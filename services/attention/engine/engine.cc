@@ -173,7 +173,7 @@ void Engine::PollTransport() {
         return exchange_.OnPeerLost(event.peer);
     }
   });
-  peers_.Tick(absl::Now());
+  for (const NodeId dropped : peers_.Tick(absl::Now())) exchange_.OnPeerLost(dropped);
 }
 
 void Engine::Run() {

@@ -169,7 +169,7 @@ void RouterEngine::Run() {
           return peers_.OnPeerLost(event.peer);
       }
     });
-    peers_.Tick(absl::Now());
+    (void)peers_.Tick(absl::Now());
     if (events == 0) transport_->Wait(kIdleWait);
   }
 }

@@ -1,0 +1,30 @@
+// A small blocking HTTP/1.1 client for the command line: health checks and server-sent events.
+#pragma once
+
+#include <string>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace minke::cli {
+
+struct Url {
+  std::string host, port;
+};
+// "http://HOST:PORT" with or without a path; INVALID_ARGUMENT otherwise.
+absl::StatusOr<Url> ParseUrl(const std::string& url);
+
+struct HttpAnswer {
+  int status = 0;
+  std::string body;
+};
+absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout);
+
+// POSTs JSON and hands over each "data:" line of a 200 answer as it arrives; returning false ends the stream. Another
+// status: its body as the error's text. `silence_max`: between two pieces of the answer.
+absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json,
+                            const std::string& api_key, absl::Duration silence_max,
+                            absl::FunctionRef<bool(const std::string&)> on_data);
+
+}  // namespace minke::cli

@@ -1,0 +1,98 @@
+#include "cli/process.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "absl/time/clock.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+
+namespace minke::cli {
+
+absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program, std::vector<std::string> arguments) {
+  int report[2];
+  if (::pipe2(report, O_CLOEXEC) != 0) return absl::ResourceExhaustedError(StrCat("pipe: ", std::strerror(errno)));
+  arguments.insert(arguments.begin(), program);
+  arguments.push_back(StrCat("--report-fd=", report[1]));
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  const pid_t parent = ::getpid();
+  const pid_t pid = ::fork();
+  if (pid < 0) return absl::ResourceExhaustedError(StrCat("fork: ", std::strerror(errno)));
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (::getppid() != parent) ::_exit(1);   // the parent died before the line above
+    ::setpgid(0, 0);
+    sigset_t none;
+    sigemptyset(&none);
+    ::sigprocmask(SIG_SETMASK, &none, nullptr);
+    ::fcntl(report[1], F_SETFD, 0);
+    ::execv(program.c_str(), argv.data());
+    ::_exit(127);
+  }
+  ::close(report[1]);
+  return Child{name, pid, report[0]};
+}
+
+absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd) {
+  const absl::Time limit = absl::Now() + timeout;
+  std::string line;
+  while (line.empty() || line.back() != '\n') {
+    pollfd fds[] = {{child.report_fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
+    const int64_t left_ms = absl::ToInt64Milliseconds(limit - absl::Now());
+    if (left_ms <= 0) return absl::DeadlineExceededError(StrCat(child.name, ": expected it to listen by now, found it silent"));
+    if (::poll(fds, 2, static_cast<int>(left_ms)) < 0 && errno != EINTR) break;
+    if (fds[1].revents != 0) return absl::CancelledError("stopped");
+    if (fds[0].revents == 0) continue;
+    char buffer[256];
+    const ssize_t n = ::read(child.report_fd, buffer, sizeof buffer);
+    if (n <= 0) return absl::UnavailableError(StrCat(child.name, " ended before it could serve"));
+    line.append(buffer, n);
+  }
+  line.pop_back();
+  ::close(child.report_fd);
+  child.report_fd = -1;
+  return line;
+}
+
+void StopAll(std::vector<Child>& children, absl::Duration grace) {
+  for (const Child& child : children) {
+    if (!child.ended) ::kill(child.pid, SIGTERM);
+  }
+  const absl::Time limit = absl::Now() + grace;
+  bool killed = false;
+  while (true) {
+    bool left = false;
+    for (Child& child : children) {
+      if (!child.ended && ::waitpid(child.pid, nullptr, WNOHANG) != 0) child.ended = true;
+      left |= !child.ended;
+    }
+    if (!left) break;
+    if (absl::Now() > limit && !killed) {
+      for (const Child& child : children) {
+        if (!child.ended) ::kill(child.pid, SIGKILL);   // also ends a stopped one
+      }
+      killed = true;
+    }
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  for (Child& child : children) {
+    if (child.report_fd >= 0) ::close(child.report_fd);
+  }
+}
+
+std::string ProgramDirectory() {
+  std::error_code error;
+  return std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
+}
+
+}  // namespace minke::cli

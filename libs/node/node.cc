@@ -1,0 +1,149 @@
+#include "libs/node/node.h"
+
+#include <csignal>
+#include <unistd.h>
+
+#include <fstream>
+#include <iostream>
+#include <sstream>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/transport/ucx/ucx.h"
+
+namespace minke::node {
+namespace {
+
+sigset_t StopSignals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  sigaddset(&set, SIGTERM);
+  return set;
+}
+
+}  // namespace
+
+int NodeFlags::Threads() const {
+  return threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
+  app.add_option("--checkpoint", flags.checkpoint, "checkpoint folder")->required();
+  app.add_option("--precision", flags.precision, "numbers the whole cluster computes in")
+      ->check(CLI::IsMember({"exact", "bf16"}))->capture_default_str();
+  app.add_option("--listen", flags.listen, "HOST:PORT of the gRPC server, port 0: a free one")->capture_default_str();
+  app.add_option("--advertise", flags.advertise, "host by which other processes reach this one (default: as --listen)");
+  app.add_option("--log-level", flags.log_level)->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str();
+  app.add_option("--report-fd", flags.report_fd, "descriptor to write the gRPC address to")->group("");
+}
+
+void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags) {
+  app.add_option("--device", flags.device)->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
+  app.add_option("--threads", flags.threads, "compute threads; 0: all cores")->check(CLI::Range(0, 1024))->capture_default_str();
+  app.add_option("--transport", flags.transport, "data plane; auto: RDMA where UCX finds it, shared memory on loopback, else TCP")
+      ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))->capture_default_str();
+  app.add_option("--ucx-interface", flags.ucx_interface, "network interface (or its address) of the data plane")->capture_default_str();
+  app.add_option("--ucx-port", flags.ucx_port, "port of the data plane; 0: a free one")->capture_default_str();
+  app.add_option("--poll", flags.poll, "how the engine waits")->check(CLI::IsMember({"adaptive", "spin", "block"}))->capture_default_str();
+  app.add_option("--heartbeat-ms", flags.heartbeat_ms, "a peer silent for two of these is lost")->check(CLI::Range(10, 60000))->capture_default_str();
+  app.add_option("--cluster-secret-file", flags.cluster_secret_file, "file with the secret that members of the data plane prove");
+  app.add_option("--metrics-listen", flags.metrics_listen, "HOST:PORT of /metrics, port 0: a free one")->capture_default_str();
+}
+
+int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags) {
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);   // --help
+    std::cerr << "minke-" << process_name << ": " << error.what() << std::endl;
+    return 2;
+  }
+  log::SetProcessName(process_name);
+  log::SetLevel(flags.log_level == "debug"     ? log::Level::kDebug
+                : flags.log_level == "warning" ? log::Level::kWarning
+                : flags.log_level == "error"   ? log::Level::kError
+                                               : log::Level::kInfo);
+  return -1;
+}
+
+absl::Status CheckDevice(const std::string& device) {
+  if (device == "cuda") {
+    return absl::FailedPreconditionError("--device: expected cpu or auto, found cuda: this build has no CUDA backend");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> ReadSecret(const std::string& path) {
+  if (path.empty()) return std::string();
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  std::string secret = text.str();
+  while (!secret.empty() && (secret.back() == '\n' || secret.back() == '\r')) secret.pop_back();
+  if (!file || secret.empty()) {
+    return absl::NotFoundError(StrCat("--cluster-secret-file ", path, ": expected a readable file with a secret, found none"));
+  }
+  return secret;
+}
+
+absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
+                                                                       const Checkpoint& checkpoint) {
+  transport::Identity identity{.node_id = RandomNodeId(),
+                               .role = role,
+                               .precision = flags.ParsedPrecision(),
+                               .model_fingerprint = checkpoint.fingerprint()};
+  MK_ASSIGN_OR_RETURN(identity.cluster_secret, ReadSecret(flags.cluster_secret_file));
+  transport::UcxOptions options{.interface = flags.ucx_interface, .port = flags.ucx_port, .advertise_host = flags.advertise};
+  MK_ASSIGN_OR_RETURN(options.selection, transport::ParseUcxSelection(flags.transport));
+  options.transport.heartbeat = absl::Milliseconds(flags.heartbeat_ms);
+  options.transport.poll = flags.poll == "spin"    ? transport::PollMode::kSpin
+                           : flags.poll == "block" ? transport::PollMode::kBlock
+                                                   : transport::PollMode::kAdaptive;
+  return transport::CreateUcx(std::move(identity), std::move(options));
+}
+
+void BlockSignals() {
+  const sigset_t set = StopSignals();
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+}
+
+void UnblockSignals() {
+  const sigset_t set = StopSignals();
+  ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+}
+
+int WaitForSignal() {
+  const sigset_t set = StopSignals();
+  int signal = 0;
+  ::sigwait(&set, &signal);
+  return signal;
+}
+
+void ReportAddress(const NodeFlags& flags, const std::string& address) {
+  if (flags.report_fd < 0) return;
+  const std::string line = address + "\n";
+  // A parent that is gone needs no report; we die with it anyway.
+  [[maybe_unused]] const ssize_t written = ::write(flags.report_fd, line.data(), line.size());
+  ::close(flags.report_fd);
+}
+
+int Fail(const std::string& process_name, const absl::Status& status) {
+  std::cerr << "minke-" << process_name << ": " << status.message() << std::endl;
+  return 1;
+}
+
+absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
+                                                                       telemetry::Collector collector) {
+  MK_ASSIGN_OR_RETURN(auto server, telemetry::MetricsServer::Start(flags.metrics_listen, std::move(collector)));
+  const std::string host = flags.metrics_listen.substr(0, flags.metrics_listen.rfind(':'));
+  log::Info("metrics", StrCat("serving http://", host, ":", server->port(), "/metrics"));
+  return server;
+}
+
+}  // namespace minke::node

@@ -1,0 +1,72 @@
+// What the four programs have in common: flags, the transport they ask for, and living until a signal.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "libs/base/dtype.h"
+#include "libs/model/checkpoint.h"
+#include "libs/telemetry/metrics.h"
+#include "libs/transport/transport.h"
+
+namespace CLI {
+class App;
+}
+
+namespace minke::node {
+
+struct NodeFlags {
+  std::string checkpoint;
+  std::string precision = "bf16";               // exact | bf16
+  std::string device = "auto";                  // cpu | cuda | auto
+  std::string listen = "127.0.0.1:0";           // gRPC
+  std::string advertise;                        // host by which others reach this one
+  std::string ucx_interface = "lo";
+  uint16_t ucx_port = 0;
+  std::string transport = "auto";               // auto | shm | tcp | rdma
+  std::string poll = "adaptive";                // adaptive | spin | block
+  int heartbeat_ms = 250;
+  std::string cluster_secret_file;
+  std::string metrics_listen = "127.0.0.1:0";
+  int threads = 0;                              // 0: all cores
+  std::string log_level = "info";
+  int report_fd = -1;                           // `minke up`: where to write the gRPC address once it listens
+
+  Precision ParsedPrecision() const { return precision == "exact" ? Precision::kExact : Precision::kBF16; }
+  int Threads() const;
+};
+
+// Flags every role has.
+void AddCommonFlags(CLI::App& app, NodeFlags& flags);
+// Flags of the roles with a data plane.
+void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
+// Parses; prints one line on stderr for a bad flag and returns the exit code, or -1 to go on. Applies log level and
+// process name.
+int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags);
+
+// FAILED_PRECONDITION for a device this build does not have.
+absl::Status CheckDevice(const std::string& device);
+absl::StatusOr<std::string> ReadSecret(const std::string& file);
+// A UCX transport by the flags, for a node with a fresh id.
+absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
+                                                                       const Checkpoint& checkpoint);
+
+// Blocks SIGINT and SIGTERM for this thread and all it starts. Call first thing in main.
+void BlockSignals();
+// For commands that need no orderly end: a signal ends them at once.
+void UnblockSignals();
+// Waits for SIGINT or SIGTERM. Returns its number.
+int WaitForSignal();
+// Writes `address` and a newline to the report descriptor, if there is one, and closes it.
+void ReportAddress(const NodeFlags& flags, const std::string& address);
+// "name: message" on stderr; returns 1.
+int Fail(const std::string& process_name, const absl::Status& status);
+
+// /metrics by the flags, and a log line that says where.
+absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
+                                                                       telemetry::Collector collector);
+
+}  // namespace minke::node

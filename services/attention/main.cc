@@ -1,0 +1,51 @@
+// minke-attention: attention, dense layers, shared experts and sampling over a paged latent cache.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+
+#include "libs/base/log.h"
+#include "libs/node/node.h"
+#include "services/attention/attention_flags.h"
+#include "services/attention/attention_service.h"
+
+int main(int argc, char** argv) {
+  using namespace minke;
+  node::BlockSignals();
+  node::NodeFlags flags;
+  attention::AttentionFlags attention_flags;
+  std::string router;
+  CLI::App app{"Minke's attention node: MLA over a paged latent cache, continuous batching, sampling."};
+  node::AddCommonFlags(app, flags);
+  node::AddDataPlaneFlags(app, flags);
+  attention::AddAttentionFlags(app, attention_flags);
+  app.add_option("--router", router, "HOST:PORT of the router's gRPC server")->required();
+  if (const int code = node::ParseFlags(app, argc, argv, "attention", flags); code >= 0) return code;
+  const auto fail = [](const absl::Status& status) { return node::Fail("attention", status); };
+
+  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  auto checkpoint = Checkpoint::Open(flags.checkpoint);
+  if (!checkpoint.ok()) return fail(checkpoint.status());
+  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ATTENTION, **checkpoint);
+  if (!transport.ok()) return fail(transport.status());
+  auto options = attention::ToServiceOptions(attention_flags, **checkpoint, flags.ParsedPrecision());
+  if (!options.ok()) return fail(options.status());
+  options->router = router;
+  options->listen = flags.listen;
+  options->advertise_host = flags.advertise;
+  options->precision = flags.ParsedPrecision();
+  options->threads = flags.Threads();
+  options->on_refused = [](const absl::Status& status) {
+    node::Fail("attention", status);
+    ::_exit(1);   // refused for good: nothing here is worth an orderly end
+  };
+  auto service = attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
+  if (!service.ok()) return fail(service.status());
+  auto metrics = node::ServeMetrics(flags, [&] { return attention::CollectMetrics((*service)->engine()); });
+  if (!metrics.ok()) return fail(metrics.status());
+  node::ReportAddress(flags, (*service)->rpc_address());
+  node::WaitForSignal();
+  log::Info("attention", "stopping");
+  metrics->reset();
+  service->reset();
+  return 0;
+}

@@ -1,0 +1,59 @@
+// minke-expert: hosts (layer, group) shards of the routed experts and computes the rows it is sent.
+#include <unistd.h>
+
+#include <iostream>
+
+#include <CLI/CLI.hpp>
+
+#include "libs/base/log.h"
+#include "libs/node/node.h"
+#include "services/experts/expert_service.h"
+
+int main(int argc, char** argv) {
+  using namespace minke;
+  node::BlockSignals();
+  node::NodeFlags flags;
+  experts::ExpertServiceOptions options;
+  CLI::App app{"Minke's expert server: grouped SwiGLU over the shards it is given."};
+  node::AddCommonFlags(app, flags);
+  node::AddDataPlaneFlags(app, flags);
+  app.add_option("--router", options.router, "HOST:PORT of the router's gRPC server")->required();
+  if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
+  const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
+
+  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  auto checkpoint = Checkpoint::Open(flags.checkpoint);
+  if (!checkpoint.ok()) return fail(checkpoint.status());
+  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_EXPERT, **checkpoint);
+  if (!transport.ok()) return fail(transport.status());
+  options.listen = flags.listen;
+  options.advertise_host = flags.advertise;
+  options.precision = flags.ParsedPrecision();
+  options.threads = flags.Threads();
+  options.on_refused = [](const absl::Status& status) {
+    node::Fail("expert", status);
+    ::_exit(1);   // refused for good: nothing here is worth an orderly end
+  };
+  auto service = experts::ExpertService::Start(*std::move(checkpoint), *std::move(transport), options);
+  if (!service.ok()) return fail(service.status());
+  auto metrics = node::ServeMetrics(flags, [&] {
+    using telemetry::Sample;
+    const experts::ExpertEngineStatus s = (*service)->engine().status();
+    const auto counter = [](const char* name, const char* help, uint64_t value) {
+      return Sample{name, help, Sample::Type::kCounter, {}, static_cast<double>(value)};
+    };
+    return std::vector<Sample>{counter("expert_launches_total", "Grouped launches", s.launches),
+                               counter("expert_rows_received_total", "Rows received", s.rows),
+                               counter("expert_nacked_rows_total", "(row, group) pairs not hosted here", s.nacked_rows),
+                               counter("expert_rejected_rows_total", "(row, group) sums that were not finite", s.rejected_rows),
+                               counter("expert_bad_frames_total", "Malformed messages", s.bad_frames),
+                               {"expert_queued_rows", "Rows waiting", Sample::Type::kGauge, {}, static_cast<double>(s.queued_rows)}};
+  });
+  if (!metrics.ok()) return fail(metrics.status());
+  node::ReportAddress(flags, "");
+  node::WaitForSignal();
+  log::Info("experts", "stopping");
+  metrics->reset();
+  service->reset();
+  return 0;
+}

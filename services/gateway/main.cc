@@ -1,0 +1,58 @@
+// minke-gateway: the OpenAI-compatible HTTP API, and the same over gRPC.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+
+#include "absl/strings/str_format.h"
+#include "libs/base/log.h"
+#include "libs/base/strings.h"
+#include "libs/node/node.h"
+#include "libs/rpc/membership_client.h"
+#include "services/gateway/gateway.h"
+
+int main(int argc, char** argv) {
+  using namespace minke;
+  node::BlockSignals();
+  node::NodeFlags flags;
+  gateway::GatewayOptions options;
+  std::string router, model_name, chat_template = "auto";
+  CLI::App app{"Minke's gateway: OpenAI-compatible API in front of the attention nodes."};
+  node::AddCommonFlags(app, flags);
+  app.add_option("--router", router, "HOST:PORT of the router's gRPC server")->required();
+  app.add_option("--http-listen", options.http.listen, "HOST:PORT of the HTTP API, port 0: a free one")->capture_default_str();
+  app.add_option("--http-threads", options.http.io_threads)->check(CLI::Range(1, 256))->capture_default_str();
+  app.add_option("--body-max-bytes", options.http.body_bytes_max, "largest request body")->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))->capture_default_str();
+  app.add_option("--requests-max", options.sequences_max, "sequences held at once; above: 429")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  app.add_option("--model-name", model_name, "name in the API (default: the checkpoint folder's)");
+  app.add_option("--chat-template", chat_template)->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))->capture_default_str();
+  app.add_option("--api-key-file", options.api_key_file, "keys that may call the API, one per line");
+  if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
+  const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
+
+  auto checkpoint = Checkpoint::Open(flags.checkpoint);
+  if (!checkpoint.ok()) return fail(checkpoint.status());
+  auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
+  if (!model.ok()) return fail(model.status());
+  options.grpc_listen = flags.listen;
+  auto gateway = gateway::Gateway::Create(options, *std::move(model));
+  if (!gateway.ok()) return fail(gateway.status());
+  cluster::v1::MemberReport report;
+  report.mutable_member()->set_node_id(RandomNodeId().value);
+  report.mutable_member()->set_role(cluster::v1::ROLE_GATEWAY);
+  report.mutable_member()->set_ready(true);
+  report.set_model_fingerprint(absl::StrFormat("%016x", (*checkpoint)->fingerprint()));
+  report.set_precision(flags.precision);
+  auto client = rpc::MembershipClient::Start(
+      router, report,
+      [&](const cluster::v1::ClusterUpdate& update) { (*gateway)->UpdateView(update.view()); },
+      [](const absl::Status& status) {
+        node::Fail("gateway", status);
+        ::_exit(1);   // refused for good: nothing here is worth an orderly end
+      });
+  node::ReportAddress(flags, StrCat((*gateway)->port()));
+  node::WaitForSignal();
+  log::Info("gateway", "stopping");
+  (*gateway)->Shutdown(std::chrono::seconds(2));
+  client.reset();
+  return 0;
+}

@@ -1,0 +1,49 @@
+// minke-router: gates rows and sends them to expert servers; keeps the cluster's registry.
+#include <CLI/CLI.hpp>
+
+#include "libs/base/log.h"
+#include "libs/base/strings.h"
+#include "libs/node/node.h"
+#include "services/router/metrics.h"
+#include "services/router/router_service.h"
+
+int main(int argc, char** argv) {
+  using namespace minke;
+  node::BlockSignals();
+  node::NodeFlags flags;
+  router::RouterServiceOptions options;
+  std::string registry = "static";
+  CLI::App app{"Minke's router: gate, dispatch, and the cluster's registry."};
+  node::AddCommonFlags(app, flags);
+  node::AddDataPlaneFlags(app, flags);
+  app.add_option("--registry", registry, "where membership lives")->check(CLI::IsMember({"static"}))->capture_default_str();
+  app.add_option("--experts", options.expert_servers, "expert servers to wait for before the first placement")
+      ->check(CLI::Range(1, 4096))->capture_default_str();
+  app.add_option("--replicas", options.replicas, "servers per (layer, group)")->check(CLI::Range(1, 64))->capture_default_str();
+  if (const int code = node::ParseFlags(app, argc, argv, "router", flags); code >= 0) return code;
+  const auto fail = [](const absl::Status& status) { return node::Fail("router", status); };
+
+  if (options.replicas > options.expert_servers) {
+    return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (", options.expert_servers,
+                                                  "), found ", options.replicas)));
+  }
+  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  auto checkpoint = Checkpoint::Open(flags.checkpoint);
+  if (!checkpoint.ok()) return fail(checkpoint.status());
+  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ROUTER, **checkpoint);
+  if (!transport.ok()) return fail(transport.status());
+  options.listen = flags.listen;
+  options.advertise_host = flags.advertise;
+  options.precision = flags.ParsedPrecision();
+  options.threads = flags.Threads();
+  auto service = router::RouterService::Start(*std::move(checkpoint), *std::move(transport), options);
+  if (!service.ok()) return fail(service.status());
+  auto metrics = node::ServeMetrics(flags, [&] { return router::CollectMetrics(**service); });
+  if (!metrics.ok()) return fail(metrics.status());
+  node::ReportAddress(flags, (*service)->rpc_address());
+  node::WaitForSignal();
+  log::Info("router", "stopping");
+  metrics->reset();
+  service->reset();
+  return 0;
+}

@@ -1,0 +1,174 @@
+"""Starts real clusters and talks to them over HTTP. Only the standard library; paths come from the environment of ctest
+(MINKE_BIN: folder of the programs)."""
+import http.client, json, os, re, shutil, signal, socket, struct, subprocess, tempfile, threading, time, unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BIN = os.environ.get("MINKE_BIN", os.path.join(ROOT, "build", "bin"))
+MINKE = os.path.join(BIN, "minke")
+GOLDEN = os.path.join(ROOT, "tests", "golden")
+
+_scratch = tempfile.mkdtemp(prefix="minke-e2e-")
+
+
+def cleanup():
+    shutil.rmtree(_scratch, ignore_errors=True)
+
+
+def checkpoint(name, tokenizer=False, dtype=None, directory=None):
+    """The golden checkpoint `name`, made anew; with a byte-level tokenizer if asked for."""
+    path = directory or os.path.join(_scratch, name + ("-text" if tokenizer else ""))
+    if not os.path.exists(os.path.join(path, "config.json")):
+        command = [MINKE, "checkpoint", "make", path, "--config", os.path.join(GOLDEN, name + ".json"), "--seed", "1",
+                   "--dtype", dtype or ("f32" if name == "plain" else "bf16")]
+        subprocess.run(command + (["--tokenizer"] if tokenizer else []), check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def golden(name):
+    with open(os.path.join(GOLDEN, name + ".safetensors"), "rb") as f:
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        data = f.read()
+    out = {}
+    for key, t in header.items():
+        begin, end = t["data_offsets"]
+        code = {"F32": "f", "I32": "i"}[t["dtype"]]
+        out[key] = list(struct.unpack("<%d%s" % ((end - begin) // 4, code), data[begin:end]))
+    return out
+
+
+class Cluster:
+    """`minke up` (or serve) as a child process; ready when constructed."""
+
+    def __init__(self, path, *flags, verb="up", timeout=60, wait=True):
+        self.lines = []
+        self.url = None
+        self.process = subprocess.Popen([MINKE, verb, path, "--port", "0", *flags], stderr=subprocess.PIPE,
+                                        stdout=subprocess.DEVNULL, text=True, errors="replace")
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+        if wait:
+            if not self._ready.wait(timeout):
+                self.stop()
+                raise AssertionError("cluster not ready:\n" + "\n".join(self.lines))
+            if self.url is None:
+                raise AssertionError("cluster ended:\n" + "\n".join(self.lines))
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+            found = re.search(r"ready (http://\S+) after", line)
+            if found:
+                self.url = found.group(1)
+                self.host, self.port = self.url[7:].split(":")
+                self.port = int(self.port)
+                self._ready.set()
+        self._ready.set()
+
+    def log(self):
+        return "\n".join(self.lines)
+
+    def pids(self, name):
+        """Process ids of children whose name begins so: 'expert', 'attention', 'router', 'gateway'."""
+        return [int(m.group(2)) for m in (re.search(r"started (\S+).* pid=(\d+)", l) for l in self.lines)
+                if m and m.group(1) == name]
+
+    def metrics(self, process):
+        """Sum of each metric over the processes of one role."""
+        out = {}
+        for line in list(self.lines):
+            found = re.search(r" %s \[metrics\] serving http://([^:]+):(\d+)/metrics" % process, line)
+            if not found:
+                continue
+            try:
+                c = http.client.HTTPConnection(found.group(1), int(found.group(2)), timeout=10)
+                c.request("GET", "/metrics")
+                text = c.getresponse().read().decode()
+            except OSError:
+                continue
+            for sample in text.splitlines():
+                m = re.match(r"(\w+)(\{.*\})? (\S+)$", sample)
+                if m:
+                    out[m.group(1)] = out.get(m.group(1), 0) + float(m.group(3))
+        return out
+
+    def request(self, method, path, body=None, headers=None, timeout=60):
+        c = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        c.request(method, path, data, {"content-type": "application/json", **(headers or {})})
+        r = c.getresponse()
+        text = r.read()
+        c.close()
+        return r.status, dict((k.lower(), v) for k, v in r.getheaders()), text
+
+    def post(self, path, body, **more):
+        status, headers, text = self.request("POST", path, body, **more)
+        return status, json.loads(text)
+
+    def complete(self, **body):
+        status, answer = self.post("/v1/completions", body)
+        if status != 200:
+            raise AssertionError("%d %s\n%s" % (status, answer, self.log()))
+        return answer
+
+    def stream(self, path, body, limit=None, timeout=60):
+        """Events of a stream; leaves after `limit` events by closing the connection."""
+        c = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        c.request("POST", path, json.dumps(dict(body, stream=True)).encode(), {"content-type": "application/json"})
+        r = c.getresponse()
+        if r.status != 200:
+            raise AssertionError("%d %s" % (r.status, r.read()))
+        events = []
+        for line in r:
+            if not line.startswith(b"data: "):
+                continue
+            if line.strip() == b"data: [DONE]":
+                c.close()
+                return events, True
+            events.append(json.loads(line[6:]))
+            if limit is not None and len(events) >= limit:
+                break
+        c.close()
+        return events, False
+
+    def stop(self, sig=signal.SIGTERM, timeout=15):
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+def alive(pid):
+    try:
+        with open("/proc/%d/stat" % pid) as f:
+            return f.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=10):
+    end = time.time() + seconds
+    while time.time() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def run(*arguments, timeout=60, stdin=None):
+    return subprocess.run([MINKE, *arguments], capture_output=True, text=True, timeout=timeout, input=stdin)
+
+
+def main():
+    try:
+        unittest.main(verbosity=2, warnings="ignore")
+    finally:
+        cleanup()

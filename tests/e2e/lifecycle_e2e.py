@@ -1,0 +1,175 @@
+"""What operators rely on: start, readiness, signals, deaths, bad flags, bad checkpoints."""
+import json, os, shutil, signal, socket, subprocess, tempfile, threading, time, unittest
+import harness
+from harness import BIN, MINKE, Cluster, alive, checkpoint, golden, run, wait_until
+
+
+class Lifecycle(unittest.TestCase):
+    def test_sigterm_and_sigint_stop_everything_within_ten_seconds(self):
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            cluster = Cluster(checkpoint("v2"), "--experts", "3")
+            pids = sum((cluster.pids(role) for role in ("gateway", "router", "attention", "expert")), [])
+            self.assertEqual(len(pids), 6)
+            begin = time.time()
+            self.assertEqual(cluster.stop(sig), 0, cluster.log())
+            self.assertLess(time.time() - begin, 10)
+            self.assertEqual([p for p in pids if alive(p)], [])
+
+    def test_stops_while_streams_are_open_and_a_child_is_frozen(self):
+        cluster = Cluster(checkpoint("v2"))
+        stream = threading.Thread(target=self.swallow, args=(cluster,))
+        stream.start()
+        time.sleep(0.3)
+        os.kill(cluster.pids("expert")[0], signal.SIGSTOP)
+        begin = time.time()
+        self.assertEqual(cluster.stop(), 0)
+        self.assertLess(time.time() - begin, 10)
+        stream.join()
+        self.assertFalse(any(alive(p) for p in cluster.pids("expert")))
+
+    @staticmethod
+    def swallow(cluster):
+        try:
+            cluster.stream("/v1/completions", dict(prompt=[5, 6, 7], max_tokens=2000, ignore_eos=True))
+        except Exception:
+            pass
+
+    def test_children_die_with_a_killed_parent(self):
+        cluster = Cluster(checkpoint("v2"))
+        pids = sum((cluster.pids(role) for role in ("gateway", "router", "attention", "expert")), [])
+        cluster.process.kill()
+        self.assertTrue(wait_until(lambda: not any(alive(p) for p in pids)))
+
+    def test_clusters_run_side_by_side(self):
+        with Cluster(checkpoint("v2")) as a, Cluster(checkpoint("lite")) as b:
+            self.assertNotEqual(a.port, b.port)
+            for cluster in (a, b):
+                self.assertEqual(len(cluster.complete(prompt=[3, 4], max_tokens=2, return_token_ids=True, ignore_eos=True)
+                                     ["choices"][0]["token_ids"]), 2)
+
+    def test_killed_expert_with_replica_loses_nothing(self):
+        g = golden("v2")
+        request = dict(prompt=g["greedy_prompt"], max_tokens=300, temperature=0, ignore_eos=True, return_token_ids=True)
+        with Cluster(checkpoint("v2"), "--precision=exact", "--experts=3", "--replicas=2") as cluster:
+            want = cluster.complete(**request)["choices"][0]["token_ids"]
+            result = {}
+            thread = threading.Thread(target=lambda: result.update(events=cluster.stream("/v1/completions", request)))
+            thread.start()
+            time.sleep(0.15)
+            os.kill(cluster.pids("expert")[1], signal.SIGKILL)
+            thread.join()
+            events, done = result["events"]
+            self.assertTrue(done)
+            self.assertEqual([t for e in events for c in e["choices"] for t in c["token_ids"]], want)
+            self.assertIn("nothing is restarted", cluster.log())
+            self.assertEqual(cluster.request("GET", "/health")[0], 200, cluster.log())
+
+    def test_health_says_what_is_missing(self):
+        with Cluster(checkpoint("v2"), "--unavailable-after-s=2") as cluster:
+            os.kill(cluster.pids("expert")[0], signal.SIGKILL)
+            # The survivor loads what was lost; a killed attention node nobody replaces.
+            self.assertTrue(wait_until(lambda: cluster.request("GET", "/health")[0] == 200))
+            os.kill(cluster.pids("attention")[0], signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: cluster.request("GET", "/health")[0] == 503))
+            status, headers, body = cluster.request("GET", "/health")
+            self.assertIn("attention", json.loads(body)["error"]["message"])
+            status, answer = cluster.post("/v1/completions", dict(prompt=[4], max_tokens=1))
+            self.assertEqual(status, 503)
+
+    def test_killed_expert_without_replica_is_loaded_by_a_survivor(self):
+        g = golden("v2")
+        request = dict(prompt=g["greedy_prompt"], max_tokens=300, temperature=0, ignore_eos=True, return_token_ids=True)
+        with Cluster(checkpoint("v2"), "--precision=exact") as cluster:
+            want = cluster.complete(**request)["choices"][0]["token_ids"]
+            result = {}
+            thread = threading.Thread(target=lambda: result.update(answer=cluster.complete(**request)))
+            thread.start()
+            time.sleep(0.15)
+            os.kill(cluster.pids("expert")[0], signal.SIGKILL)
+            thread.join()
+            self.assertEqual(result["answer"]["choices"][0]["token_ids"], want)
+
+    def test_checkpoint_that_disappears_is_not_needed_any_more(self):
+        directory = tempfile.mkdtemp(prefix="minke-e2e-")
+        path = checkpoint("lite", directory=os.path.join(directory, "gone"))
+        with Cluster(path) as cluster:
+            shutil.rmtree(directory)
+            self.assertEqual(len(cluster.complete(prompt=[3, 4, 5], max_tokens=4, return_token_ids=True, ignore_eos=True)
+                                 ["choices"][0]["token_ids"]), 4)
+
+
+class BadFlags(unittest.TestCase):
+    def refused(self, *arguments, expect=()):
+        result = run(*arguments, timeout=30)
+        self.assertNotEqual(result.returncode, 0, arguments)
+        self.assertGreater(result.returncode, 0, "died of a signal: %s" % (arguments,))
+        errors = [l for l in result.stderr.splitlines() if l.startswith("minke")]
+        self.assertEqual(len(errors), 1, result.stderr)
+        for part in expect:
+            self.assertIn(part, errors[0])
+
+    def test_each_gets_one_line_and_a_non_zero_exit(self):
+        path = checkpoint("v2")
+        self.refused("up", path, "--replicas", "3", "--experts", "2", expect=["--replicas", "found 3"])
+        self.refused("up", path, "--routers", "2", expect=["--routers", "etcd"])
+        self.refused("up", path, "--experts", "0")
+        self.refused("up", path, "--port", "70000", expect=["--port"])
+        self.refused("up", path, "--precision=fp8", expect=["--precision"])
+        self.refused("up", path, "--device=cuda", expect=["cuda"])
+        self.refused("up", path, "--nonsense", expect=["--nonsense"])
+        self.refused("up")
+        self.refused("frobnicate")
+        self.refused("up", "/nowhere", expect=["/nowhere", "config.json"])
+        self.refused("serve", "/nowhere", expect=["/nowhere"])
+        self.refused("checkpoint", "make", "/tmp/x-not-made", "--config", "/nowhere.json", expect=["/nowhere.json"])
+        self.refused("checkpoint", "inspect", "/nowhere")
+        self.refused("tokenize", path, expect=["tokenizer.json"])
+
+    def test_port_in_use(self):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            s.listen()
+            port = str(s.getsockname()[1])
+            for verb in ("up", "serve"):
+                result = run(verb, checkpoint("v2"), "--port", port, timeout=60)
+                self.assertGreater(result.returncode, 0)
+                self.assertIn(port, result.stderr)
+
+    def test_damaged_checkpoints(self):
+        path = checkpoint("v2")
+        for damage, parts in ((lambda d: os.truncate(d + "/model.safetensors", 5000), ["model.safetensors"]),
+                              (lambda d: os.truncate(d + "/model.safetensors", os.path.getsize(d + "/model.safetensors") - 7),
+                               ["model.safetensors", "tensor", "expected"]),
+                              (lambda d: os.remove(d + "/model.safetensors"), ["model.safetensors"]),
+                              (lambda d: open(d + "/config.json", "w").write("{}"), ["config.json", "expected"])):
+            with tempfile.TemporaryDirectory() as directory:
+                copy = os.path.join(directory, "c")
+                shutil.copytree(path, copy)
+                damage(copy)
+                for verb in (["up", copy, "--port", "0"], ["serve", copy, "--port", "0"], ["checkpoint", "inspect", copy]):
+                    self.refused(*verb, expect=parts)
+            for program in ("minke-router", "minke-expert", "minke-attention", "minke-gateway"):
+                result = subprocess.run([os.path.join(BIN, program), "--checkpoint", "/nowhere", "--router", "x:1"]
+                                        if program != "minke-router" else [os.path.join(BIN, program), "--checkpoint", "/nowhere"],
+                                        capture_output=True, text=True, timeout=30)
+                self.assertEqual(result.returncode, 1)
+                self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
+
+
+class Checkpoints(unittest.TestCase):
+    def test_inspect_prints_shapes_and_sizes(self):
+        out = run("checkpoint", "inspect", checkpoint("v2")).stdout
+        for part in ("160 routed", "attention", "router", "experts", "total"):
+            self.assertIn(part, out)
+
+    def test_tokenize_round_trip(self):
+        path = checkpoint("v2", tokenizer=True)
+        text = "Call me Ishmael. Größe 鯨\n\nlines\n"
+        ids = run("tokenize", path, stdin=text).stdout
+        self.assertEqual(run("tokenize", path, "--decode", stdin=ids).stdout, text)
+        lines = run("tokenize", path, "--lines", stdin="a\nbc\n").stdout.splitlines()
+        self.assertEqual(len(lines), 2)
+
+
+if __name__ == "__main__":
+    harness.main()

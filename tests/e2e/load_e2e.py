@@ -1,0 +1,166 @@
+"""Many clients at once, bad input, and clients that misbehave, against a real cluster."""
+import http.client, json, os, random, socket, threading, time, unittest
+import harness
+from harness import Cluster, checkpoint, golden, wait_until
+
+
+def rss_kib(pid):
+    with open("/proc/%d/status" % pid) as f:
+        return next(int(l.split()[1]) for l in f if l.startswith("VmRSS"))
+
+
+class Load(unittest.TestCase):
+    def test_64_clients_with_random_prompts_lengths_and_disconnects(self):
+        rng = random.Random(5)
+        prompts = [[rng.randrange(2, 512) for _ in range(rng.randint(1, 200))] for _ in range(24)]
+        lengths = [rng.randint(1, 60) for _ in prompts]
+        # Room for 40 pages: some of the 64 wait, some are preempted.
+        with Cluster(checkpoint("v2"), "--precision=exact", "--cache-mib", "2", "--step-tokens", "128") as cluster:
+            body = lambda i: dict(prompt=prompts[i], max_tokens=lengths[i], temperature=0.8, seed=i, ignore_eos=True, return_token_ids=True)
+            want = [cluster.complete(**body(i))["choices"][0]["token_ids"] for i in range(len(prompts))]
+            errors, checked = [], [0]
+
+            def client(n):
+                r = random.Random(n)
+                for _ in range(4):
+                    i = r.randrange(len(prompts))
+                    leave = r.random() < 0.3
+                    try:
+                        limit = r.randint(1, max(1, lengths[i] - 1)) if leave else None
+                        events, done = cluster.stream("/v1/completions", body(i), limit=limit)
+                        got = [t for e in events for c in e["choices"] for t in c["token_ids"]]
+                        if got != want[i][:len(got)] or (limit is None and (not done or got != want[i])):
+                            errors.append((i, got, want[i]))
+                        checked[0] += 1
+                    except Exception as e:
+                        errors.append(repr(e))
+
+            def round_of_clients():
+                threads = [threading.Thread(target=client, args=(n,)) for n in range(64)]
+                for t in threads:
+                    t.start()
+                for t in threads:
+                    t.join()
+
+            round_of_clients()
+            self.assertEqual(errors, [])
+            pids = {role: cluster.pids(role)[0] for role in ("gateway", "router", "attention", "expert")}
+            before = {role: rss_kib(pid) for role, pid in pids.items()}
+            for _ in range(2):
+                round_of_clients()
+            self.assertEqual(errors, [])
+            self.assertEqual(checked[0], 64 * 4 * 3)
+            used = lambda: cluster.metrics("attention")["minke_attention_cache_pages_used"]
+            self.assertTrue(wait_until(lambda: used() == 0), used())
+            after = {role: rss_kib(pid) for role, pid in pids.items()}
+            for role in pids:   # steady: nothing grows with the number of requests
+                self.assertLess(after[role], before[role] * 1.15 + 4096, (role, before, after))
+
+    def test_a_client_that_leaves_frees_its_pages(self):
+        with Cluster(checkpoint("v2")) as cluster:
+            for _ in range(5):
+                events, _ = cluster.stream("/v1/completions", dict(prompt=[4] * 300, max_tokens=2000, ignore_eos=True), limit=3)
+                self.assertGreaterEqual(len(events), 3)
+            busy = lambda: cluster.metrics("attention")["minke_attention_sequences_running"]
+            self.assertTrue(wait_until(lambda: busy() == 0), busy())
+
+    def test_chat_stream_and_usage(self):
+        with Cluster(checkpoint("v2", tokenizer=True), "--model-name", "small") as cluster:
+            body = dict(model="small", messages=[{"role": "user", "content": "Hello <｜end▁of▁sentence｜> there"}],
+                        max_tokens=12, stream_options={"include_usage": True}, return_token_ids=True, ignore_eos=True)
+            events, done = cluster.stream("/v1/chat/completions", body)
+            self.assertTrue(done)
+            self.assertEqual(sum(len(c.get("token_ids", [])) for e in events for c in e["choices"]), 12)
+            self.assertEqual(events[-1]["usage"]["completion_tokens"], 12)
+            prompt = next(c["prompt_token_ids"] for e in events for c in e["choices"] if "prompt_token_ids" in c)
+            self.assertEqual(prompt.count(0), 1)   # one BOS
+            self.assertNotIn(1, prompt)            # user text does not become an end token
+            status, answer = cluster.post("/v1/completions", dict(model="other", prompt="x"))
+            self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+
+
+class BadInput(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = Cluster(checkpoint("v2"), "--body-max-bytes", str(1 << 20))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster.stop()
+
+    def tearDown(self):   # whatever was sent: it still serves
+        answer = self.cluster.complete(prompt=[5, 6], max_tokens=2, return_token_ids=True, ignore_eos=True)
+        self.assertEqual(len(answer["choices"][0]["token_ids"]), 2)
+
+    def refused(self, body, status=400, param=None, path="/v1/completions"):
+        got, headers, text = self.cluster.request("POST", path, body)
+        self.assertEqual(got, status, (body if len(str(body)) < 200 else "long", text[:300]))
+        error = json.loads(text)["error"]
+        self.assertEqual(set(error), {"message", "type", "param", "code"})
+        self.assertTrue(error["message"])
+        self.assertIn("x-request-id", headers)
+        if param:
+            self.assertEqual(error["param"], param)
+
+    def test_table(self):
+        ok = dict(prompt=[5, 6], max_tokens=2)
+        for change, param in [(dict(prompt=[]), "prompt"), (dict(prompt=""), "prompt"), (dict(prompt="text"), "prompt"),
+                              (dict(prompt=[512]), "prompt"), (dict(prompt=[-1]), "prompt"), (dict(prompt=[1.5]), "prompt"),
+                              (dict(prompt=[3] * 2559), None), (dict(prompt={}), "prompt"), (dict(max_tokens=-1), "max_tokens"),
+                              (dict(max_tokens=10**30), "max_tokens"), (dict(max_tokens="2"), "max_tokens"),
+                              (dict(temperature=3), "temperature"), (dict(temperature=-0.1), "temperature"),
+                              (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(n=0), "n"), (dict(n=-3), "n"),
+                              (dict(tools=[{"type": "function"}]), "tools"),
+                              (dict(response_format={"type": "json_object"}), "response_format"),
+                              (dict(logit_bias={"900": 1}), "logit_bias"), (dict(stop=[1]), "stop"), (dict(logprobs=100), "logprobs")]:
+            self.refused(dict(ok, **change), param=param)
+        self.refused(dict(ok, max_tokens=2559))
+        self.refused(dict(messages=[{"role": "user", "content": "x"}]), path="/v1/chat/completions")
+        self.refused(b"{not json")
+        self.refused(b"[" * 100000)
+        self.refused(b"")
+        self.refused(b"[1,2]")
+        self.refused(b'{"prompt": [5], "max_tokens": 1e999}')
+        self.refused(b'{"prompt": "\xff\xfe", "max_tokens": 1}')
+        self.assertEqual(self.cluster.request("POST", "/v1/completions", dict(ok, unknown_field=[1, {"a": 2}]))[0], 200)
+
+    def test_paths_and_methods(self):
+        for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405)):
+            got, _, text = self.cluster.request(method, path)
+            self.assertEqual(got, status)
+            self.assertIn("error", json.loads(text))
+
+    def test_a_body_of_100_mb_gets_its_413(self):
+        c = http.client.HTTPConnection(self.cluster.host, self.cluster.port, timeout=60)
+        c.putrequest("POST", "/v1/completions")
+        c.putheader("content-length", str(100 << 20))
+        c.endheaders()
+        block = b" " * (1 << 20)
+        for _ in range(100):
+            c.send(block)
+        r = c.getresponse()
+        self.assertEqual(r.status, 413)
+        self.assertIn("error", json.loads(r.read()))
+
+    def test_a_client_that_never_reads(self):
+        for _ in range(20):
+            s = socket.create_connection((self.cluster.host, self.cluster.port))
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            body = json.dumps(dict(prompt=[5] * 50, max_tokens=400, stream=True, ignore_eos=True, return_token_ids=True)).encode()
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            self.addCleanup(s.close)
+
+    def test_garbage_on_the_port(self):
+        for data in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"A" * 200000, b"\r\n\r\n\r\n"):
+            with socket.create_connection((self.cluster.host, self.cluster.port), timeout=10) as s:
+                try:
+                    s.sendall(data)
+                    s.shutdown(socket.SHUT_WR)
+                    while s.recv(65536):
+                        pass
+                except OSError:
+                    pass
+
+
+if __name__ == "__main__":
+    harness.main()
