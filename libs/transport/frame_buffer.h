@@ -3,8 +3,8 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <utility>
 
@@ -12,16 +12,15 @@
 
 namespace minke::transport {
 
-class FramePool;
-
 namespace internal {
+class FramePoolState;
+
 struct FrameBlock {
   std::atomic<uint32_t> references{0};
   uint32_t size_class = 0;
   uint32_t capacity = 0;             // payload bytes
-  FramePool* pool = nullptr;         // outlives every block
+  FramePoolState* pool = nullptr;    // lives until the pool and its last frame are gone
   FrameBlock* next_free = nullptr;
-  void* transport_data = nullptr;    // registration handle of the transport, if it has one
   alignas(64) wire::FrameHeader header;
   // payload follows, 64-byte aligned
 };
@@ -29,7 +28,7 @@ void Release(FrameBlock* block);
 }  // namespace internal
 
 // Shared handle; copying adds a reference. Contents may be written only before Send() and by one thread; after
-// that they are read-only. Thread-safe like shared_ptr.
+// that, and in received frames (inproc hands over the sender's own), they are read-only. Thread-safe like shared_ptr.
 class FrameRef {
  public:
   FrameRef() = default;
@@ -60,7 +59,7 @@ class FrameRef {
 static_assert(sizeof(internal::FrameBlock) % 64 == 0);
 
 // Size classes 1 KiB, 4 KiB, 16 KiB, 64 KiB, 256 KiB of payload. The pool grows to the high-water mark and then
-// allocates nothing. Thread-safe. Must outlive every frame (transports keep it alive until all are back).
+// allocates nothing. Thread-safe. Frames may outlive the pool: the last one frees what it held.
 class FramePool {
  public:
   FramePool();
@@ -76,9 +75,7 @@ class FramePool {
   int64_t frames_in_use() const;     // references still out: 0 when idle, for leak tests
 
  private:
-  friend void internal::Release(internal::FrameBlock* block);
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
+  internal::FramePoolState* const state_;
 };
 
 }  // namespace minke::transport

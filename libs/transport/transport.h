@@ -44,7 +44,9 @@ enum class PollMode : uint8_t {
 struct TransportOptions {
   PollMode poll = PollMode::kAdaptive;
   absl::Duration spin = absl::Microseconds(50);
-  absl::Duration heartbeat = absl::Milliseconds(250);   // a peer silent for two periods is lost
+  // Sent when nothing else was for half a period; a peer silent for two periods (its own or ours, whichever is
+  // longer) is lost.
+  absl::Duration heartbeat = absl::Milliseconds(250);
   absl::Duration handshake_timeout = absl::Seconds(5);
   absl::Duration send_timeout = absl::Seconds(5);       // a send not complete by then closes the peer (FORCE)
   // Rows of credit each peer is granted towards this node, per class. A peer may have this many rows here that
@@ -54,6 +56,7 @@ struct TransportOptions {
   absl::Duration credit_ttl = absl::Seconds(10);
   uint32_t peers_max = 1024;
   uint32_t inbox_frames_max = 65536;                    // beyond it the sender's connection is closed
+  uint32_t sends_per_peer_max = 4096;                   // under way; beyond it Send() is RESOURCE_EXHAUSTED
 };
 
 struct Event {
@@ -61,6 +64,10 @@ struct Event {
     kFrame,     // frame is set; its header is valid and its kind is not a transport kind
     kPeerUp,    // handshake done in both directions: Send() works
     kPeerLost,  // reason says why; every queued send to it is dropped. Reconnecting is the caller's business.
+                //   CANCELLED: it said goodbye. UNAVAILABLE: unreachable, or its connection broke (it died).
+                //   DEADLINE_EXCEEDED: silent, or a send or the handshake took too long. FAILED_PRECONDITION: other
+                //   model, precision, node or wire version. PERMISSION_DENIED: other secret. INVALID_ARGUMENT: it
+                //   sent a malformed frame. RESOURCE_EXHAUSTED: inbox or peer table full. ABORTED: it connected anew.
   };
   Kind kind;
   NodeId peer;
@@ -85,13 +92,15 @@ class Transport {
 
   // Starts connecting to `peer` at `address`; kPeerUp or kPeerLost follows. Connecting to a peer that is up or
   // on its way (also because it connected to us) does nothing. When both connect at once, one connection wins
-  // and each side sees one kPeerUp.
+  // and each side sees one kPeerUp. No event follows an error returned here (INVALID_ARGUMENT: a malformed address;
+  // RESOURCE_EXHAUSTED: peers_max; UNAVAILABLE: the host name does not resolve).
   virtual absl::Status Connect(NodeId peer, std::string_view address) = 0;
-  // Says goodbye and closes; no kPeerLost follows here. Unknown peers are ignored.
+  // Says goodbye and closes; no further event of this connection follows here. Unknown peers are ignored.
   virtual void Disconnect(NodeId peer) = 0;
 
-  // Queues `frame` on the lane of its traffic class. The transport fills header.credits and header.magic/version;
-  // the caller everything else. Does not wait and does not check credit (see TakeCredit).
+  // Queues `frame` on the lane of its traffic class. The transport supplies magic, version and credits of the header
+  // that travels (the frame itself is not written, so it may be sent to several peers); the caller everything else.
+  // Does not wait and does not check credit (see TakeCredit).
   // UNAVAILABLE if the peer is not up; RESOURCE_EXHAUSTED if too many sends are under way to it.
   virtual absl::Status Send(NodeId peer, FrameRef frame) = 0;
 

@@ -2,19 +2,23 @@
 // Format: docs/wire_format.md (wire version 1). Little-endian; every reserved byte is zero.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string_view>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "libs/base/ids.h"
 
 namespace minke::wire {
 
 inline constexpr uint32_t kMagic = 0x314b4e4d;  // "MNK1"
+// The version this build speaks, and the oldest it still understands (N and N-1 talk to each other). The
+// handshake agrees on one; its own frames always say kHandshakeVersion, so that strangers can be told why not.
 inline constexpr uint8_t kVersion = 1;
+inline constexpr uint8_t kVersionOldest = 1;
+inline constexpr uint8_t kHandshakeVersion = 1;
+static_assert(std::endian::native == std::endian::little, "headers and payloads are used where they lie");
 
 // A message never exceeds this, so that a decode row never waits long behind a prefill message.
 inline constexpr uint32_t kPayloadBytesMax = 256 * 1024;
@@ -74,6 +78,9 @@ static_assert(offsetof(FrameHeader, epoch_term) == 8 && offsetof(FrameHeader, or
 
 std::string_view ToString(Kind kind);
 inline bool IsTransportKind(Kind kind) { return static_cast<uint8_t>(kind) < 16; }
+inline bool IsHandshakeKind(Kind kind) {
+  return kind == Kind::kHello || kind == Kind::kAuth || kind == Kind::kAck;
+}
 
 // INVALID_ARGUMENT unless magic, version, kind, class and reserved fields are valid and
 // payload_bytes == `payload_bytes_received` <= kPayloadBytesMax.

@@ -10,7 +10,6 @@
 #include <span>
 
 #include "absl/status/statusor.h"
-#include "libs/base/dtype.h"
 #include "libs/wire/frame.h"
 
 namespace minke::wire {
@@ -57,6 +56,8 @@ static_assert(sizeof(WorkPair) == 8);
 // in a row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
 // rows were not sent). Rows are row_begin ... row_begin + rows - 1.
 inline constexpr uint16_t kNoServer = 0xffff;
+// First weight of a row whose scores are not finite: the row can never be done. Gate weights are never negative.
+inline constexpr float kRejectedRowWeight = -1.0f;
 
 // ---- ExpertWork ---------------------------------------------------------------------------------------------
 // payload as a routed Dispatch: WorkRow[rows], WorkPair[pairs], padding, row data. Only pairs of the receiver.
@@ -72,8 +73,8 @@ static_assert(sizeof(PartialRow) == 8);
 
 // ---- Nack, Busy, Reject -------------------------------------------------------------------------------------
 // Nack and Reject: payload = PartialRow[rows] (row, group) without data; Nack's epoch is the one the server
-// knows. Reject with flag kRejectGate: every group of the row. Busy: payload = PartialRow[rows]; group =
-// kWholeRow when the row was not routed at all.
+// knows. Reject with flag kRejectGate: every group of the row (its group is kWholeRow or any group). Busy:
+// payload = PartialRow[rows]; group = kWholeRow when the row was not routed at all.
 inline constexpr uint8_t kRejectGate = 1;
 inline constexpr uint16_t kWholeRow = 0xffff;
 
@@ -92,7 +93,32 @@ uint32_t WorkPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t pairs);
 uint32_t PartialPayloadBytes(const RowShape& shape, uint32_t rows);
 uint32_t RoutePlanPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t servers);
 
-// Views; spans point into the payload and live as long as it does.
+// Where a writer puts its descriptors and rows; spans point into `payload`, padding is already zero.
+// REQUIRES: payload is 8-byte aligned and has exactly the size that the function above gives.
+struct WorkSpans {
+  std::span<WorkRow> rows;
+  std::span<WorkPair> pairs;
+  std::byte* data = nullptr;  // [rows, hidden]
+};
+struct PartialSpans {
+  std::span<PartialRow> rows;
+  std::byte* data = nullptr;  // [rows, hidden]
+};
+struct RoutePlanSpans {
+  std::span<uint64_t> servers;
+  std::span<float> weights;          // [rows, k]
+  std::span<uint16_t> experts;       // [rows, k]
+  std::span<uint16_t> server_index;  // [rows, k]
+};
+WorkSpans LayOutWork(const RowShape& shape, uint32_t rows, uint32_t pairs, std::span<std::byte> payload);
+PartialSpans LayOutPartial(const RowShape& shape, uint32_t rows, std::span<std::byte> payload);
+RoutePlanSpans LayOutRoutePlan(const RowShape& shape, uint32_t rows, uint32_t servers,
+                               std::span<std::byte> payload);
+// Nack, Busy, Reject. REQUIRES: payload is rows * sizeof(PartialRow) bytes.
+std::span<PartialRow> LayOutRowList(uint32_t rows, std::span<std::byte> payload);
+
+// Views; spans point into the payload and live as long as it does. A message has at least one row. That a row
+// index is inside its exchange, and not twice in a message, is for the reader's owner to check.
 struct WorkView {
   std::span<const WorkRow> rows;
   std::span<const WorkPair> pairs;
@@ -109,7 +135,9 @@ struct RoutePlanView {
   std::span<const uint16_t> server_index;  // [rows, k]
 };
 
-// Dispatch with kDispatchRouted, and ExpertWork.
+// REQUIRES (all): ValidateHeader passed; payload is 8-byte aligned (frames are).
+// Dispatch with kDispatchRouted, and ExpertWork. Every row has 1 ... top_k pairs with ascending experts and finite
+// weights.
 absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header, std::span<const std::byte> payload);
 // Dispatch without kDispatchRouted: the row data.
 absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const FrameHeader& header,

@@ -3,12 +3,15 @@ import http.client, json, os, subprocess, sys, time, unittest
 import harness
 from harness import BIN, checkpoint, golden, wait_until
 
-NAME = "mk%d" % (os.getpid() % 10000)
+NAME = "mk%d" % (os.getpid() % 10000)   # interface names have at most 15 characters
 HOSTS = ("gateway", "router", "attention", "expert0", "expert1")
 
 
 def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise AssertionError("ip %s: %s" % (" ".join(arguments), done.stderr))
+    return done
 
 
 def address(host):
@@ -16,24 +19,30 @@ def address(host):
 
 
 class Hosts(unittest.TestCase):
+    serial = 0
+
     def setUp(self):
-        ip("link", "add", NAME + "br", "type", "bridge")
-        ip("link", "set", NAME + "br", "up")
-        ip("addr", "add", "10.213.7.254/24", "dev", NAME + "br")
+        # The kernel takes a namespace down in its own time: every test has names of its own.
+        Hosts.serial += 1
+        self.name = NAME + "abc"[Hosts.serial % 3]
+        self.processes = {}
+        self.addCleanup(self.clean)
+        ip("link", "add", self.name + "br", "type", "bridge")
+        ip("link", "set", self.name + "br", "up")
+        ip("addr", "add", "10.213.7.254/24", "dev", self.name + "br")
         for i, host in enumerate(HOSTS):
-            ns, outer = NAME + host, "%sv%d" % (NAME, i)
+            ns, outer = self.name + host, "%sv%d" % (self.name, i)
             ip("netns", "add", ns)
             ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", ns)
-            ip("link", "set", outer, "master", NAME + "br", "up")
+            ip("link", "set", outer, "master", self.name + "br", "up")
             ip("-n", ns, "addr", "add", address(host) + "/24", "dev", "eth0")
             ip("-n", ns, "link", "set", "eth0", "up")
             ip("-n", ns, "link", "set", "lo", "up")
-        self.processes = {}
         self.secret = os.path.join(harness._scratch, "secret")
         with open(self.secret, "w") as f:
             f.write("correct horse battery staple\n")
 
-    def tearDown(self):
+    def clean(self):
         for p in self.processes.values():
             p.terminate()
         for p in self.processes.values():
@@ -41,15 +50,17 @@ class Hosts(unittest.TestCase):
                 p.wait(10)
             except subprocess.TimeoutExpired:
                 p.kill()
+                p.wait()
         for i, host in enumerate(HOSTS):
-            ip("netns", "del", NAME + host, check=False)
-        ip("link", "del", NAME + "br", check=False)
+            ip("link", "del", "%sv%d" % (self.name, i), check=False)
+            ip("netns", "del", self.name + host, check=False)
+        ip("link", "del", self.name + "br", check=False)
 
     def start(self, host, program, *flags, secret=None):
         data = [] if program == "minke-gateway" else ["--ucx-interface=eth0", "--cluster-secret-file=" + (secret or self.secret)]
         log = open(os.path.join(harness._scratch, host + ".log"), "w")
         self.processes[host] = subprocess.Popen(
-            ["ip", "netns", "exec", NAME + host, os.path.join(BIN, program), "--checkpoint=" + checkpoint("v2"),
+            ["ip", "netns", "exec", self.name + host, os.path.join(BIN, program), "--checkpoint=" + checkpoint("v2"),
              "--precision=exact", "--listen=%s:7000" % address(host), "--advertise=" + address(host), *data, *flags],
             stdout=log, stderr=log)
 

@@ -1,0 +1,371 @@
+#include "services/gateway/attention_client/attention_pool.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "libs/base/log.h"
+#include "libs/base/strings.h"
+#include "services/gateway/attention_client/convert.h"
+#include "services/gateway/attention_client/session.h"
+
+namespace minke::gateway {
+namespace {
+
+namespace v1 = inference::v1;
+using Clock = std::chrono::steady_clock;
+
+constexpr char kTag[] = "gateway/attention_client";
+// Log-probabilities of a long prompt with alternatives are the largest messages.
+constexpr int kMessageBytesMax = 256 << 20;
+// How often waiting sequences and channels are looked at when nothing wakes the thread.
+constexpr std::chrono::milliseconds kTick{50};
+
+std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(kMessageBytesMax);
+  arguments.SetMaxSendMessageSize(kMessageBytesMax);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 2000);  // how long one attempt may take
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // nodes are reached directly
+  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+}
+
+}  // namespace
+
+class AttentionPool::Impl final : public SessionOwner {
+ public:
+  Impl(AttentionPoolOptions options, GatewayCounters* counters, std::function<void(bool)> on_connected)
+      : options_(options), counters_(*counters), on_connected_(std::move(on_connected)), thread_([this] { Maintain(); }) {}
+  ~Impl();
+
+  void UpdateNodes(const std::vector<AttentionNode>& nodes);
+  uint64_t Start(SequenceSpec spec, std::shared_ptr<SequenceSink> sink);
+  void Cancel(uint64_t id);
+
+  void OnMessage(Session* session, v1::AttentionMessage* message) override;
+  void OnSessionDone(Session* session, const grpc::Status& status) override;
+
+ private:
+  struct Node {
+    AttentionNode info;
+    std::shared_ptr<grpc::Channel> channel;
+    std::unique_ptr<v1::Attention::Stub> stub;
+    Session* session = nullptr;   // owns itself; null: none
+    bool cancelling = false;      // its session was told to end
+    int64_t sequences = 0;
+    bool in_view = true;
+    Clock::time_point absent_since{};
+    Clock::time_point connect_at{};
+    std::chrono::milliseconds pause{0};
+  };
+  struct Sequence {
+    SequenceSpec spec;
+    std::shared_ptr<SequenceSink> sink;
+    uint32_t generation = 0;
+    TokenIds generated;             // what the client has: goes along at a resubmission
+    size_t prompt_logprobs = 0;     // delivered
+    size_t prompt_logprobs_now = 0; // received in this generation
+    Node* node = nullptr;           // null: waits for one
+    Clock::time_point wait_until{};
+    int lost_sessions = 0;
+  };
+  // Sinks are called after the lock is released.
+  using Deliveries = std::vector<std::pair<std::shared_ptr<SequenceSink>, SequenceEvent>>;
+
+  Node* PickLocked() const;
+  void PlaceLocked(uint64_t id, Sequence* sequence, Node* node);
+  void PlaceWaitingLocked(Deliveries* deliveries);
+  void ConnectLocked(Node* node);
+  void FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries);
+  bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event, std::shared_ptr<SequenceSink>* sink);
+  void Maintain();
+  static void Deliver(Deliveries deliveries) {
+    for (auto& [sink, event] : deliveries) sink->OnEvent(std::move(event));
+  }
+
+  const AttentionPoolOptions options_;
+  GatewayCounters& counters_;
+  const std::function<void(bool)> on_connected_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  // Guarded by mutex_.
+  std::map<uint64_t, std::unique_ptr<Node>> nodes_;  // by node id
+  std::unordered_map<uint64_t, Sequence> sequences_;
+  std::vector<uint64_t> waiting_;                    // sequences without a node, oldest first; some may be gone
+  uint64_t next_id_ = 1;
+  bool stopping_ = false;
+  bool poke_ = false;  // the thread has something to do
+  std::thread thread_;
+};
+
+AttentionPool::Impl::~Impl() {
+  Deliveries deliveries;
+  {
+    std::unique_lock lock(mutex_);
+    stopping_ = true;
+    changed_.notify_all();
+    for (auto& [id, node] : nodes_) {
+      if (node->session != nullptr) node->session->TryCancel();
+    }
+    // gRPC calls OnDone for every session that was started, soon after a cancel.
+    changed_.wait(lock, [this] {
+      return std::all_of(nodes_.begin(), nodes_.end(), [](const auto& entry) { return entry.second->session == nullptr; });
+    });
+    while (!sequences_.empty()) {
+      FailLocked(sequences_.begin()->first, absl::UnavailableError("the gateway is shutting down"), &deliveries);
+    }
+  }
+  thread_.join();
+  Deliver(std::move(deliveries));
+}
+
+void AttentionPool::Impl::UpdateNodes(const std::vector<AttentionNode>& nodes) {
+  const std::lock_guard lock(mutex_);
+  for (auto& [id, node] : nodes_) {
+    const bool was_in_view = std::exchange(node->in_view, false);
+    if (was_in_view) node->absent_since = Clock::now();
+  }
+  for (const AttentionNode& info : nodes) {
+    std::unique_ptr<Node>& node = nodes_[info.node_id];
+    if (node == nullptr) {
+      node = std::make_unique<Node>();
+      node->channel = Connect(info.address);
+      node->stub = v1::Attention::NewStub(node->channel);
+    }
+    node->info = info;
+    node->in_view = true;
+  }
+  poke_ = true;
+  changed_.notify_all();
+}
+
+AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked() const {
+  Node* best = nullptr;
+  for (const auto& [id, node] : nodes_) {
+    if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready) continue;
+    if (best == nullptr || node->sequences < best->sequences) best = node.get();
+  }
+  return best;
+}
+
+uint64_t AttentionPool::Impl::Start(SequenceSpec spec, std::shared_ptr<SequenceSink> sink) {
+  const std::lock_guard lock(mutex_);
+  const uint64_t id = next_id_++;
+  Sequence& sequence = sequences_[id];
+  sequence.spec = std::move(spec);
+  sequence.sink = std::move(sink);
+  if (Node* node = PickLocked()) {
+    PlaceLocked(id, &sequence, node);
+  } else {
+    sequence.wait_until = Clock::now() + options_.node_wait_max;
+    waiting_.push_back(id);
+  }
+  return id;
+}
+
+void AttentionPool::Impl::PlaceLocked(uint64_t id, Sequence* sequence, Node* node) {
+  v1::GatewayMessage message;
+  v1::Submit* submit = message.mutable_submit();
+  submit->set_request_id(id);
+  submit->set_generation(sequence->generation);
+  submit->mutable_prompt_token_ids()->Assign(sequence->spec.prompt->begin(), sequence->spec.prompt->end());
+  submit->mutable_generated_token_ids()->Assign(sequence->generated.begin(), sequence->generated.end());
+  ToProto(sequence->spec.sampling, submit->mutable_sampling());
+  if (sequence->prompt_logprobs + 1 >= sequence->spec.prompt->size()) {
+    submit->mutable_sampling()->set_want_prompt_logprobs(false);  // the client has them all
+  }
+  submit->set_waiting_ms_max(options_.waiting_ms_max);
+  sequence->node = node;
+  sequence->prompt_logprobs_now = 0;
+  ++node->sequences;
+  node->session->Send(std::move(message));
+}
+
+void AttentionPool::Impl::Cancel(uint64_t id) {
+  std::shared_ptr<SequenceSink> sink;  // released after the lock
+  const std::lock_guard lock(mutex_);
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) return;
+  Sequence& sequence = found->second;
+  if (Node* node = sequence.node; node != nullptr) {
+    --node->sequences;
+    if (node->session != nullptr) {
+      v1::GatewayMessage message;
+      message.mutable_cancel()->set_request_id(id);
+      message.mutable_cancel()->set_generation(sequence.generation);
+      node->session->Send(std::move(message));
+    }
+  }
+  sink = std::move(sequence.sink);
+  sequences_.erase(found);
+}
+
+void AttentionPool::Impl::FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries) {
+  const auto found = sequences_.find(id);
+  SequenceEvent event;
+  event.finish = FinishReason::kError;
+  event.error = std::move(status);
+  deliveries->emplace_back(std::move(found->second.sink), std::move(event));
+  if (found->second.node != nullptr) --found->second.node->sequences;
+  sequences_.erase(found);
+}
+
+bool AttentionPool::Impl::TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event,
+                                          std::shared_ptr<SequenceSink>* sink) {
+  const auto found = sequences_.find(proto.request_id());
+  if (found == sequences_.end()) return false;  // cancelled meanwhile
+  Sequence& sequence = found->second;
+  if (sequence.node == nullptr || sequence.node->session != session || sequence.generation != proto.generation()) return false;
+  sequence.node->pause = {};  // this session works
+  sequence.generated.insert(sequence.generated.end(), event->token_ids.begin(), event->token_ids.end());
+  if (!event->prompt_logprobs.empty()) {
+    // A resubmission computes the prompt again: what was delivered before is not delivered twice.
+    const size_t received = event->prompt_logprobs.size();
+    const size_t known = std::min(received, sequence.prompt_logprobs - std::min(sequence.prompt_logprobs, sequence.prompt_logprobs_now));
+    event->prompt_logprobs.erase(event->prompt_logprobs.begin(), event->prompt_logprobs.begin() + static_cast<std::ptrdiff_t>(known));
+    sequence.prompt_logprobs_now += received;
+    sequence.prompt_logprobs = std::max(sequence.prompt_logprobs, sequence.prompt_logprobs_now);
+  }
+  if (sequence.generation > 0) event->cached_prompt_tokens = 0;  // counted the first time
+  if (event->finish == FinishReason::kNone) {
+    *sink = sequence.sink;
+    return true;
+  }
+  *sink = std::move(sequence.sink);
+  --sequence.node->sequences;
+  sequences_.erase(found);
+  return true;
+}
+
+void AttentionPool::Impl::OnMessage(Session* session, v1::AttentionMessage* message) {
+  std::vector<SequenceEvent> events;
+  events.reserve(static_cast<size_t>(message->events_size()));
+  for (v1::Event& proto : *message->mutable_events()) events.push_back(FromProto(&proto));
+  Deliveries deliveries;
+  deliveries.reserve(events.size());
+  {
+    const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < events.size(); ++i) {
+      std::shared_ptr<SequenceSink> sink;
+      if (TakeEventLocked(session, message->events(static_cast<int>(i)), &events[i], &sink)) {
+        deliveries.emplace_back(std::move(sink), std::move(events[i]));
+      }
+    }
+  }
+  Deliver(std::move(deliveries));
+}
+
+void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& status) {
+  Deliveries deliveries;
+  {
+    const std::lock_guard lock(mutex_);
+    Node* node = nullptr;
+    for (auto& [id, candidate] : nodes_) {
+      if (candidate->session == session) node = candidate.get();
+    }
+    node->session = nullptr;
+    node->cancelling = false;
+    node->pause = std::min(std::max(node->pause * 2, options_.reconnect_min), options_.reconnect_max);
+    node->connect_at = Clock::now() + node->pause;
+    size_t moved = 0;
+    std::vector<uint64_t> quarantined;
+    if (!stopping_) {
+      for (auto& [id, sequence] : sequences_) {
+        if (sequence.node != node) continue;
+        sequence.node = nullptr;
+        ++sequence.generation;  // late events of the old one are dropped
+        if (++sequence.lost_sessions >= options_.lost_sessions_max) {
+          quarantined.push_back(id);
+          continue;
+        }
+        sequence.wait_until = Clock::now() + options_.node_wait_max;
+        waiting_.push_back(id);
+        ++moved;
+      }
+      node->sequences = 0;
+      log::Warning(kTag, absl::StrFormat("node=%016x address=%s session lost (%s), sequences to move: %d", node->info.node_id,
+                                         node->info.address, status.error_message(), moved));
+    }
+    for (const uint64_t id : quarantined) {
+      FailLocked(id, absl::InternalError(StrCat("the request was aboard ", options_.lost_sessions_max,
+                                                " attention nodes that failed, and is not given to another one")),
+                 &deliveries);
+    }
+    counters_.resubmissions.fetch_add(moved);
+    if (!stopping_) PlaceWaitingLocked(&deliveries);
+    poke_ = true;
+    changed_.notify_all();
+  }
+  Deliver(std::move(deliveries));
+}
+
+void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
+  std::vector<uint64_t> still_waiting;
+  const Clock::time_point now = Clock::now();
+  for (const uint64_t id : waiting_) {
+    const auto found = sequences_.find(id);
+    if (found == sequences_.end() || found->second.node != nullptr) continue;
+    if (Node* node = PickLocked()) {
+      PlaceLocked(id, &found->second, node);
+    } else if (now >= found->second.wait_until) {
+      FailLocked(id, absl::UnavailableError("no attention node can take the request"), deliveries);
+    } else {
+      still_waiting.push_back(id);
+    }
+  }
+  waiting_ = std::move(still_waiting);
+}
+
+void AttentionPool::Impl::ConnectLocked(Node* node) {
+  if (node->session != nullptr || !node->in_view || Clock::now() < node->connect_at) return;
+  if (node->channel->GetState(/*try_to_connect=*/true) != GRPC_CHANNEL_READY) return;
+  node->session = new Session(this, node->stub.get());  // deletes itself
+  node->session->Start();
+  log::Info(kTag, absl::StrFormat("node=%016x address=%s session opened", node->info.node_id, node->info.address));
+}
+
+void AttentionPool::Impl::Maintain() {
+  std::unique_lock lock(mutex_);
+  bool was_connected = false;
+  while (!stopping_) {
+    Deliveries deliveries;
+    const Clock::time_point now = Clock::now();
+    for (auto entry = nodes_.begin(); entry != nodes_.end();) {
+      Node& node = *entry->second;
+      ConnectLocked(&node);
+      const bool gone = !node.in_view && now - node.absent_since >= options_.absent_grace;
+      if (gone && node.session != nullptr && !node.cancelling) {
+        node.cancelling = true;
+        node.session->TryCancel();  // OnSessionDone moves its sequences
+      }
+      entry = gone && node.session == nullptr ? nodes_.erase(entry) : std::next(entry);
+    }
+    PlaceWaitingLocked(&deliveries);
+    const bool is_connected = PickLocked() != nullptr;
+    const bool flipped = std::exchange(was_connected, is_connected) != is_connected;
+    poke_ = false;
+    lock.unlock();
+    Deliver(std::move(deliveries));
+    if (flipped) on_connected_(is_connected);
+    lock.lock();
+    changed_.wait_for(lock, kTick, [this] { return stopping_ || poke_; });
+  }
+}
+
+AttentionPool::AttentionPool(AttentionPoolOptions options, GatewayCounters* counters, std::function<void(bool)> on_connected)
+    : impl_(std::make_unique<Impl>(options, counters, std::move(on_connected))) {}
+AttentionPool::~AttentionPool() = default;
+void AttentionPool::UpdateNodes(const std::vector<AttentionNode>& nodes) { impl_->UpdateNodes(nodes); }
+uint64_t AttentionPool::Start(SequenceSpec spec, std::shared_ptr<SequenceSink> sink) {
+  return impl_->Start(std::move(spec), std::move(sink));
+}
+void AttentionPool::Cancel(uint64_t sequence) { impl_->Cancel(sequence); }
+
+}  // namespace minke::gateway

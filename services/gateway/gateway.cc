@@ -1,0 +1,196 @@
+#include "services/gateway/gateway.h"
+
+#include <algorithm>
+#include <atomic>
+#include <ctime>
+#include <filesystem>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/model/config.h"
+#include "proto/cluster/cluster.pb.h"
+#include "services/gateway/api/grpc_api.h"
+#include "services/gateway/http/api_keys.h"
+#include "services/gateway/openai/handler.h"
+
+namespace minke::gateway {
+namespace {
+
+constexpr char kTag[] = "gateway";
+
+std::string FolderName(const std::string& directory) {
+  std::filesystem::path path = std::filesystem::absolute(directory).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();  // a trailing slash
+  return path.filename().string();
+}
+
+// Why there is no chat is kept for the callers; only a template named by the operator has to exist.
+absl::Status ChooseChatTemplate(const std::string& directory, std::string_view name, GatewayModel* model) {
+  if (!name.empty() && name != "auto") {
+    MK_ASSIGN_OR_RETURN(model->chat_template, tokenizer::ParseChatTemplate(name));
+    return absl::OkStatus();
+  }
+  const auto detected = tokenizer::DetectChatTemplate(directory);
+  if (detected.ok()) {
+    model->chat_template = *detected;
+    return absl::OkStatus();
+  }
+  model->no_chat_reason = absl::IsNotFound(detected.status())
+                              ? "this checkpoint has no chat template: use /v1/completions, or serve it with --chat-template"
+                              : "this checkpoint's chat template is not known: serve it with --chat-template";
+  if (!absl::IsNotFound(detected.status())) log::Warning(kTag, StdView(detected.status().message()));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory, std::string_view model_name,
+                                              std::string_view chat_template) {
+  MK_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Load(checkpoint_directory));
+  GatewayModel model;
+  model.name = model_name.empty() ? FolderName(checkpoint_directory) : std::string(model_name);
+  model.vocab_size = static_cast<uint32_t>(config.vocab_size);
+  model.context_length = static_cast<uint32_t>(config.max_position_embeddings);
+  model.eos_token_ids = config.eos_token_ids;
+  auto loaded = tokenizer::Tokenizer::Load(checkpoint_directory);
+  if (absl::IsNotFound(loaded.status())) {
+    log::Info(kTag, "no tokenizer.json: prompts are arrays of token ids");
+    return model;
+  }
+  if (!loaded.ok()) return loaded.status();
+  model.tokenizer = *std::move(loaded);
+  if (const auto eos = model.tokenizer->eos_id();
+      eos && *eos < model.vocab_size && std::count(model.eos_token_ids.begin(), model.eos_token_ids.end(), *eos) == 0) {
+    model.eos_token_ids.push_back(*eos);
+  }
+  MK_RETURN_IF_ERROR(ChooseChatTemplate(checkpoint_directory, chat_template, &model));
+  return model;
+}
+
+class Gateway::Impl {
+ public:
+  Impl(GatewayOptions options, GatewayModel model)
+      : options_(std::move(options)), model_(std::move(model)), admission_(options_.sequences_max) {}
+
+  ~Impl() {
+    Shutdown(std::chrono::milliseconds(0));
+    http_.reset();
+    std::unique_ptr<GrpcApi> grpc;  // Refresh, on the pool's thread, may be looking at it
+    const std::lock_guard lock(mutex_);
+    grpc = std::move(grpc_);
+  }
+
+  absl::Status Start() {
+    ApiKeys keys;
+    if (!options_.api_key_file.empty()) {
+      MK_ASSIGN_OR_RETURN(keys, ApiKeys::Load(options_.api_key_file));
+    }
+    pool_ = std::make_unique<AttentionPool>(options_.attention, &counters_, [this](bool connected) {
+      pool_connected_ = connected;
+      Refresh();
+    });
+    const GenerateContext context{&model_, pool_.get(), &counters_, options_.silence_max};
+    const auto not_ready_reason = [this] { return NotReadyReason(); };
+    handler_ = std::make_unique<OpenAiHandler>(OpenAiHandler::Options{
+        context, &admission_, keys, not_ready_reason, static_cast<int64_t>(std::time(nullptr))});
+    std::unique_ptr<GrpcApi> grpc;
+    if (!options_.grpc_listen.empty()) {
+      MK_ASSIGN_OR_RETURN(grpc, GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, not_ready_reason}));
+    }
+    MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, handler_.get()));
+    {
+      const std::lock_guard lock(mutex_);
+      grpc_ = std::move(grpc);
+    }
+    Refresh();
+    return absl::OkStatus();
+  }
+
+  void UpdateView(const cluster::v1::ClusterView& view) {
+    std::vector<AttentionNode> nodes;
+    for (const cluster::v1::Member& member : view.members()) {
+      if (member.role() == cluster::v1::ROLE_ATTENTION) nodes.push_back({member.node_id(), member.rpc_address(), member.ready()});
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      view_ready_ = view.ready();
+      view_reason_ = view.not_ready_reason().empty() ? "the cluster is not ready" : view.not_ready_reason();
+    }
+    pool_->UpdateNodes(nodes);
+    Refresh();
+  }
+
+  std::string NotReadyReason() const {
+    const std::lock_guard lock(mutex_);
+    return ready_ ? "" : reason_;
+  }
+
+  void Shutdown(std::chrono::milliseconds grace) {
+    const auto deadline = std::chrono::steady_clock::now() + grace;
+    if (http_ != nullptr) http_->Shutdown(grace);
+    if (grpc_ != nullptr) {
+      const auto left = deadline - std::chrono::steady_clock::now();
+      grpc_->Shutdown(std::max(std::chrono::duration_cast<std::chrono::milliseconds>(left), std::chrono::milliseconds(0)));
+    }
+  }
+
+  const HttpServer& http() const { return *http_; }
+  int grpc_port() const { return grpc_ == nullptr ? 0 : grpc_->port(); }
+  const GatewayCounters& counters() const { return counters_; }
+  const Admission& admission() const { return admission_; }
+
+ private:
+  // Recomputes readiness; says so when it changes.
+  void Refresh() {
+    const std::lock_guard lock(mutex_);
+    const bool ready = view_ready_ && pool_connected_;
+    reason_ = view_ready_ ? "no connection to a ready attention node" : view_reason_;
+    if (grpc_ != nullptr) grpc_->SetServing(ready);
+    if (std::exchange(ready_, ready) == ready) return;
+    if (ready) {
+      log::Info(kTag, StrCat("ready http://", HostOf(options_.http.listen), ":", http_ == nullptr ? 0 : http_->port()));
+    } else {
+      log::Warning(kTag, StrCat("not ready: ", reason_));
+    }
+  }
+
+  static std::string HostOf(const std::string& listen) { return listen.substr(0, listen.rfind(':')); }
+
+  const GatewayOptions options_;
+  const GatewayModel model_;
+  GatewayCounters counters_;
+  Admission admission_;
+  std::atomic<bool> pool_connected_{false};
+  mutable std::mutex mutex_;
+  bool view_ready_ = false;                                          // guarded by mutex_
+  std::string view_reason_ = "waiting for the router";               // guarded by mutex_
+  bool ready_ = false;                                               // guarded by mutex_
+  std::string reason_ = "waiting for the router";                    // guarded by mutex_
+  // Destroyed bottom up: the servers first, then the pool they use.
+  std::unique_ptr<AttentionPool> pool_;
+  std::unique_ptr<OpenAiHandler> handler_;
+  std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<GrpcApi> grpc_;                                    // set once, under mutex_
+};
+
+Gateway::Gateway(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Gateway::~Gateway() { Shutdown(std::chrono::milliseconds(0)); }
+void Gateway::UpdateView(const cluster::v1::ClusterView& view) { impl_->UpdateView(view); }
+int Gateway::port() const { return impl_->http().port(); }
+int Gateway::grpc_port() const { return impl_->grpc_port(); }
+std::string Gateway::not_ready_reason() const { return impl_->NotReadyReason(); }
+const GatewayCounters& Gateway::counters() const { return impl_->counters(); }
+int64_t Gateway::active_sequences() const { return impl_->admission().active(); }
+int Gateway::connections() const { return impl_->http().connections(); }
+void Gateway::Shutdown(std::chrono::milliseconds grace) { impl_->Shutdown(grace); }
+
+absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options, GatewayModel model) {
+  auto impl = std::make_unique<Impl>(std::move(options), std::move(model));
+  MK_RETURN_IF_ERROR(impl->Start());
+  return std::unique_ptr<Gateway>(new Gateway(std::move(impl)));
+}
+
+}  // namespace minke::gateway

@@ -1,0 +1,64 @@
+// The gateway: OpenAI-compatible HTTP API and the same generation over gRPC in front, attention nodes behind.
+// Used by minke-gateway and by `minke serve`. Thread-safe.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "services/gateway/attention_client/attention_pool.h"
+#include "services/gateway/generation/admission.h"
+#include "services/gateway/generation/types.h"
+#include "services/gateway/http/server.h"
+
+namespace minke::cluster::v1 {
+class ClusterView;
+}
+
+namespace minke::gateway {
+
+struct GatewayOptions {
+  HttpServerOptions http;
+  std::string grpc_listen = "127.0.0.1:0";       // HOST:PORT; port 0: any free one; empty: no gRPC API
+  std::string api_key_file;                      // one key per line, # comments; empty: everybody may call
+  int64_t sequences_max = 4096;                  // running and waiting at once (choices count); above: 429
+  std::chrono::milliseconds silence_max{600'000};  // a request none of whose sequences moves for so long: 503
+  AttentionPoolOptions attention;
+};
+
+// The checkpoint as a gateway needs it: config.json, and the tokenizer where there is one.
+//   model_name     what /v1/models lists; empty: the folder's name
+//   chat_template  "auto" or empty: as tokenizer_config.json says; else v2-chat, v2-chat-0628, v2.5
+absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory, std::string_view model_name,
+                                              std::string_view chat_template);
+
+class Gateway {
+ public:
+  // Listens, not ready until UpdateView brings a ready view and an attention node's session is up.
+  // INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (a port in use): one line that says what.
+  static absl::StatusOr<std::unique_ptr<Gateway>> Create(GatewayOptions options, GatewayModel model);
+  ~Gateway();  // Shutdown(0) if it was not called
+
+  // The cluster as the router sees it; from any thread. Logs `ready` with the address when it becomes so.
+  void UpdateView(const cluster::v1::ClusterView& view);
+
+  int port() const;       // HTTP
+  int grpc_port() const;  // 0: no gRPC API
+  // Why requests cannot be served; empty: they can. What /health says.
+  std::string not_ready_reason() const;
+  const GatewayCounters& counters() const;
+  int64_t active_sequences() const;
+  int connections() const;
+  // Stops accepting, lets open requests finish until `grace` has passed, drops the rest. Idempotent.
+  void Shutdown(std::chrono::milliseconds grace);
+
+ private:
+  class Impl;
+  explicit Gateway(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace minke::gateway

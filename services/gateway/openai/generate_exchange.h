@@ -1,0 +1,88 @@
+// Answers one generation request: starts its sequences, turns their events into a whole answer or a stream.
+// Used by one thread at a time. Destroyed early, it cancels what still runs.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "services/gateway/generation/admission.h"
+#include "services/gateway/generation/choice.h"
+#include "services/gateway/generation/event_queue.h"
+#include "services/gateway/generation/sequence_pool.h"
+#include "services/gateway/http/exchange.h"
+#include "services/gateway/openai/format.h"
+#include "services/gateway/openai/request.h"
+
+namespace minke::gateway {
+
+// What every generation shares; outlives them all.
+struct GenerateContext {
+  const GatewayModel* model = nullptr;
+  SequencePool* pool = nullptr;
+  GatewayCounters* counters = nullptr;
+  std::chrono::milliseconds silence_max{600'000};  // no event of any of its sequences for so long: 503
+};
+
+class GenerateExchange final : public Exchange {
+ public:
+  GenerateExchange(const GenerateContext& context, GenerateRequest request, Admission::Permit permit,
+                   const std::string& request_id, std::function<void()> wake);
+  ~GenerateExchange() override;
+  void Poll(Output* out) override;
+  std::chrono::steady_clock::time_point deadline() const override { return deadline_; }
+
+ private:
+  struct Sequence {
+    explicit Sequence(Choice choice_in) : choice(std::move(choice_in)) {}
+    uint64_t id = 0;
+    Choice choice;
+    bool echoed = false;                        // or nothing to echo
+    bool first_chunk = true;
+    std::vector<TokenLogprob> prompt_logprobs;  // until echoed
+    ChoiceContent content;                      // whole answers: grows
+  };
+
+  void Take(uint32_t index, SequenceEvent event, Output* out);
+  void Echo(uint32_t index, Output* out);
+  void Emit(uint32_t index, ChoiceContent content, Output* out);
+  void Fail(const ApiError& error, Output* out);
+  void Finish(Output* out);
+  void CancelAll();
+  const PreparedPrompt& PromptOf(uint32_t index) const { return request_.prompts[index / request_.n]; }
+  ChoiceContent NewContent(uint32_t index) const;
+
+  const GenerateContext context_;
+  const GenerateRequest request_;
+  const Admission::Permit permit_;
+  AnswerHead head_;
+  const std::shared_ptr<EventQueue> queue_;  // shared with the sinks
+  std::vector<Sequence> sequences_;          // by index: prompt * n + choice
+  size_t unfinished_;
+  uint64_t cached_tokens_ = 0;
+  bool head_sent_ = false;
+  bool done_ = false;
+  std::chrono::steady_clock::time_point deadline_;
+};
+
+// An answer that is known at once.
+class ImmediateExchange final : public Exchange {
+ public:
+  ImmediateExchange(HttpHead head, std::string body) : head_(std::move(head)), body_(std::move(body)) {}
+  explicit ImmediateExchange(const ApiError& error);
+  void Poll(Output* out) override {
+    out->head = head_;
+    out->body = body_;
+    out->done = true;
+  }
+  std::chrono::steady_clock::time_point deadline() const override { return std::chrono::steady_clock::time_point::max(); }
+
+ private:
+  HttpHead head_;
+  std::string body_;
+};
+
+HttpHead ErrorHead(const ApiError& error);
+
+}  // namespace minke::gateway

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Holds the layers: which folder may include what. Run from anywhere; exit code 1 and one line per offence."""
+import os, re, subprocess, sys
+
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIBS = {  # what a library may use, beside itself and base
+    "base": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
+    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
+    "node": ["model", "telemetry", "transport"],
+}
+ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/")
+HEADERS = {  # third-party headers that stay in one place
+    r"^(ucp|uct|ucs)/": ("libs/transport/ucx/",),
+    r"^grpcpp/": ("libs/rpc/", "services/gateway/api/", "services/gateway/attention_client/", "services/attention/api/",
+                  "services/router/api/", "tests/", "services/gateway/gateway"),
+    r"^spdlog/": ("libs/base/",),
+    r"^boost/": ("services/gateway/http/", "cli/", "tests/"),
+}
+
+
+def allowed(path, include):
+    if include.startswith("proto/"):
+        return True
+    here, there = path.split("/"), include.split("/")
+    if there[0] == "libs":
+        if here[0] != "libs" or there[1] in ("base", here[1]):
+            return True
+        return there[1] in LIBS.get(here[1], []) or ("testing" in include or path.endswith("_test.cc")) and there[1] == "model"
+    if there[0] == "services":
+        if here[0] in ("cli", "tests", "bench", "tools"):
+            return True
+        if here[0] != "services":
+            return False
+        return here[1] == there[1] or (here[1] == "attention" and include.startswith(ROUTER_PURE))
+    if there[0] in ("cli", "tests", "bench", "tools"):
+        return here[0] == there[0]
+    return True
+
+
+bad = 0
+files = subprocess.run(["git", "-C", root, "ls-files", "-co", "--exclude-standard", "*.h", "*.cc", "*.inc"], capture_output=True, text=True).stdout.split()
+for path in files:
+    if not os.path.exists(os.path.join(root, path)):
+        continue
+    for number, line in enumerate(open(os.path.join(root, path), encoding="utf-8"), 1):
+        found = re.match(r'\s*#include ["<]([^">]+)[">]', line)
+        if not found:
+            continue
+        include = found.group(1)
+        ok = allowed(path, include)
+        for pattern, homes in HEADERS.items():
+            ok = ok and (not re.match(pattern, include) or path.startswith(homes) or path.endswith("_test.cc"))
+        if not ok:
+            print(f"{path}:{number}: may not include {include}")
+            bad = 1
+sys.exit(bad)
