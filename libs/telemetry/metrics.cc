@@ -6,6 +6,7 @@
 
 #include <exception>
 
+#include "absl/synchronization/mutex.h"
 #include "libs/base/strings.h"
 
 namespace minke::telemetry {
@@ -30,10 +31,19 @@ std::vector<prometheus::MetricFamily> ToFamilies(const std::vector<Sample>& samp
 class Source final : public prometheus::Collectable {
  public:
   explicit Source(Collector collector) : collector_(std::move(collector)) {}
-  std::vector<prometheus::MetricFamily> Collect() const override { return ToFamilies(collector_()); }
+  std::vector<prometheus::MetricFamily> Collect() const override {
+    absl::MutexLock lock(&mutex_);
+    return collector_ == nullptr ? std::vector<prometheus::MetricFamily>() : ToFamilies(collector_());
+  }
+  // Waits for a scrape under way; later ones find nothing.
+  void Clear() {
+    absl::MutexLock lock(&mutex_);
+    collector_ = nullptr;
+  }
 
  private:
-  Collector collector_;
+  mutable absl::Mutex mutex_;
+  Collector collector_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace
@@ -44,7 +54,11 @@ struct MetricsServer::Impl {
 };
 
 MetricsServer::MetricsServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-MetricsServer::~MetricsServer() = default;
+MetricsServer::~MetricsServer() {
+  impl_->source->Clear();
+  // Closing the server waits up to 2 s for its poll to end. A process has one, and ends right after this.
+  (void)impl_->exposer.release();
+}
 
 absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::string& listen, Collector collector) {
   auto impl = std::make_unique<Impl>();

@@ -23,7 +23,8 @@ struct Sample {
 // Called on the server's threads; must be thread-safe. Samples of one name follow each other.
 using Collector = std::function<std::vector<Sample>()>;
 
-// GET /metrics on an address of its own.
+// GET /metrics on an address of its own. The collector is not called after destruction; the listening socket lives
+// until the process ends.
 class MetricsServer {
  public:
   // `listen`: host:port, port 0 for a free one. UNAVAILABLE if the address cannot be had.
