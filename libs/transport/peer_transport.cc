@@ -27,6 +27,8 @@ int64_t NowNs() {
       .count();
 }
 
+absl::Status SaidGoodbye() { return absl::CancelledError("the other side said goodbye"); }
+
 uint64_t FrameBytes(const FrameRef& frame) { return sizeof(wire::FrameHeader) + frame.header().payload_bytes; }
 
 }  // namespace
@@ -631,7 +633,11 @@ void PeerTransport::HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) {
   peer.statistics.received_bytes += FrameBytes(frame);
   if (credits != 0) peer.credit[static_cast<size_t>(header.traffic_class)].Return(credits);
   if (!wire::IsTransportKind(header.kind)) return Deliver(peer, std::move(frame));
-  if (header.kind == wire::Kind::kGoodbye) LosePeer(&peer, absl::CancelledError("the other side said goodbye"));
+  if (header.kind == wire::Kind::kGoodbye) {
+    // Lanes have no order between them: frames may still come over the other one.
+    lane->said_goodbye = true;
+    if (peer.lanes[0]->said_goodbye && peer.lanes[1]->said_goodbye) LosePeer(&peer, SaidGoodbye());
+  }
 }
 
 void PeerTransport::Deliver(Peer& peer, FrameRef frame) {
@@ -657,7 +663,11 @@ void PeerTransport::OnLost(Link* link, const absl::Status& status) {
   mutex_.AssertHeld();
   auto* const lane = static_cast<Lane*>(link->owner);
   if (lane == nullptr) return;
-  if (lane->peer != nullptr) return LosePeer(lane->peer, status);
+  if (Peer* const peer = lane->peer; peer != nullptr) {
+    const bool said_goodbye = std::any_of(std::begin(peer->lanes), std::end(peer->lanes),
+                                          [](const Lane* l) { return l != nullptr && l->said_goodbye; });
+    return LosePeer(peer, said_goodbye ? SaidGoodbye() : status);
+  }
   CloseLane(lane);
 }
 

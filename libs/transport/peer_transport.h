@@ -58,6 +58,7 @@ class PeerTransport final : public Transport, private DriverSink {
     // kLingering: nothing more is sent or listened to, the other side is given time to read what was sent and close.
     enum class Stage { kHandshake, kReady, kLingering } stage = Stage::kHandshake;
     int64_t deadline_ns = 0;  // of the handshake, of lingering
+    bool said_goodbye = false;  // the other side
     Peer* peer = nullptr;     // initiator: from the beginning; responder: once the handshake is done
     std::vector<std::pair<FrameRef, uint32_t>> early;  // frames and credits that came before the peer was up here
 

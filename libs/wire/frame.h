@@ -32,13 +32,13 @@ enum class Kind : uint8_t {
   kHeartbeat = 4,   //                                             (transport)
   kCredit = 5,      // only returns credits                        (transport)
   kGoodbye = 6,     // the sender leaves in good order             (transport)
-  kDispatch = 16,   // attention -> router: rows to route; or rows with their experts, to be sent again
+  kDispatch = 16,   // attention -> router: rows to route
   kRoutePlan = 17,  // router -> attention: experts, weights and servers of each row
-  kExpertWork = 18, // router -> expert server: rows and their (expert, weight) pairs
+  kExpertWork = 18, // router or attention -> expert server: rows and their (expert, weight) pairs
   kPartial = 19,    // expert server -> attention: sums per (row, group)
   kNack = 20,       // expert server -> attention: units it does not host
   kBusy = 21,       // router -> attention: rows it could not take now
-  kReject = 22,     // router or expert server -> attention: rows that can never be done (non-finite values)
+  kReject = 22,     // expert server -> attention: (row, group) whose sum is not finite
 };
 
 // Decode comes before prefill everywhere; the two have separate lanes and credits.
@@ -52,7 +52,7 @@ struct FrameHeader {
   uint8_t version = kVersion;
   Kind kind{};
   TrafficClass traffic_class{};
-  uint8_t flags = 0;           // kind-specific
+  uint8_t flags = 0;           // none is defined in version 1
   uint32_t epoch_term = 0;     // placement table the sender used or knows
   uint32_t epoch_counter = 0;
   uint64_t origin = 0;         // NodeId of the attention node that owns the exchange

@@ -52,14 +52,13 @@ absl::Status OutOfRange(const FrameHeader& header, std::string_view what, size_t
                                                  "]: expected below ", limit, ", found ", found));
 }
 
-absl::Status CheckKind(const FrameHeader& header, bool kind_ok, uint8_t flags_known, bool pairs_used) {
+// No kind has flags.
+absl::Status CheckKind(const FrameHeader& header, bool kind_ok, bool pairs_used) {
   if (!kind_ok) {
     return absl::InvalidArgumentError(
         StrCat("payload reader: unexpected kind ", ToString(header.kind), " flags ", int{header.flags}));
   }
-  if ((header.flags & ~flags_known) != 0) {
-    return Malformed(header, "flags", flags_known, header.flags);
-  }
+  if (header.flags != 0) return Malformed(header, "flags", 0, header.flags);
   if (!pairs_used && header.pairs != 0) return Malformed(header, "pairs", 0, header.pairs);
   if (header.rows == 0) {
     return absl::InvalidArgumentError(StrCat(ToString(header.kind), ": rows: expected at least 1, found 0"));
@@ -184,9 +183,7 @@ std::span<PartialRow> LayOutRowList(uint32_t rows, std::span<std::byte> payload)
 
 absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header,
                                   std::span<const std::byte> payload) {
-  const bool routed_dispatch = header.kind == Kind::kDispatch && (header.flags & kDispatchRouted) != 0;
-  MK_RETURN_IF_ERROR(CheckKind(header, routed_dispatch || header.kind == Kind::kExpertWork,
-                               routed_dispatch ? kDispatchRouted : 0, /*pairs_used=*/true));
+  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kExpertWork, /*pairs_used=*/true));
   MK_RETURN_IF_ERROR(CheckSize(header, payload, WorkBytes(shape, header.rows, header.pairs)));
 
   WorkView view;
@@ -228,8 +225,7 @@ absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& head
 
 absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const FrameHeader& header,
                                               std::span<const std::byte> payload) {
-  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kDispatch && (header.flags & kDispatchRouted) == 0,
-                               /*flags_known=*/0, /*pairs_used=*/false));
+  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kDispatch, /*pairs_used=*/false));
   MK_RETURN_IF_ERROR(
       CheckSize(header, payload, uint64_t{header.rows} * static_cast<uint64_t>(shape.row_bytes())));
   if (uint64_t{header.row_begin} + header.rows > UINT32_MAX) {
@@ -240,7 +236,7 @@ absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const Frame
 
 absl::StatusOr<PartialView> ReadPartial(const RowShape& shape, const FrameHeader& header,
                                         std::span<const std::byte> payload) {
-  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kPartial, /*flags_known=*/0, /*pairs_used=*/false));
+  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kPartial, /*pairs_used=*/false));
   MK_RETURN_IF_ERROR(CheckSize(header, payload, PartialBytes(shape, header.rows)));
   PartialView view;
   std::span<const std::byte> rest = payload;
@@ -252,21 +248,20 @@ absl::StatusOr<PartialView> ReadPartial(const RowShape& shape, const FrameHeader
 
 absl::StatusOr<PartialView> ReadRowList(const RowShape& shape, const FrameHeader& header,
                                         std::span<const std::byte> payload) {
-  const bool reject = header.kind == Kind::kReject;
-  MK_RETURN_IF_ERROR(CheckKind(header, reject || header.kind == Kind::kNack || header.kind == Kind::kBusy,
-                               reject ? kRejectGate : 0, /*pairs_used=*/false));
+  const bool busy = header.kind == Kind::kBusy;
+  MK_RETURN_IF_ERROR(CheckKind(header, busy || header.kind == Kind::kNack || header.kind == Kind::kReject,
+                               /*pairs_used=*/false));
   MK_RETURN_IF_ERROR(CheckSize(header, payload, uint64_t{header.rows} * sizeof(PartialRow)));
   PartialView view;
   std::span<const std::byte> rest = payload;
   view.rows = Take<PartialRow>(rest, header.rows);
-  const bool whole_row_allowed = header.kind == Kind::kBusy || (header.flags & kRejectGate) != 0;
-  MK_RETURN_IF_ERROR(CheckGroup(shape, header, view.rows, whole_row_allowed));
+  MK_RETURN_IF_ERROR(CheckGroup(shape, header, view.rows, /*whole_row_allowed=*/busy));
   return view;
 }
 
 absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHeader& header,
                                             std::span<const std::byte> payload) {
-  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kRoutePlan, /*flags_known=*/0, /*pairs_used=*/true));
+  MK_RETURN_IF_ERROR(CheckKind(header, header.kind == Kind::kRoutePlan, /*pairs_used=*/true));
   if (header.pairs >= kNoServer) return OutOfRange(header, "number of servers", 0, kNoServer, header.pairs);
   if (uint64_t{header.row_begin} + header.rows > UINT32_MAX) {
     return OutOfRange(header, "end of rows", 0, UINT32_MAX, uint64_t{header.row_begin} + header.rows);
@@ -288,9 +283,10 @@ absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHe
     }
   }
   for (size_t i = 0; i < choices; ++i) {
-    if (!std::isfinite(view.weights[i])) {
-      return absl::InvalidArgumentError(
-          StrCat("RoutePlan: weight [", i, "]: expected a finite number, found ", view.weights[i]));
+    const bool rejected_row = i % top_k == 0 && view.weights[i] == kRejectedRowWeight;
+    if (!std::isfinite(view.weights[i]) || (view.weights[i] < 0 && !rejected_row)) {
+      return absl::InvalidArgumentError(StrCat("RoutePlan: weight [", i, "]: expected a finite number of at least 0, found ",
+                                               view.weights[i]));
     }
     if (view.experts[i] >= shape.num_experts) {
       return OutOfRange(header, "expert", i, shape.num_experts, view.experts[i]);

@@ -25,11 +25,20 @@ struct RowShape {
 };
 
 // ---- Dispatch -----------------------------------------------------------------------------------------------
-// Without kDispatchRouted: payload = row data [rows, hidden]; row i of the message is row_begin + i.
-// With kDispatchRouted (a re-dispatch: the plan is known): header.pairs work pairs; payload = WorkRow[rows],
-// WorkPair[pairs], padding, row data. The epoch in the header is the least the router must have.
-inline constexpr uint8_t kDispatchRouted = 1;
+// payload = row data [rows, hidden]; row i of the message is row_begin + i. The epoch in the header is the least the
+// router must have.
 
+// ---- RoutePlan ----------------------------------------------------------------------------------------------
+// payload = uint64 servers[header.pairs] (NodeIds), float weights[rows][k], uint16 experts[rows][k] (ascending
+// in a row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
+// rows were not sent). Rows are row_begin ... row_begin + rows - 1.
+inline constexpr uint16_t kNoServer = 0xffff;
+// First weight of a row that the gate rejected because its scores are not finite: the row can never be done, nothing
+// of it was sent, and its other weights mean nothing. Gate weights are never negative.
+inline constexpr float kRejectedRowWeight = -1.0f;
+
+// ---- ExpertWork ---------------------------------------------------------------------------------------------
+// payload = WorkRow[rows], WorkPair[header.pairs], padding, row data. Only pairs of the receiver.
 // One row and its (expert, weight) pairs: pairs[pairs_begin, pairs_begin + pairs_count), experts ascending.
 struct WorkRow {
   uint32_t row = 0;
@@ -51,17 +60,6 @@ struct WorkPair {
 };
 static_assert(sizeof(WorkPair) == 8);
 
-// ---- RoutePlan ----------------------------------------------------------------------------------------------
-// payload = uint64 servers[header.pairs] (NodeIds), float weights[rows][k], uint16 experts[rows][k] (ascending
-// in a row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
-// rows were not sent). Rows are row_begin ... row_begin + rows - 1.
-inline constexpr uint16_t kNoServer = 0xffff;
-// First weight of a row whose scores are not finite: the row can never be done. Gate weights are never negative.
-inline constexpr float kRejectedRowWeight = -1.0f;
-
-// ---- ExpertWork ---------------------------------------------------------------------------------------------
-// payload as a routed Dispatch: WorkRow[rows], WorkPair[pairs], padding, row data. Only pairs of the receiver.
-
 // ---- Partial ------------------------------------------------------------------------------------------------
 // payload = PartialRow[rows], padding, row data: the weighted sum of the row's experts in `group`.
 struct PartialRow {
@@ -72,10 +70,8 @@ struct PartialRow {
 static_assert(sizeof(PartialRow) == 8);
 
 // ---- Nack, Busy, Reject -------------------------------------------------------------------------------------
-// Nack and Reject: payload = PartialRow[rows] (row, group) without data; Nack's epoch is the one the server
-// knows. Reject with flag kRejectGate: every group of the row (its group is kWholeRow or any group). Busy:
-// payload = PartialRow[rows]; group = kWholeRow when the row was not routed at all.
-inline constexpr uint8_t kRejectGate = 1;
+// payload = PartialRow[rows] (row, group) without data. Nack and Reject come from expert servers; Nack's epoch is the
+// one the server knows. Busy comes from routers; its group is kWholeRow when the row was not routed at all.
 inline constexpr uint16_t kWholeRow = 0xffff;
 
 // Byte offset of the row data behind `descriptor_bytes` of descriptors.
@@ -84,7 +80,7 @@ inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
 }
 // Rows of a message of each kind that fit into kPayloadBytesMax, at least 1 for every supported shape.
 int32_t DispatchRowsMax(const RowShape& shape);
-int32_t WorkRowsMax(const RowShape& shape);      // routed Dispatch and ExpertWork, top_k pairs each
+int32_t WorkRowsMax(const RowShape& shape);      // ExpertWork, top_k pairs each
 int32_t PartialRowsMax(const RowShape& shape);
 int32_t RoutePlanRowsMax(const RowShape& shape);
 
@@ -136,10 +132,9 @@ struct RoutePlanView {
 };
 
 // REQUIRES (all): ValidateHeader passed; payload is 8-byte aligned (frames are).
-// Dispatch with kDispatchRouted, and ExpertWork. Every row has 1 ... top_k pairs with ascending experts and finite
-// weights.
+// ExpertWork. Every row has 1 ... top_k pairs with ascending experts and finite weights.
 absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header, std::span<const std::byte> payload);
-// Dispatch without kDispatchRouted: the row data.
+// The row data.
 absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const FrameHeader& header,
                                               std::span<const std::byte> payload);
 absl::StatusOr<PartialView> ReadPartial(const RowShape& shape, const FrameHeader& header,

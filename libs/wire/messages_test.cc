@@ -47,7 +47,7 @@ void FillRandom(std::mt19937& random, std::byte* data, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) data[i] = static_cast<std::byte>(random());
 }
 
-Message RandomWork(std::mt19937& random, Kind kind = Kind::kExpertWork) {
+Message RandomWork(std::mt19937& random) {
   const uint32_t rows = 1 + random() % 17;
   std::vector<WorkRow> work_rows;
   std::vector<WorkPair> pairs;
@@ -59,8 +59,7 @@ Message RandomWork(std::mt19937& random, Kind kind = Kind::kExpertWork) {
     for (uint16_t expert : experts) pairs.push_back({.weight = 0.25f * expert - 1, .expert = expert});
   }
   Message message(WorkPayloadBytes(kShape, rows, pairs.size()));
-  message.header.kind = kind;
-  message.header.flags = kind == Kind::kDispatch ? kDispatchRouted : 0;
+  message.header.kind = Kind::kExpertWork;
   message.header.rows = rows;
   message.header.pairs = pairs.size();
   const WorkSpans spans = LayOutWork(kShape, rows, pairs.size(), message.payload());
@@ -131,13 +130,11 @@ bool ReadAll(Message& message, uint64_t& sum) {
     for (size_t i = 0; i < bytes; ++i) sum += static_cast<uint8_t>(data[i]);
   };
   switch (header.kind) {
-    case Kind::kDispatch:
-      if ((header.flags & kDispatchRouted) == 0) {
-        const auto data = ReadDispatch(kShape, header, message.payload());
-        if (data.ok()) add(*data, header.rows * kShape.row_bytes());
-        return data.ok();
-      }
-      [[fallthrough]];
+    case Kind::kDispatch: {
+      const auto data = ReadDispatch(kShape, header, message.payload());
+      if (data.ok()) add(*data, header.rows * kShape.row_bytes());
+      return data.ok();
+    }
     case Kind::kExpertWork: {
       const auto view = ReadWork(kShape, header, message.payload());
       if (!view.ok()) return false;
@@ -189,7 +186,7 @@ void ExpectRefused(const absl::StatusOr<View>& view, const char* message) {
 TEST(ReadWork, ReadsBackWhatWasWritten) {
   std::mt19937 random(1);
   for (int round = 0; round < 200; ++round) {
-    Message message = RandomWork(random, round % 2 ? Kind::kExpertWork : Kind::kDispatch);
+    Message message = RandomWork(random);
     const auto view = ReadWork(kShape, message.header, message.payload());
     ASSERT_TRUE(view.ok()) << view.status();
     EXPECT_EQ(view->rows.size(), message.header.rows);
@@ -275,8 +272,8 @@ TEST(ReadDispatch, RefusesWrongSizesFlagsAndRanges) {
   message.header.pairs = 1;
   ExpectRefused(ReadDispatch(kShape, message.header, message.payload()), "pairs");
   message.header.pairs = 0;
-  message.header.flags = kDispatchRouted;
-  ExpectRefused(ReadDispatch(kShape, message.header, message.payload()), "unexpected kind");
+  message.header.flags = 1;
+  ExpectRefused(ReadDispatch(kShape, message.header, message.payload()), "flags");
   message.header.flags = 0;
   message.header.row_begin = UINT32_MAX - 0;
   ExpectRefused(ReadDispatch(kShape, message.header, message.payload()), "end of rows");
@@ -312,9 +309,7 @@ TEST(ReadRowList, WholeRowOnlyWhereItMeansSomething) {
   EXPECT_FALSE(read(Kind::kNack, 0));
   EXPECT_TRUE(read(Kind::kBusy, 0));
   EXPECT_FALSE(read(Kind::kReject, 0));
-  EXPECT_TRUE(read(Kind::kReject, kRejectGate));
-  EXPECT_FALSE(read(Kind::kBusy, kRejectGate));
-  EXPECT_FALSE(read(Kind::kReject, 2));
+  EXPECT_FALSE(read(Kind::kBusy, 1));
 }
 
 TEST(ReadRoutePlan, RefusesBadTables) {
@@ -339,18 +334,34 @@ TEST(ReadRoutePlan, RefusesBadTables) {
   spoil("end of rows", [](Message& m, RoutePlanSpans) { m.header.row_begin = UINT32_MAX; });
 }
 
+TEST(ReadRoutePlan, ARejectedRowIsMarkedByItsFirstWeight) {
+  std::mt19937 random(10);
+  Message message = RandomRoutePlan(random);
+  const RoutePlanSpans spans = LayOutRoutePlan(kShape, message.header.rows, message.header.pairs, message.payload());
+  spans.weights[0] = kRejectedRowWeight;
+  for (int k = 0; k < kShape.top_k; ++k) spans.server_index[k] = kNoServer;
+  const auto view = ReadRoutePlan(kShape, message.header, message.payload());
+  ASSERT_TRUE(view.ok()) << view.status();
+  EXPECT_EQ(view->weights[0], kRejectedRowWeight);
+  // Only there: no gate gives negative weights.
+  spans.weights[0] = -2;
+  ExpectRefused(ReadRoutePlan(kShape, message.header, message.payload()), "weight [0]");
+  spans.weights[0] = 0;
+  spans.weights[1] = kRejectedRowWeight;
+  ExpectRefused(ReadRoutePlan(kShape, message.header, message.payload()), "weight [1]");
+}
+
 TEST(Readers, FlippedBytesNeverReadOutOfBounds) {
   std::mt19937 random(8);
   uint64_t sum = 0;
   int accepted = 0, refused = 0;
   for (int round = 0; round < 20000; ++round) {
     Message message = [&] {
-      switch (random() % 6) {
+      switch (random() % 5) {
         case 0: return RandomWork(random);
-        case 1: return RandomWork(random, Kind::kDispatch);
-        case 2: return RandomPartial(random);
-        case 3: return RandomRowList(random, static_cast<Kind>(20 + random() % 3));
-        case 4: return RandomRoutePlan(random);
+        case 1: return RandomPartial(random);
+        case 2: return RandomRowList(random, static_cast<Kind>(20 + random() % 3));
+        case 3: return RandomRoutePlan(random);
         default: return RandomDispatch(random);
       }
     }();

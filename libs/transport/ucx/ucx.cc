@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -78,18 +79,31 @@ bool RdmaDevicePresent() {
   return present;
 }
 
-absl::StatusOr<Context> CreateContext(const UcxSettings& settings) {
+// Once per process, without overwriting what the user set.
+void SetTransportEnvironment() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    for (const auto& [name, value] : TransportSettings()) setenv(StrCat("UCX_", name).c_str(), value.c_str(), 0);
+  });
+}
+
+absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
   // Users may well have UCX variables for other versions in their environment.
   if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr) ucs_global_opts_set_value("WARN_UNUSED_ENV_VARS", "n");
+  SetTransportEnvironment();
   ucp_config_t* config = nullptr;
   if (ucs_status_t status = ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) {
     return UcxError("ucp_config_read", status);
   }
   const std::unique_ptr<ucp_config_t, decltype(&ucp_config_release)> config_owner(config, &ucp_config_release);
-  for (const auto& [name, value] : settings) {
-    if (std::getenv(StrCat("UCX_", name).c_str()) != nullptr) continue;
-    if (ucs_status_t status = ucp_config_modify(config, name.c_str(), value.c_str()); status != UCS_OK) {
-      return UcxError(StrCat("UCX_", name, "=", value), status);
+  unsigned major = 0, minor = 0, release = 0;
+  ucp_get_version(&major, &minor, &release);
+  const bool old_names = major == 1 && minor <= 13;
+  for (const UcxSetting& setting : settings) {
+    if (std::getenv(StrCat("UCX_", setting.name).c_str()) != nullptr) continue;  // the user's own wins
+    const std::string& name = old_names && !setting.name_1_13.empty() ? setting.name_1_13 : setting.name;
+    if (ucs_status_t status = ucp_config_modify(config, name.c_str(), setting.value.c_str()); status != UCS_OK) {
+      return UcxError(StrCat("UCX_", setting.name, "=", setting.value), status);
     }
   }
   ucp_params_t parameters{};

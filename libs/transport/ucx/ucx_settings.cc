@@ -2,26 +2,30 @@
 
 namespace minke::transport::internal {
 
-UcxSettings SettingsFor(UcxSelection selection, const std::string& interface, bool loopback, bool rdma_present) {
-  UcxSettings settings = {
-      {"KEEPALIVE_INTERVAL", "500ms"},
+std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& interface, bool loopback,
+                                    bool rdma_present) {
+  std::vector<UcxSetting> settings = {
+      {"KEEPALIVE_INTERVAL", "500ms", ""},
       // A restarted process gets its fixed port back although connections of its former life are in TIME_WAIT.
-      {"TCP_CM_REUSEADDR", "y"},
-      // Without it error mode PEER silently drops shared memory. 60k: with 64k and more UCX 1.13 hangs or asserts.
-      {"POSIX_ERROR_HANDLING", "y"},
-      {"POSIX_SEG_SIZE", "60k"},
+      {"TCP_CM_REUSEADDR", "y", "CM_REUSEADDR"},
   };
   const bool rdma = selection == UcxSelection::kRdma || (selection == UcxSelection::kAuto && rdma_present);
-  if (rdma) return settings;  // UCX_TLS, UCX_NET_DEVICES and the rendezvous threshold are for UCX to choose
+  const bool shm = selection == UcxSelection::kShm || (selection == UcxSelection::kAuto && loopback);
+  if (shm || rdma) {
+    // Without it error mode PEER silently drops shared memory. 60k: with 64k and more UCX 1.13 hangs or asserts.
+    settings.push_back({"POSIX_ERROR_HANDLING", "y", "MM_ERROR_HANDLING"});
+    settings.push_back({"POSIX_SEG_SIZE", "60k", "MM_SEG_SIZE"});
+  }
+  // With RDMA, UCX_TLS, UCX_NET_DEVICES and the rendezvous threshold are for UCX to choose.
+  if (rdma) return settings;
 
   // Exactly one device: otherwise UCX stripes over all of them.
-  settings.emplace_back("NET_DEVICES", interface);
-  settings.emplace_back("TCP_TX_SEG_SIZE", "256k");
-  settings.emplace_back("TCP_RX_SEG_SIZE", "256k");
-  const bool shm = selection == UcxSelection::kShm || (selection == UcxSelection::kAuto && loopback);
+  settings.push_back({"NET_DEVICES", interface, ""});
+  settings.push_back({"TCP_TX_SEG_SIZE", "256k", "TX_SEG_SIZE"});
+  settings.push_back({"TCP_RX_SEG_SIZE", "256k", "RX_SEG_SIZE"});
   // Connections by socket address need tcp in any case. Above every payload: with PEER, rendezvous would go over tcp.
-  settings.emplace_back("TLS", shm ? "posix,cma,tcp,self" : "tcp,self");
-  settings.emplace_back("RNDV_THRESH", shm ? "1m" : "512k");
+  settings.push_back({"TLS", shm ? "posix,cma,tcp,self" : "tcp,self", ""});
+  settings.push_back({"RNDV_THRESH", shm ? "1m" : "512k", ""});
   return settings;
 }
 

@@ -1,18 +1,23 @@
-// Which UCX settings a selection means. Numbers were measured on UCX 1.13.1; docs/wire_format.md names the traps.
+// Which UCX settings a selection means. Numbers were measured on UCX 1.13.1.
 #pragma once
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "libs/transport/ucx/ucx.h"
 
 namespace minke::transport::internal {
 
-// Names without "UCX_", as ucp_config_modify takes them.
-using UcxSettings = std::vector<std::pair<std::string, std::string>>;
+struct UcxSetting {
+  std::string name;   // as documented, without "UCX_": what a user's own variable is called
+  std::string value;
+  // As ucp_config_modify of UCX 1.13 takes it, if that is another name: settings of transports have no prefix of the
+  // transport there, but that of the table they inherit.
+  std::string name_1_13;
+};
 
 // Pure. `interface` is its name.
-UcxSettings SettingsFor(UcxSelection selection, const std::string& interface, bool loopback, bool rdma_present);
+std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& interface, bool loopback,
+                                    bool rdma_present);
 
 }  // namespace minke::transport::internal
