@@ -79,18 +79,9 @@ bool RdmaDevicePresent() {
   return present;
 }
 
-// Once per process, without overwriting what the user set.
-void SetTransportEnvironment() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    for (const auto& [name, value] : TransportSettings()) setenv(StrCat("UCX_", name).c_str(), value.c_str(), 0);
-  });
-}
-
 absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
   // Users may well have UCX variables for other versions in their environment.
   if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr) ucs_global_opts_set_value("WARN_UNUSED_ENV_VARS", "n");
-  SetTransportEnvironment();
   ucp_config_t* config = nullptr;
   if (ucs_status_t status = ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) {
     return UcxError("ucp_config_read", status);
