@@ -19,8 +19,8 @@ constexpr absl::Duration kSilenceMax = absl::Seconds(120);
 
 // Posts `request` and writes the text found by `text_of` in each event. The whole text is returned.
 template <typename TextOf>
-absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& target, Json request, std::ostream& out,
-                                   TextOf text_of) {
+absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& target, Json request,
+                                   std::ostream& out, TextOf text_of) {
   MK_ASSIGN_OR_RETURN(const Url url, ParseUrl(flags.url));
   request["stream"] = true;
   request["max_tokens"] = flags.max_tokens;
@@ -59,11 +59,14 @@ absl::Status RunChat(const ChatFlags& flags, std::istream& in, std::ostream& out
   while ((person ? (out << "> " << std::flush, true) : true) && std::getline(in, line)) {
     if (line.empty()) continue;
     messages.push_back({{"role", "user"}, {"content", line}});
-    MK_ASSIGN_OR_RETURN(const std::string answer,
-                        Stream(flags, "/v1/chat/completions", {{"messages", messages}}, out, [](const Json& choice) {
-                          const Json delta = choice.value("delta", Json::object());
-                          return delta.contains("content") && delta["content"].is_string() ? delta["content"].get<std::string>() : "";
-                        }));
+    MK_ASSIGN_OR_RETURN(
+        const std::string answer,
+        Stream(flags, "/v1/chat/completions", {{"messages", messages}}, out, [](const Json& choice) {
+          const Json delta = choice.value("delta", Json::object());
+          return delta.contains("content") && delta["content"].is_string()
+                     ? delta["content"].get<std::string>()
+                     : "";
+        }));
     messages.push_back({{"role", "assistant"}, {"content", answer}});
     out << "\n";
   }

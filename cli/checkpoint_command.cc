@@ -20,9 +20,12 @@ namespace {
 
 std::string_view RoleName(TensorRole role) {
   switch (role) {
-    case TensorRole::kAttention: return "attention";
-    case TensorRole::kRouter: return "router";
-    case TensorRole::kExpert: return "experts";
+    case TensorRole::kAttention:
+      return "attention";
+    case TensorRole::kRouter:
+      return "router";
+    case TensorRole::kExpert:
+      return "experts";
   }
   return "?";
 }
@@ -41,19 +44,25 @@ std::string HumanBytes(double bytes) {
 absl::Status InspectCheckpoint(const std::string& directory, std::ostream& out) {
   MK_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::OpenUnchecked(directory));
   const ModelConfig& c = checkpoint->config();
-  out << "checkpoint  " << directory << " (" << checkpoint->file_count() << (checkpoint->file_count() == 1 ? " file)" : " files)") << "\n"
-      << "shape       " << c.num_hidden_layers << " layers, hidden " << c.hidden_size << ", " << c.num_attention_heads
-      << " heads of " << c.qk_nope_head_dim << "+" << c.qk_rope_head_dim << "/" << c.v_head_dim << ", latent "
-      << c.kv_lora_rank << "+" << c.qk_rope_head_dim << ", q_lora " << c.q_lora_rank << ", vocabulary " << c.vocab_size << "\n";
+  out << "checkpoint  " << directory << " (" << checkpoint->file_count()
+      << (checkpoint->file_count() == 1 ? " file)" : " files)") << "\n"
+      << "shape       " << c.num_hidden_layers << " layers, hidden " << c.hidden_size << ", "
+      << c.num_attention_heads << " heads of " << c.qk_nope_head_dim << "+" << c.qk_rope_head_dim << "/"
+      << c.v_head_dim << ", latent " << c.kv_lora_rank << "+" << c.qk_rope_head_dim << ", q_lora "
+      << c.q_lora_rank << ", vocabulary " << c.vocab_size << "\n";
   if (c.n_routed_experts > 0) {
     out << "experts     " << c.n_routed_experts << " routed (top " << c.num_experts_per_tok;
-    if (c.topk_method == TopkMethod::kGroupLimitedGreedy) out << " in " << c.topk_group << " of " << c.n_group << " groups";
-    out << "), " << c.n_shared_experts << " shared, width " << c.moe_intermediate_size << ", in " << c.MoeLayers().size()
-        << " layers\n";
+    if (c.topk_method == TopkMethod::kGroupLimitedGreedy)
+      out << " in " << c.topk_group << " of " << c.n_group << " groups";
+    out << "), " << c.n_shared_experts << " shared, width " << c.moe_intermediate_size << ", in "
+        << c.MoeLayers().size() << " layers\n";
   }
-  out << "rope        " << (c.yarn ? StrCat("yarn, factor ", c.yarn->factor, ", original context ", c.yarn->original_max_position_embeddings) : "plain")
+  out << "rope        "
+      << (c.yarn ? StrCat("yarn, factor ", c.yarn->factor, ", original context ",
+                          c.yarn->original_max_position_embeddings)
+                 : "plain")
       << ", context " << c.max_position_embeddings << "\n";
-  std::map<TensorRole, std::pair<int64_t, int64_t>> per_role;   // bytes, elements
+  std::map<TensorRole, std::pair<int64_t, int64_t>> per_role;  // bytes, elements
   std::map<std::string, int64_t> per_dtype;
   std::set<std::string> expected;
   for (const TensorSpec& spec : ExpectedTensors(c)) {
@@ -66,7 +75,8 @@ absl::Status InspectCheckpoint(const std::string& directory, std::ostream& out) 
   }
   int64_t elements = 0, bytes = 0;
   for (const auto& [role, size] : per_role) {
-    out << std::left << std::setw(12) << RoleName(role) << size.second << " parameters, " << HumanBytes(size.first) << "\n";
+    out << std::left << std::setw(12) << RoleName(role) << size.second << " parameters, "
+        << HumanBytes(size.first) << "\n";
     bytes += size.first;
     elements += size.second;
   }
@@ -83,14 +93,16 @@ absl::Status InspectCheckpoint(const std::string& directory, std::ostream& out) 
   const std::vector<std::string> problems = checkpoint->Problems();
   for (const std::string& problem : problems) out << "problem     " << problem << "\n";
   if (!problems.empty()) {
-    return absl::InvalidArgumentError(StrCat(directory, ": ", problems.size(), " of ", expected.size(), " tensors missing or misshapen; first: ", problems.front()));
+    return absl::InvalidArgumentError(StrCat(directory, ": ", problems.size(), " of ", expected.size(),
+                                             " tensors missing or misshapen; first: ", problems.front()));
   }
   return absl::OkStatus();
 }
 
 absl::Status MakeCheckpointFromFlags(const MakeCheckpointFlags& flags, std::ostream& out) {
   std::ifstream file(flags.config_file, std::ios::binary);
-  if (!file) return absl::NotFoundError(StrCat(flags.config_file, ": expected a readable config.json, found none"));
+  if (!file)
+    return absl::NotFoundError(StrCat(flags.config_file, ": expected a readable config.json, found none"));
   std::stringstream text;
   text << file.rdbuf();
   MakeCheckpointOptions options;

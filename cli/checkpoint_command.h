@@ -16,10 +16,10 @@ struct MakeCheckpointFlags {
   std::string directory;
   std::string config_file;
   uint64_t seed = 0;
-  std::string dtype = "bf16";       // bf16 | f32
+  std::string dtype = "bf16";  // bf16 | f32
   int64_t shard_mib = 2048;
-  int threads = 0;                  // 0: all cores
-  bool tokenizer = false;           // also a byte-level tokenizer.json
+  int threads = 0;         // 0: all cores
+  bool tokenizer = false;  // also a byte-level tokenizer.json
 };
 absl::Status MakeCheckpointFromFlags(const MakeCheckpointFlags& flags, std::ostream& out);
 

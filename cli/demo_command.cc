@@ -15,7 +15,8 @@
 namespace minke::cli {
 namespace {
 
-// Every feature of DeepSeek-V2 in 3.7 M parameters: YaRN, query compression, 160 experts in 8 groups, 2 shared.
+// Every feature of DeepSeek-V2 in 3.7 M parameters: YaRN, query compression, 160 experts in 8 groups, 2
+// shared.
 constexpr char kDemoConfig[] = R"({
   "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_act": "silu",
   "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "moe_intermediate_size": 32,
@@ -40,13 +41,16 @@ absl::Status RunDemo(const DemoFlags& flags) {
   };
   const std::string checkpoint = root + "/minke-random";
   MK_RETURN_IF_ERROR(MakeCheckpoint({.directory = checkpoint, .config_json = kDemoConfig, .seed = 1}));
-  MK_RETURN_IF_ERROR(tokenizer::WriteByteLevelTokenizer(checkpoint, {.vocab_size = 512, .bos_id = 0, .eos_id = 1}));
+  MK_RETURN_IF_ERROR(
+      tokenizer::WriteByteLevelTokenizer(checkpoint, {.vocab_size = 512, .bos_id = 0, .eos_id = 1}));
   UpFlags up;
   up.checkpoint = checkpoint;
   up.port = flags.port;
   return RunUp(up, [](const std::string& url) {
-    std::cout << "\nA completion of random weights (it cannot make sense), streamed through gateway, attention, router "
-                 "and experts:\n\n" << std::flush;
+    std::cout << "\nA completion of random weights (it cannot make sense), streamed through gateway, "
+                 "attention, router "
+                 "and experts:\n\n"
+              << std::flush;
     ChatFlags chat;
     chat.url = url;
     chat.max_tokens = 120;
@@ -54,8 +58,10 @@ absl::Status RunDemo(const DemoFlags& flags) {
     const absl::Status status = StreamCompletion(chat, "Whales ", std::cout);
     if (!status.ok()) std::cout << "failed: " << status.message();
     std::cout << "\n\nServing at " << url << " until Ctrl-C. Try:\n\n  curl " << url
-              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \"Whales \", \"max_tokens\": "
-                 "16}'\n\n" << std::flush;
+              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \"Whales \", "
+                 "\"max_tokens\": "
+                 "16}'\n\n"
+              << std::flush;
   });
 }
 

@@ -1,5 +1,5 @@
-// `minke demo`: what a newcomer sees first. Starts a cluster on a small model, streams one completion, and serves
-// until Ctrl-C.
+// `minke demo`: what a newcomer sees first. Starts a cluster on a small model, streams one completion, and
+// serves until Ctrl-C.
 #pragma once
 
 #include "absl/status/status.h"

@@ -25,7 +25,8 @@ absl::Status Connect(const Url& url, absl::Duration timeout, tcp::socket& socket
   boost::system::error_code error;
   const auto endpoints = tcp::resolver(context).resolve(url.host, url.port, error);
   if (!error) asio::connect(socket, endpoints, error);
-  if (error) return absl::UnavailableError(StrCat("cannot reach ", url.host, ":", url.port, ": ", error.message()));
+  if (error)
+    return absl::UnavailableError(StrCat("cannot reach ", url.host, ":", url.port, ": ", error.message()));
   const timeval limit = absl::ToTimeval(timeout);
   ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
@@ -39,8 +40,8 @@ absl::Status ReadError(const boost::system::error_code& error) {
 // The message of an OpenAI error object, or the text itself.
 std::string ErrorText(const std::string& body) {
   const nlohmann::json json = nlohmann::json::parse(body, nullptr, false);
-  if (json.is_object() && json.contains("error") && json["error"].is_object() && json["error"].contains("message") &&
-      json["error"]["message"].is_string()) {
+  if (json.is_object() && json.contains("error") && json["error"].is_object() &&
+      json["error"].contains("message") && json["error"]["message"].is_string()) {
     return json["error"]["message"].get<std::string>();
   }
   return body;
@@ -50,11 +51,13 @@ std::string ErrorText(const std::string& body) {
 
 absl::StatusOr<Url> ParseUrl(const std::string& url) {
   constexpr std::string_view kScheme = "http://";
-  if (url.rfind(kScheme, 0) != 0) return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
+  if (url.rfind(kScheme, 0) != 0)
+    return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
   std::string rest = url.substr(kScheme.size());
   rest = rest.substr(0, rest.find('/'));
   const size_t colon = rest.rfind(':');
-  if (rest.empty() || colon == 0) return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
+  if (rest.empty() || colon == 0)
+    return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
   if (colon == std::string::npos) return Url{rest, "80"};
   return Url{rest.substr(0, colon), rest.substr(colon + 1)};
 }
@@ -76,8 +79,9 @@ absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, ab
   return HttpAnswer{static_cast<int>(response.result_int()), response.body()};
 }
 
-absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json, const std::string& api_key,
-                            absl::Duration silence_max, absl::FunctionRef<bool(const std::string&)> on_data) {
+absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json,
+                            const std::string& api_key, absl::Duration silence_max,
+                            absl::FunctionRef<bool(const std::string&)> on_data) {
   asio::io_context context;
   tcp::socket socket(context);
   MK_RETURN_IF_ERROR(Connect(url, silence_max, socket, context));

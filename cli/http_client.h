@@ -21,8 +21,8 @@ struct HttpAnswer {
 };
 absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout);
 
-// POSTs JSON and hands over each "data:" line of a 200 answer as it arrives; returning false ends the stream. Another
-// status: its body as the error's text. `silence_max`: between two pieces of the answer.
+// POSTs JSON and hands over each "data:" line of a 200 answer as it arrives; returning false ends the stream.
+// Another status: its body as the error's text. `silence_max`: between two pieces of the answer.
 absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json,
                             const std::string& api_key, absl::Duration silence_max,
                             absl::FunctionRef<bool(const std::string&)> on_data);

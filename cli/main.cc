@@ -1,7 +1,6 @@
 // minke: everything a person types.
-#include <iostream>
-
 #include <CLI/CLI.hpp>
+#include <iostream>
 
 #include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
@@ -24,14 +23,15 @@ int Finish(const absl::Status& status) {
 
 int main(int argc, char** argv) {
   using namespace minke;
-  node::BlockSignals();   // before any thread starts; commands without children unblock again
+  node::BlockSignals();  // before any thread starts; commands without children unblock again
   CLI::App app{"Minke serves DeepSeek-V2 with disaggregated experts."};
   app.set_version_flag("--version", MK_VERSION);
   app.require_subcommand(1);
   int exit_code = 0;
 
   cli::UpFlags up_flags;
-  CLI::App* up = app.add_subcommand("up", "a whole cluster on this machine: gateway, router, attention, experts");
+  CLI::App* up =
+      app.add_subcommand("up", "a whole cluster on this machine: gateway, router, attention, experts");
   cli::AddUpFlags(*up, up_flags);
   up->callback([&] { exit_code = Finish(cli::RunUp(up_flags, nullptr)); });
 
@@ -42,7 +42,9 @@ int main(int argc, char** argv) {
 
   cli::DemoFlags demo_flags;
   CLI::App* demo = app.add_subcommand("demo", "start a cluster on a small model and stream a completion");
-  demo->add_option("--port", demo_flags.port, "port of the HTTP API; 0: a free one")->check(CLI::Range(0, 65535))->capture_default_str();
+  demo->add_option("--port", demo_flags.port, "port of the HTTP API; 0: a free one")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
   demo->callback([&] { exit_code = Finish(cli::RunDemo(demo_flags)); });
 
   cli::ChatFlags chat_flags;
@@ -50,9 +52,13 @@ int main(int argc, char** argv) {
   chat->add_option("--url", chat_flags.url)->capture_default_str();
   chat->add_option("--api-key", chat_flags.api_key);
   chat->add_option("--system", chat_flags.system, "system message");
-  chat->add_option("--temperature", chat_flags.temperature)->check(CLI::Range(0.0, 2.0))->capture_default_str();
+  chat->add_option("--temperature", chat_flags.temperature)
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
   chat->add_option("--top-p", chat_flags.top_p)->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  chat->add_option("--max-tokens", chat_flags.max_tokens)->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  chat->add_option("--max-tokens", chat_flags.max_tokens)
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   chat->callback([&] {
     node::UnblockSignals();
     exit_code = Finish(cli::RunChat(chat_flags, std::cin, std::cout));
@@ -73,8 +79,12 @@ int main(int argc, char** argv) {
   make->add_option("--config", make_flags.config_file, "config.json of the shape")->required();
   make->add_option("--seed", make_flags.seed, "the same seed gives the same bytes")->capture_default_str();
   make->add_option("--dtype", make_flags.dtype)->check(CLI::IsMember({"bf16", "f32"}))->capture_default_str();
-  make->add_option("--shard-mib", make_flags.shard_mib, "size of a shard")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  make->add_option("--threads", make_flags.threads, "0: all cores")->check(CLI::Range(0, 1024))->capture_default_str();
+  make->add_option("--shard-mib", make_flags.shard_mib, "size of a shard")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  make->add_option("--threads", make_flags.threads, "0: all cores")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
   make->add_flag("--tokenizer", make_flags.tokenizer, "also write a byte-level tokenizer");
   make->callback([&] {
     node::UnblockSignals();
@@ -95,7 +105,7 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);   // --help, --version
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     std::cerr << "minke: " << error.what() << std::endl;
     return 2;
   }

@@ -17,9 +17,11 @@
 
 namespace minke::cli {
 
-absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program, std::vector<std::string> arguments) {
+absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
+                            std::vector<std::string> arguments) {
   int report[2];
-  if (::pipe2(report, O_CLOEXEC) != 0) return absl::ResourceExhaustedError(StrCat("pipe: ", std::strerror(errno)));
+  if (::pipe2(report, O_CLOEXEC) != 0)
+    return absl::ResourceExhaustedError(StrCat("pipe: ", std::strerror(errno)));
   arguments.insert(arguments.begin(), program);
   arguments.push_back(StrCat("--report-fd=", report[1]));
   std::vector<char*> argv;
@@ -30,7 +32,7 @@ absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
   if (pid < 0) return absl::ResourceExhaustedError(StrCat("fork: ", std::strerror(errno)));
   if (pid == 0) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (::getppid() != parent) ::_exit(1);   // the parent died before the line above
+    if (::getppid() != parent) ::_exit(1);  // the parent died before the line above
     ::setpgid(0, 0);
     sigset_t none;
     sigemptyset(&none);
@@ -49,7 +51,9 @@ absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int
   while (line.empty() || line.back() != '\n') {
     pollfd fds[] = {{child.report_fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
     const int64_t left_ms = absl::ToInt64Milliseconds(limit - absl::Now());
-    if (left_ms <= 0) return absl::DeadlineExceededError(StrCat(child.name, ": expected it to listen by now, found it silent"));
+    if (left_ms <= 0)
+      return absl::DeadlineExceededError(
+          StrCat(child.name, ": expected it to listen by now, found it silent"));
     if (::poll(fds, 2, static_cast<int>(left_ms)) < 0 && errno != EINTR) break;
     if (fds[1].revents != 0) return absl::CancelledError("stopped");
     if (fds[0].revents == 0) continue;
@@ -79,7 +83,7 @@ void StopAll(std::vector<Child>& children, absl::Duration grace) {
     if (!left) break;
     if (absl::Now() > limit && !killed) {
       for (const Child& child : children) {
-        if (!child.ended) ::kill(child.pid, SIGKILL);   // also ends a stopped one
+        if (!child.ended) ::kill(child.pid, SIGKILL);  // also ends a stopped one
       }
       killed = true;
     }

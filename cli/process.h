@@ -12,17 +12,19 @@
 namespace minke::cli {
 
 struct Child {
-  std::string name;         // "expert 1"
+  std::string name;  // "expert 1"
   pid_t pid = -1;
-  int report_fd = -1;       // read end; the child writes one line once it listens
+  int report_fd = -1;  // read end; the child writes one line once it listens
   bool ended = false;
 };
 
-// Starts `program` with `arguments` and "--report-fd N". The child gets SIGKILL when this thread's process dies, however it
-// dies, and signals of the terminal do not reach it directly.
-absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program, std::vector<std::string> arguments);
+// Starts `program` with `arguments` and "--report-fd N". The child gets SIGKILL when this thread's process
+// dies, however it dies, and signals of the terminal do not reach it directly.
+absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
+                            std::vector<std::string> arguments);
 
-// The line the child reports. UNAVAILABLE if it ends or says nothing before `timeout`, or `stop_fd` becomes readable.
+// The line the child reports. UNAVAILABLE if it ends or says nothing before `timeout`, or `stop_fd` becomes
+// readable.
 absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd);
 
 // SIGTERM to all, SIGKILL to those left after `grace`; reaps them.

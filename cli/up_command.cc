@@ -6,14 +6,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <random>
 #include <thread>
-
-#include <CLI/CLI.hpp>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_format.h"
@@ -34,13 +33,14 @@
 namespace minke::cli {
 namespace {
 
-constexpr absl::Duration kListenTimeout = absl::Minutes(30);   // attention listens when its weights are loaded
+constexpr absl::Duration kListenTimeout = absl::Minutes(30);  // attention listens when its weights are loaded
 constexpr absl::Duration kStopGrace = absl::Seconds(7);
 
 absl::Status Validate(const UpFlags& flags) {
   if (flags.routers > 1) {
-    return absl::InvalidArgumentError(StrCat("--routers: expected 1, found ", flags.routers,
-                                             ": more than one router needs the etcd registry, which this build does not have"));
+    return absl::InvalidArgumentError(
+        StrCat("--routers: expected 1, found ", flags.routers,
+               ": more than one router needs the etcd registry, which this build does not have"));
   }
   if (flags.replicas > flags.experts) {
     return absl::InvalidArgumentError(
@@ -53,7 +53,8 @@ absl::Status Validate(const UpFlags& flags) {
 // A folder of our own with the data plane's secret in it.
 absl::StatusOr<std::string> MakeRunDirectory() {
   std::string directory = (std::filesystem::temp_directory_path() / "minke-up-XXXXXX").string();
-  if (::mkdtemp(directory.data()) == nullptr) return absl::UnavailableError(StrCat("cannot make ", directory));
+  if (::mkdtemp(directory.data()) == nullptr)
+    return absl::UnavailableError(StrCat("cannot make ", directory));
   std::random_device random;
   std::ofstream file(directory + "/cluster-secret");
   for (int i = 0; i < 8; ++i) file << absl::StrFormat("%08x", random());
@@ -76,8 +77,9 @@ class ReadyWatch {
             const absl::StatusOr<HttpAnswer> answer = HttpGet(url, "/health", absl::Seconds(2));
             if (answer.ok() && answer->status == 200) {
               const std::string address = StrCat("http://", url.host, ":", url.port);
-              log::Info("up", StrCat("ready ", address, " after ",
-                                     absl::StrFormat("%.1f", absl::ToDoubleSeconds(absl::Now() - begin)), " s"));
+              log::Info("up",
+                        StrCat("ready ", address, " after ",
+                               absl::StrFormat("%.1f", absl::ToDoubleSeconds(absl::Now() - begin)), " s"));
               if (on_ready) on_ready(address);
               return;
             }
@@ -101,7 +103,7 @@ class ReadyWatch {
     return body.substr(begin, body.find('"', begin) - begin);
   }
   std::atomic<bool> stop_{false};
-  std::thread thread_;   // last: it uses the others
+  std::thread thread_;  // last: it uses the others
 };
 
 class Cluster {
@@ -118,35 +120,44 @@ class Cluster {
   // Starts every process. `stop_fd` becomes readable when the user wants to stop.
   absl::StatusOr<Url> Start(int stop_fd) {
     MK_ASSIGN_OR_RETURN(directory_, MakeRunDirectory());
-    const std::vector<std::string> common = {StrCat("--checkpoint=", flags_.checkpoint), StrCat("--precision=", flags_.precision),
+    const std::vector<std::string> common = {StrCat("--checkpoint=", flags_.checkpoint),
+                                             StrCat("--precision=", flags_.precision),
                                              StrCat("--log-level=", flags_.log_level)};
     const std::vector<std::string> data = {StrCat("--cluster-secret-file=", directory_, "/cluster-secret"),
-                                           StrCat("--transport=", flags_.transport), StrCat("--poll=", flags_.poll),
-                                           StrCat("--heartbeat-ms=", flags_.heartbeat_ms), StrCat("--device=", flags_.device),
+                                           StrCat("--transport=", flags_.transport),
+                                           StrCat("--poll=", flags_.poll),
+                                           StrCat("--heartbeat-ms=", flags_.heartbeat_ms),
+                                           StrCat("--device=", flags_.device),
                                            StrCat("--threads=", flags_.threads)};
     const auto join = [](std::vector<std::vector<std::string>> parts) {
       std::vector<std::string> all;
       for (auto& part : parts) all.insert(all.end(), part.begin(), part.end());
       return all;
     };
-    MK_RETURN_IF_ERROR(Add("router", "minke-router",
-                           join({common, data, {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
+    MK_RETURN_IF_ERROR(Add(
+        "router", "minke-router",
+        join(
+            {common, data, {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
     MK_ASSIGN_OR_RETURN(const std::string router, ReadReport(children_.back(), kListenTimeout, stop_fd));
     const std::vector<std::string> member = {"--router=" + router};
     for (int i = 0; i < flags_.experts; ++i) {
       MK_RETURN_IF_ERROR(Add(StrCat("expert ", i), "minke-expert", join({common, data, member})));
     }
     for (int i = 0; i < flags_.attention; ++i) {
-      MK_RETURN_IF_ERROR(Add(StrCat("attention ", i), "minke-attention",
-                             join({common, data, member,
-                                   {StrCat("--routing=", flags_.routing), StrCat("--microbatches=", flags_.microbatches),
-                                    StrCat("--mla=", flags_.mla), StrCat("--cache-mib=", flags_.cache_mib),
-                                    StrCat("--step-tokens=", flags_.step_tokens), StrCat("--sequences=", flags_.sequences),
-                                    StrCat("--waiting=", flags_.waiting),
-                                    StrCat("--unavailable-after-s=", flags_.unavailable_after_s)}})));
+      MK_RETURN_IF_ERROR(
+          Add(StrCat("attention ", i), "minke-attention",
+              join({common,
+                    data,
+                    member,
+                    {StrCat("--routing=", flags_.routing), StrCat("--microbatches=", flags_.microbatches),
+                     StrCat("--mla=", flags_.mla), StrCat("--cache-mib=", flags_.cache_mib),
+                     StrCat("--step-tokens=", flags_.step_tokens), StrCat("--sequences=", flags_.sequences),
+                     StrCat("--waiting=", flags_.waiting),
+                     StrCat("--unavailable-after-s=", flags_.unavailable_after_s)}})));
     }
     std::vector<std::string> gateway = {StrCat("--http-listen=", flags_.host, ":", flags_.port),
-                                        StrCat("--body-max-bytes=", flags_.body_max_bytes), "--chat-template=" + flags_.chat_template};
+                                        StrCat("--body-max-bytes=", flags_.body_max_bytes),
+                                        "--chat-template=" + flags_.chat_template};
     if (!flags_.model_name.empty()) gateway.push_back("--model-name=" + flags_.model_name);
     if (!flags_.api_key_file.empty()) gateway.push_back("--api-key-file=" + flags_.api_key_file);
     MK_RETURN_IF_ERROR(Add("gateway", "minke-gateway", join({common, member, gateway})));
@@ -154,13 +165,15 @@ class Cluster {
     return Url{ReachableHost(flags_.host), port};
   }
 
-  // Reaps children that ended. An error when the cluster cannot go on: its gateway is gone, or anybody died before it was ready.
+  // Reaps children that ended. An error when the cluster cannot go on: its gateway is gone, or anybody died
+  // before it was ready.
   absl::Status Reap(bool ready) {
     for (Child& child : children_) {
       int status = 0;
       if (child.ended || ::waitpid(child.pid, &status, WNOHANG) != child.pid) continue;
       child.ended = true;
-      const std::string how = WIFSIGNALED(status) ? StrCat("signal ", WTERMSIG(status)) : StrCat("exit code ", WEXITSTATUS(status));
+      const std::string how = WIFSIGNALED(status) ? StrCat("signal ", WTERMSIG(status))
+                                                  : StrCat("exit code ", WEXITSTATUS(status));
       const std::string what = StrCat(child.name, " (pid ", child.pid, ") ended: ", how);
       if (!ready || child.name == "gateway") return absl::UnavailableError(what);
       log::Error("up", what + "; nothing is restarted");
@@ -184,23 +197,48 @@ class Cluster {
 void AddSharedFlags(CLI::App& app, UpFlags& f) {
   app.add_option("CHECKPOINT", f.checkpoint, "checkpoint folder")->required();
   app.add_option("--host", f.host, "address of the HTTP API")->capture_default_str();
-  app.add_option("--port", f.port, "port of the HTTP API; 0: a free one")->check(CLI::Range(0, 65535))->capture_default_str();
+  app.add_option("--port", f.port, "port of the HTTP API; 0: a free one")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
   app.add_option("--precision", f.precision)->check(CLI::IsMember({"exact", "bf16"}))->capture_default_str();
   app.add_option("--device", f.device)->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
-  app.add_option("--routing", f.routing, "who gates rows")->check(CLI::IsMember({"remote", "local"}))->capture_default_str();
-  app.add_option("--microbatches", f.microbatches)->check(CLI::IsMember({"auto", "1", "2", "3", "4", "5", "6", "7", "8"}))->capture_default_str();
+  app.add_option("--routing", f.routing, "who gates rows")
+      ->check(CLI::IsMember({"remote", "local"}))
+      ->capture_default_str();
+  app.add_option("--microbatches", f.microbatches)
+      ->check(CLI::IsMember({"auto", "1", "2", "3", "4", "5", "6", "7", "8"}))
+      ->capture_default_str();
   app.add_option("--mla", f.mla)->check(CLI::IsMember({"auto", "absorbed", "naive"}))->capture_default_str();
-  app.add_option("--threads", f.threads, "compute threads of each service; 0: all cores")->check(CLI::Range(0, 1024))->capture_default_str();
+  app.add_option("--threads", f.threads, "compute threads of each service; 0: all cores")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
   app.add_option("--model-name", f.model_name, "name in the API (default: the checkpoint folder's)");
-  app.add_option("--chat-template", f.chat_template)->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))->capture_default_str();
+  app.add_option("--chat-template", f.chat_template)
+      ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
+      ->capture_default_str();
   app.add_option("--api-key-file", f.api_key_file, "keys that may call the API, one per line");
-  app.add_option("--body-max-bytes", f.body_max_bytes, "largest request body")->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))->capture_default_str();
-  app.add_option("--cache-mib", f.cache_mib, "latent cache of each attention node")->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  app.add_option("--step-tokens", f.step_tokens, "rows of one step")->check(CLI::Range(1, 65536))->capture_default_str();
-  app.add_option("--sequences", f.sequences, "sequences running at once, per attention node")->check(CLI::Range(1, 65536))->capture_default_str();
-  app.add_option("--waiting", f.waiting, "requests waiting, per attention node")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  app.add_option("--unavailable-after-s", f.unavailable_after_s, "how long a request waits for unreachable experts")->check(CLI::Range(1, 3600))->capture_default_str();
-  app.add_option("--log-level", f.log_level)->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str();
+  app.add_option("--body-max-bytes", f.body_max_bytes, "largest request body")
+      ->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))
+      ->capture_default_str();
+  app.add_option("--cache-mib", f.cache_mib, "latent cache of each attention node")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--step-tokens", f.step_tokens, "rows of one step")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--sequences", f.sequences, "sequences running at once, per attention node")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--waiting", f.waiting, "requests waiting, per attention node")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--unavailable-after-s", f.unavailable_after_s,
+                 "how long a request waits for unreachable experts")
+      ->check(CLI::Range(1, 3600))
+      ->capture_default_str();
+  app.add_option("--log-level", f.log_level)
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
 }
 
 // Blocks until SIGINT, SIGTERM, or `failed` returns an error; SIGCHLD makes it look at once.
@@ -231,12 +269,20 @@ class Signals {
 void AddUpFlags(CLI::App& app, UpFlags& f) {
   AddSharedFlags(app, f);
   app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
-  app.add_option("--attention", f.attention, "attention nodes")->check(CLI::Range(1, 256))->capture_default_str();
+  app.add_option("--attention", f.attention, "attention nodes")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
   app.add_option("--routers", f.routers, "routers")->check(CLI::Range(1, 64))->capture_default_str();
-  app.add_option("--replicas", f.replicas, "servers per (layer, group)")->check(CLI::Range(1, 64))->capture_default_str();
+  app.add_option("--replicas", f.replicas, "servers per (layer, group)")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   app.add_option("--registry", f.registry)->check(CLI::IsMember({"static"}))->capture_default_str();
-  app.add_option("--transport", f.transport)->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))->capture_default_str();
-  app.add_option("--poll", f.poll)->check(CLI::IsMember({"adaptive", "spin", "block"}))->capture_default_str();
+  app.add_option("--transport", f.transport)
+      ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))
+      ->capture_default_str();
+  app.add_option("--poll", f.poll)
+      ->check(CLI::IsMember({"adaptive", "spin", "block"}))
+      ->capture_default_str();
   app.add_option("--heartbeat-ms", f.heartbeat_ms)->check(CLI::Range(10, 60000))->capture_default_str();
 }
 
@@ -265,7 +311,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   MK_RETURN_IF_ERROR(node::CheckDevice(flags.device));
   Signals signals;
   MK_ASSIGN_OR_RETURN(auto opened, Checkpoint::Open(flags.checkpoint));
-  const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);   // shared by the roles
+  const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);  // shared by the roles
   const Precision precision = flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
   const int threads = node::NodeFlags{.threads = flags.threads}.Threads();
   transport::InprocHub hub;
@@ -283,14 +329,16 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.http.body_bytes_max = flags.body_max_bytes;
   gateway_options.api_key_file = flags.api_key_file;
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
-  MK_ASSIGN_OR_RETURN(auto router, router::RouterService::Start(checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
-                                                                {.precision = precision, .threads = threads}));
+  MK_ASSIGN_OR_RETURN(auto router,
+                      router::RouterService::Start(checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
+                                                   {.precision = precision, .threads = threads}));
   const auto refused = [](const absl::Status& status) { log::Error("serve", StdView(status.message())); };
-  MK_ASSIGN_OR_RETURN(auto experts, experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
-                                                                  {.router = router->rpc_address(),
-                                                                   .precision = precision,
-                                                                   .threads = threads,
-                                                                   .on_refused = refused}));
+  MK_ASSIGN_OR_RETURN(auto experts,
+                      experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
+                                                    {.router = router->rpc_address(),
+                                                     .precision = precision,
+                                                     .threads = threads,
+                                                     .on_refused = refused}));
   attention::AttentionFlags attention_flags;
   attention_flags.routing = flags.routing;
   attention_flags.microbatches = flags.microbatches;
@@ -300,12 +348,14 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_flags.sequences = flags.sequences;
   attention_flags.waiting = flags.waiting;
   attention_flags.unavailable_after_s = flags.unavailable_after_s;
-  MK_ASSIGN_OR_RETURN(auto attention_options, attention::ToServiceOptions(attention_flags, *checkpoint, precision));
+  MK_ASSIGN_OR_RETURN(auto attention_options,
+                      attention::ToServiceOptions(attention_flags, *checkpoint, precision));
   attention_options.router = router->rpc_address();
   attention_options.threads = threads;
   attention_options.on_refused = refused;
   MK_ASSIGN_OR_RETURN(auto attention, attention::AttentionService::Start(
-                                          checkpoint, make_transport(cluster::v1::ROLE_ATTENTION), std::move(attention_options)));
+                                          checkpoint, make_transport(cluster::v1::ROLE_ATTENTION),
+                                          std::move(attention_options)));
   cluster::v1::MemberReport report;
   report.mutable_member()->set_node_id(RandomNodeId().value);
   report.mutable_member()->set_role(cluster::v1::ROLE_GATEWAY);

@@ -1,4 +1,5 @@
-// `minke up`: a whole cluster on this machine, every service a child process. `minke serve`: the same in one process.
+// `minke up`: a whole cluster on this machine, every service a child process. `minke serve`: the same in one
+// process.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +18,10 @@ struct UpFlags {
   std::string checkpoint;
   std::string host = "127.0.0.1";
   int port = 8000;
-  int experts = 2;                  // pool sizes: up only
+  int experts = 2;  // pool sizes: up only
   int attention = 1;
   int routers = 1;
-  int replicas = 1;                 // up only
+  int replicas = 1;  // up only
   std::string registry = "static";
   std::string precision = "bf16";
   std::string device = "auto";
@@ -44,10 +45,10 @@ struct UpFlags {
 };
 
 void AddUpFlags(CLI::App& app, UpFlags& flags);
-void AddServeFlags(CLI::App& app, UpFlags& flags);   // without the pool sizes
+void AddServeFlags(CLI::App& app, UpFlags& flags);  // without the pool sizes
 
-// Runs until SIGINT or SIGTERM (OK), or until the cluster cannot start or its gateway dies. `on_ready` is called
-// once, on a thread of its own, when /health is 200, with the base URL.
+// Runs until SIGINT or SIGTERM (OK), or until the cluster cannot start or its gateway dies. `on_ready` is
+// called once, on a thread of its own, when /health is 200, with the base URL.
 using OnReady = std::function<void(const std::string& url)>;
 absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready);
 absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready);

@@ -29,7 +29,8 @@ TEST(F16, WidensEveryValue) {
     } else if (exponent == 31) {
       EXPECT_EQ(got, sign * std::numeric_limits<float>::infinity());
     } else {
-      const float want = exponent == 0 ? std::ldexp(float(mantissa), -24) : std::ldexp(float(mantissa + 1024), exponent - 25);
+      const float want = exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                       : std::ldexp(float(mantissa + 1024), exponent - 25);
       EXPECT_EQ(got, sign * want) << bits;
     }
   }

@@ -29,8 +29,10 @@ enum class Precision : uint8_t {
 
 inline std::string_view ToString(Precision precision) {
   switch (precision) {
-    case Precision::kExact: return "exact";
-    case Precision::kBF16: return "bf16";
+    case Precision::kExact:
+      return "exact";
+    case Precision::kBF16:
+      return "bf16";
   }
   return "?";
 }

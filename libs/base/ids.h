@@ -6,8 +6,8 @@
 #include <functional>
 #include <string>
 
-#include "libs/base/strings.h"
 #include "absl/strings/str_format.h"
+#include "libs/base/strings.h"
 
 namespace minke {
 
@@ -17,7 +17,9 @@ struct NodeId {
   uint64_t value = 0;
   friend auto operator<=>(NodeId, NodeId) = default;
   template <typename H>
-  friend H AbslHashValue(H h, NodeId id) { return H::combine(std::move(h), id.value); }
+  friend H AbslHashValue(H h, NodeId id) {
+    return H::combine(std::move(h), id.value);
+  }
 };
 NodeId RandomNodeId();
 inline std::string ToString(NodeId id) { return absl::StrFormat("%016x", id.value); }
@@ -28,7 +30,9 @@ struct UnitId {
   uint32_t group = 0;
   friend auto operator<=>(UnitId, UnitId) = default;
   template <typename H>
-  friend H AbslHashValue(H h, UnitId id) { return H::combine(std::move(h), id.layer, id.group); }
+  friend H AbslHashValue(H h, UnitId id) {
+    return H::combine(std::move(h), id.layer, id.group);
+  }
 };
 
 // Version of the placement table; compared first by term, then by counter.

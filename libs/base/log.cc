@@ -10,7 +10,8 @@ namespace {
 
 spdlog::logger& Logger() {
   static const std::shared_ptr<spdlog::logger> logger = [] {
-    auto made = std::make_shared<spdlog::logger>("minke", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
+    auto made =
+        std::make_shared<spdlog::logger>("minke", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
     made->set_pattern("%Y-%m-%dT%H:%M:%S.%e %^%L%$ %v");
     return made;
   }();
@@ -34,10 +35,14 @@ void Write(spdlog::level::level_enum level, std::string_view tag, std::string_vi
 
 void SetLevel(Level level) {
   switch (level) {
-    case Level::kDebug: return Logger().set_level(spdlog::level::debug);
-    case Level::kInfo: return Logger().set_level(spdlog::level::info);
-    case Level::kWarning: return Logger().set_level(spdlog::level::warn);
-    case Level::kError: return Logger().set_level(spdlog::level::err);
+    case Level::kDebug:
+      return Logger().set_level(spdlog::level::debug);
+    case Level::kInfo:
+      return Logger().set_level(spdlog::level::info);
+    case Level::kWarning:
+      return Logger().set_level(spdlog::level::warn);
+    case Level::kError:
+      return Logger().set_level(spdlog::level::err);
   }
 }
 

@@ -11,8 +11,8 @@
 #define MK_CONCAT_INNER(a, b) a##b
 #define MK_CONCAT(a, b) MK_CONCAT_INNER(a, b)
 
-#define MK_RETURN_IF_ERROR(expr)                \
-  do {                                          \
+#define MK_RETURN_IF_ERROR(expr)                                            \
+  do {                                                                      \
     if (absl::Status mk_status = (expr); !mk_status.ok()) return mk_status; \
   } while (false)
 
@@ -22,12 +22,12 @@
   if (!tmp.ok()) return std::move(tmp).status();  \
   lhs = *std::move(tmp)
 
-#define MK_CHECK(condition)                                                                           \
-  do {                                                                                                \
-    if (!(condition)) [[unlikely]] {                                                                  \
+#define MK_CHECK(condition)                                                                              \
+  do {                                                                                                   \
+    if (!(condition)) [[unlikely]] {                                                                     \
       std::fprintf(stderr, "internal error: %s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                                                                   \
-    }                                                                                                 \
+      std::abort();                                                                                      \
+    }                                                                                                    \
   } while (false)
 
 namespace minke {

@@ -32,7 +32,8 @@ ThreadPool::~ThreadPool() {
 bool ThreadPool::RunOne() {
   uint64_t state = state_.load(std::memory_order_acquire);
   while ((state & 0xffffffffu) != 0) {
-    if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      continue;
     const int64_t index = tasks_ - static_cast<int64_t>(state & 0xffffffffu);
     (*body_)(index);
     done_.fetch_add(1, std::memory_order_release);

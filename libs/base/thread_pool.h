@@ -1,5 +1,5 @@
-// A few compute threads for short, frequent loops: no allocation and no lock per call, workers spin briefly and
-// then sleep on a futex, so idle processes leave the cores to their neighbours.
+// A few compute threads for short, frequent loops: no allocation and no lock per call, workers spin briefly
+// and then sleep on a futex, so idle processes leave the cores to their neighbours.
 #pragma once
 
 #include <atomic>

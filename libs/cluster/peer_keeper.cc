@@ -25,7 +25,7 @@ void PeerKeeper::SetWanted(std::map<NodeId, std::string> wanted) {
 
 void PeerKeeper::OnPeerUp(NodeId peer) {
   auto it = peers_.find(peer);
-  if (it == peers_.end()) return;   // it connected to us; nobody told us yet what for
+  if (it == peers_.end()) return;  // it connected to us; nobody told us yet what for
   it->second.up = true;
   it->second.connecting = false;
   it->second.pause = kPauseMin;
@@ -61,7 +61,8 @@ std::vector<NodeId> PeerKeeper::Tick(absl::Time now) {
     ++it;
     if (state.up || state.connecting || now < state.next_try) continue;
     if (absl::Status status = transport_.Connect(peer, state.address); !status.ok()) {
-      log::Warning("cluster", StrCat("cannot connect peer=", ToString(peer), " address=", state.address, ": ", status.message()));
+      log::Warning("cluster", StrCat("cannot connect peer=", ToString(peer), " address=", state.address, ": ",
+                                     status.message()));
       state.next_try = now + state.pause;
       state.pause = std::min(state.pause * 2, kPauseMax);
       continue;
@@ -72,7 +73,8 @@ std::vector<NodeId> PeerKeeper::Tick(absl::Time now) {
 }
 
 bool PeerKeeper::AllUp() const {
-  return std::all_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer.second.up || !peer.second.wanted; });
+  return std::all_of(peers_.begin(), peers_.end(),
+                     [](const auto& peer) { return peer.second.up || !peer.second.wanted; });
 }
 
 bool PeerKeeper::IsUp(NodeId peer) const {

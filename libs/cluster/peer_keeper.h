@@ -1,6 +1,7 @@
-// Keeps a node connected to the peers it needs: connects to new members, reconnects to lost ones with a pause, and
-// lets go of those that left. A connection that works outlives its membership for a while: after a router's restart
-// the view is empty until everybody has joined again, and nothing must break meanwhile. Engine thread only.
+// Keeps a node connected to the peers it needs: connects to new members, reconnects to lost ones with a
+// pause, and lets go of those that left. A connection that works outlives its membership for a while: after a
+// router's restart the view is empty until everybody has joined again, and nothing must break meanwhile.
+// Engine thread only.
 #pragma once
 
 #include <map>

@@ -17,11 +17,12 @@ inline wire::RowShape RowShapeOf(const ModelConfig& config, Precision precision)
           .activation_bytes = static_cast<int32_t>(ActivationBytes(precision))};
 }
 
-// Rows of one Dispatch or ExpertWork: they, their RoutePlan and their partials fit a message each, and they stay
-// well below a peer's credit.
+// Rows of one Dispatch or ExpertWork: they, their RoutePlan and their partials fit a message each, and they
+// stay well below a peer's credit.
 inline int32_t MessageRowsMax(const wire::RowShape& shape) {
-  constexpr int32_t kRowsMax = 1024;   // of 4096 rows of credit
-  return std::min({kRowsMax, wire::DispatchRowsMax(shape), wire::WorkRowsMax(shape), wire::RoutePlanRowsMax(shape)});
+  constexpr int32_t kRowsMax = 1024;  // of 4096 rows of credit
+  return std::min(
+      {kRowsMax, wire::DispatchRowsMax(shape), wire::WorkRowsMax(shape), wire::RoutePlanRowsMax(shape)});
 }
 
 }  // namespace minke

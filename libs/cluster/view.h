@@ -14,7 +14,8 @@ namespace minke::cluster {
 inline std::map<NodeId, std::string> DataAddresses(const v1::ClusterView& view, v1::Role role) {
   std::map<NodeId, std::string> addresses;
   for (const v1::Member& member : view.members()) {
-    if (member.role() == role && !member.data_address().empty()) addresses[NodeId{member.node_id()}] = member.data_address();
+    if (member.role() == role && !member.data_address().empty())
+      addresses[NodeId{member.node_id()}] = member.data_address();
   }
   return addresses;
 }

@@ -13,10 +13,12 @@
 namespace minke::kernels {
 namespace {
 
-std::vector<float> RandomValues(std::mt19937& rng, int64_t n, Precision precision = Precision::kExact, float scale = 1) {
+std::vector<float> RandomValues(std::mt19937& rng, int64_t n, Precision precision = Precision::kExact,
+                                float scale = 1) {
   std::normal_distribution<float> normal(0, scale);
   std::vector<float> values(n);
-  for (float& v : values) v = precision == Precision::kExact ? normal(rng) : BF16ToF32(F32ToBF16(normal(rng)));
+  for (float& v : values)
+    v = precision == Precision::kExact ? normal(rng) : BF16ToF32(F32ToBF16(normal(rng)));
   return values;
 }
 std::vector<double> Wide(const std::vector<float>& x) { return {x.begin(), x.end()}; }
@@ -27,7 +29,8 @@ std::vector<std::byte> Act(Precision precision, const std::vector<float>& x) {
 }
 PackedMatrix Pack(Precision precision, const std::vector<float>& w, int64_t n, int64_t k, ThreadPool& pool) {
   return PackedMatrix::Pack(
-      precision, n, k, [&](int64_t row, std::span<float> out) { std::copy_n(w.begin() + row * k, k, out.begin()); }, pool);
+      precision, n, k,
+      [&](int64_t row, std::span<float> out) { std::copy_n(w.begin() + row * k, k, out.begin()); }, pool);
 }
 
 std::vector<Isa> SupportedIsas() {
@@ -58,9 +61,11 @@ TEST_P(EveryIsa, GemmMatchesReferenceOnRaggedShapes) {
     const int64_t ldc = n + rng() % 5;
     std::vector<float> c(m * ldc, 777.0f);
     if (precision == Precision::kExact) {
-      tiles_.gemm_f32(packed.block_f32(0), 64, reinterpret_cast<const float*>(act.data()), k, c.data(), ldc, m, n, k, false);
+      tiles_.gemm_f32(packed.block_f32(0), 64, reinterpret_cast<const float*>(act.data()), k, c.data(), ldc,
+                      m, n, k, false);
     } else {
-      tiles_.gemm_bf16(packed.block_bf16(0), reinterpret_cast<const bf16*>(act.data()), k, c.data(), ldc, m, n, k, false);
+      tiles_.gemm_bf16(packed.block_bf16(0), reinterpret_cast<const bf16*>(act.data()), k, c.data(), ldc, m,
+                       n, k, false);
     }
     const auto want = reference::MatMul(Wide(a), Wide(w), m, n, k);
     for (int64_t i = 0; i < m; ++i) {
@@ -170,7 +175,7 @@ TEST(Rope, YarnFrequenciesHaveTheSpecifiedValues) {
 TEST(Rope, SoftmaxScaleUsesMscaleAllDim) {
   ModelConfig c = V2Rope();
   EXPECT_NEAR(c.softmax_scale(), 0.1147213868, 1e-10);
-  c.yarn->mscale = 3;   // only scales cos and sin
+  c.yarn->mscale = 3;  // only scales cos and sin
   EXPECT_NEAR(c.softmax_scale(), 0.1147213868, 1e-10);
   c.yarn->mscale = c.yarn->mscale_all_dim = 1;
   EXPECT_NEAR(c.softmax_scale(), 0.1352337789, 1e-10);
@@ -249,9 +254,9 @@ TEST(RouteToken, UnderflowingScoresStayInsideTheChosenGroups) {
   const ModelConfig c = Routing(160, 8, 3, 6);
   std::vector<float> logits(160, -500.0f), scratch(160), weights(6);
   logits[150] = 100;
-  logits[140] = -400;   // same group 7
-  logits[30] = -300;    // group 1
-  logits[70] = -310;    // group 3
+  logits[140] = -400;  // same group 7
+  logits[30] = -300;   // group 1
+  logits[70] = -310;   // group 3
   std::vector<uint16_t> experts(6);
   ASSERT_TRUE(RouteToken(c, logits.data(), scratch.data(), experts.data(), weights.data()).ok());
   for (const uint16_t e : experts) EXPECT_TRUE(e / 20 == 7 || e / 20 == 1 || e / 20 == 3) << e;
@@ -261,8 +266,8 @@ TEST(RouteToken, UnderflowingScoresStayInsideTheChosenGroups) {
 
 TEST(RouteToken, MatchesReferenceOnRandomShapes) {
   std::mt19937 rng(6);
-  const ModelConfig shapes[] = {Routing(160, 8, 3, 6), Routing(64, 1, 1, 6, false), Routing(24, 4, 2, 5), Routing(20, 1, 1, 3, false),
-                                Routing(160, 8, 8, 6)};
+  const ModelConfig shapes[] = {Routing(160, 8, 3, 6), Routing(64, 1, 1, 6, false), Routing(24, 4, 2, 5),
+                                Routing(20, 1, 1, 3, false), Routing(160, 8, 8, 6)};
   for (int round = 0; round < 2000; ++round) {
     ModelConfig c = shapes[round % std::size(shapes)];
     c.norm_topk_prob = round % 3 == 0;
@@ -273,7 +278,7 @@ TEST(RouteToken, MatchesReferenceOnRandomShapes) {
     ASSERT_TRUE(RouteToken(c, logits.data(), scratch.data(), experts.data(), weights.data()).ok());
     for (int i = 0; i < c.num_experts_per_tok; ++i) {
       ASSERT_EQ(experts[i], want.experts[i]);
-      ASSERT_NEAR(weights[i], want.weights[i], 2e-6 * want.weights[i]);   // scaled also when not renormalised
+      ASSERT_NEAR(weights[i], want.weights[i], 2e-6 * want.weights[i]);  // scaled also when not renormalised
     }
   }
 }

@@ -1,9 +1,10 @@
+#include "libs/kernels/cpu/mla.h"
+
 #include <cmath>
 #include <random>
 
 #include "gtest/gtest.h"
 #include "libs/kernels/cpu/grouped_ffn.h"
-#include "libs/kernels/cpu/mla.h"
 #include "libs/kernels/reference/reference.h"
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
@@ -22,18 +23,21 @@ std::vector<double> ReadWide(const Checkpoint& checkpoint, const std::string& na
 struct RandomCache {
   RandomCache(std::mt19937& rng, Precision precision, int64_t keys, int64_t latent_dim) {
     const int64_t page_count = (keys + kPageTokens - 1) / kPageTokens;
-    for (int64_t i = 0; i < page_count; ++i) pages.push_back(static_cast<uint32_t>((i * 7 + 3) % (2 * page_count + 8)));
+    for (int64_t i = 0; i < page_count; ++i)
+      pages.push_back(static_cast<uint32_t>((i * 7 + 3) % (2 * page_count + 8)));
     std::sort(pages.begin(), pages.end());
     pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
     while (std::ssize(pages) < page_count) pages.push_back(pages.back() + 1);
     std::shuffle(pages.begin(), pages.end(), rng);
     const uint32_t page_end = *std::max_element(pages.begin(), pages.end()) + 1;
-    bytes.resize(page_end * kPageTokens * latent_dim * ActivationBytes(precision), std::byte{0xff});  // NaN where unwritten
+    bytes.resize(page_end * kPageTokens * latent_dim * ActivationBytes(precision),
+                 std::byte{0xff});  // NaN where unwritten
     std::normal_distribution<float> normal;
     latent.resize(keys * latent_dim);
     for (int64_t key = 0; key < keys; ++key) {
       std::vector<float> row(latent_dim);
-      for (float& v : row) v = precision == Precision::kExact ? normal(rng) : BF16ToF32(F32ToBF16(normal(rng)));
+      for (float& v : row)
+        v = precision == Precision::kExact ? normal(rng) : BF16ToF32(F32ToBF16(normal(rng)));
       std::copy(row.begin(), row.end(), latent.begin() + key * latent_dim);
       const int64_t at = (int64_t{pages[key / kPageTokens]} * kPageTokens + key % kPageTokens) * latent_dim;
       ToActivation(precision, row.data(), bytes.data() + at * ActivationBytes(precision), latent_dim);
@@ -50,8 +54,9 @@ struct Widths {
 
 class MlaForms : public testing::TestWithParam<Widths> {};
 INSTANTIATE_TEST_SUITE_P(Widths, MlaForms,
-                         testing::Values(Widths{4, 16, 16, 16, 32}, Widths{3, 24, 8, 48, 96}, Widths{6, 96, 16, 24, 48},
-                                         Widths{16, 128, 64, 128, 512}, Widths{1, 5, 2, 7, 9}));
+                         testing::Values(Widths{4, 16, 16, 16, 32}, Widths{3, 24, 8, 48, 96},
+                                         Widths{6, 96, 16, 24, 48}, Widths{16, 128, 64, 128, 512},
+                                         Widths{1, 5, 2, 7, 9}));
 
 TEST_P(MlaForms, BothFormsMatchReferenceForRaggedChunks) {
   const Widths w = GetParam();
@@ -70,7 +75,8 @@ TEST_P(MlaForms, BothFormsMatchReferenceForRaggedChunks) {
   for (const Precision precision : {Precision::kExact, Precision::kBF16}) {
     absl::StatusOr<MlaWeights> weights = MlaWeights::Load(files.checkpoint(), "kv_b", shape, precision, pool);
     ASSERT_TRUE(weights.ok()) << weights.status();
-    for (const auto& [rows, keys] : {std::pair{1, 1}, {1, 64}, {1, 65}, {5, 5}, {64, 64}, {70, 200}, {3, 300}, {130, 130}}) {
+    for (const auto& [rows, keys] :
+         {std::pair{1, 1}, {1, 64}, {1, 65}, {5, 5}, {64, 64}, {70, 200}, {3, 300}, {130, 130}}) {
       const RandomCache cache(rng, precision, keys, shape.latent_dim());
       std::normal_distribution<float> normal;
       std::vector<float> q(rows * shape.heads * shape.q_dim());
@@ -81,7 +87,8 @@ TEST_P(MlaForms, BothFormsMatchReferenceForRaggedChunks) {
         const MlaChunk chunk{0, rows, keys - rows, cache.pages, form};
         std::vector<std::byte> out(want.size() * ActivationBytes(precision));
         MlaScratch scratch;
-        MlaAttention(shape, *weights, precision, {&chunk, 1}, q.data(), rows, cache.bytes.data(), out.data(), scratch, pool);
+        MlaAttention(shape, *weights, precision, {&chunk, 1}, q.data(), rows, cache.bytes.data(), out.data(),
+                     scratch, pool);
         std::vector<float>& values = got[form == MlaForm::kNaive];
         values.resize(want.size());
         FromActivation(precision, out.data(), values.data(), std::ssize(values));
@@ -91,7 +98,8 @@ TEST_P(MlaForms, BothFormsMatchReferenceForRaggedChunks) {
           norm += want[i] * want[i];
         }
         EXPECT_LT(std::sqrt(error / norm), precision == Precision::kExact ? 3e-6 : 8e-3)
-            << "form " << (form == MlaForm::kNaive ? "naive" : "absorbed") << " rows " << rows << " keys " << keys;
+            << "form " << (form == MlaForm::kNaive ? "naive" : "absorbed") << " rows " << rows << " keys "
+            << keys;
       }
     }
   }
@@ -104,7 +112,8 @@ TEST(MlaForms, AgreeAtLongPositionsAndChunksGiveTheSameBits) {
   ThreadPool pool(2);
   testing_support::TempCheckpoint files(testing_support::SingleTensor(
       "kv_b", {shape.heads * (shape.nope_dim + shape.v_dim), shape.kv_lora_rank}, rng, 0.2f));
-  absl::StatusOr<MlaWeights> weights = MlaWeights::Load(files.checkpoint(), "kv_b", shape, Precision::kExact, pool);
+  absl::StatusOr<MlaWeights> weights =
+      MlaWeights::Load(files.checkpoint(), "kv_b", shape, Precision::kExact, pool);
   ASSERT_TRUE(weights.ok());
   const int64_t keys = 4200, rows = 333;
   const RandomCache cache(rng, Precision::kExact, keys, shape.latent_dim());
@@ -144,7 +153,8 @@ TEST(GroupedFfn, MatchesReferenceForAnyDistributionOfRows) {
       for (const char* part : {"gate", "up", "down"}) {
         const bool down = std::string_view(part) == "down";
         tensors.push_back(testing_support::SingleTensor(StrCat("e", e, ".", part, "_proj.weight"),
-                                                        {down ? hidden : inner, down ? inner : hidden}, rng, 0.2f)
+                                                        {down ? hidden : inner, down ? inner : hidden}, rng,
+                                                        0.2f)
                               .front());
       }
     }
@@ -152,11 +162,13 @@ TEST(GroupedFfn, MatchesReferenceForAnyDistributionOfRows) {
     for (const Precision precision : {Precision::kExact, Precision::kBF16}) {
       std::vector<FfnWeights> weights;
       for (int e = 0; e < 4; ++e) {
-        auto loaded = FfnWeights::Load(files.checkpoint(), StrCat("e", e, "."), hidden, inner, precision, pool);
+        auto loaded =
+            FfnWeights::Load(files.checkpoint(), StrCat("e", e, "."), hidden, inner, precision, pool);
         ASSERT_TRUE(loaded.ok()) << loaded.status();
         weights.push_back(*std::move(loaded));
       }
-      for (const std::vector<int>& counts : {std::vector<int>{1, 0, 0, 0}, {0, 3, 200, 1}, {6, 6, 6, 6}, {0, 0, 0, 0}}) {
+      for (const std::vector<int>& counts :
+           {std::vector<int>{1, 0, 0, 0}, {0, 3, 200, 1}, {6, 6, 6, 6}, {0, 0, 0, 0}}) {
         std::vector<FfnRows> items;
         int64_t rows = 0;
         for (int e = 0; e < 4; ++e) {
@@ -171,10 +183,12 @@ TEST(GroupedFfn, MatchesReferenceForAnyDistributionOfRows) {
         FfnScratch scratch;
         GroupedFfn(items, act.data(), y.data(), scratch, pool);
         for (int e = 0; e < 4; ++e) {
-          const auto part = [&](const char* name) { return ReadWide(files.checkpoint(), StrCat("e", e, ".", name, "_proj.weight")); };
+          const auto part = [&](const char* name) {
+            return ReadWide(files.checkpoint(), StrCat("e", e, ".", name, "_proj.weight"));
+          };
           const auto begin = x.begin() + items[e].begin * hidden;
-          const auto want = reference::SwiGlu({begin, begin + counts[e] * hidden}, part("gate"), part("up"), part("down"),
-                                              counts[e], hidden, inner);
+          const auto want = reference::SwiGlu({begin, begin + counts[e] * hidden}, part("gate"), part("up"),
+                                              part("down"), counts[e], hidden, inner);
           double error = 0, norm = 0;
           for (size_t i = 0; i < want.size(); ++i) {
             const double difference = y[items[e].begin * hidden + i] - want[i];

@@ -26,13 +26,16 @@ constexpr uint64_t kHeaderBytesMax = 256ull << 20;  // V2's 29,102 tensors need 
 
 std::string ShapeText(std::span<const int64_t> shape) { return StrCat("[", absl::StrJoin(shape, ", "), "]"); }
 
-absl::Status Bad(std::string_view file, std::string_view what, std::string_view expected, std::string_view found) {
+absl::Status Bad(std::string_view file, std::string_view what, std::string_view expected,
+                 std::string_view found) {
   return absl::InvalidArgumentError(StrCat(file, ": ", what, ": expected ", expected, ", found ", found));
 }
 
 std::string Shorten(std::string text) { return text.size() <= 80 ? text : text.substr(0, 80) + "..."; }
 
-std::string Dump(const Json& json) { return Shorten(json.dump(-1, ' ', false, Json::error_handler_t::replace)); }
+std::string Dump(const Json& json) {
+  return Shorten(json.dump(-1, ' ', false, Json::error_handler_t::replace));
+}
 
 void Mix(uint64_t& hash, std::string_view text) {
   for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3ull;
@@ -55,25 +58,30 @@ absl::StatusOr<TensorView> ReadEntry(const std::string& path, const std::string&
   } else {
     return Bad(path, tensor, "dtype BF16, F16 or F32", Dump(dtype));
   }
-  if (!shape.is_array() || shape.size() > 8) return Bad(path, tensor, "a shape of at most 8 dimensions", Dump(shape));
+  if (!shape.is_array() || shape.size() > 8)
+    return Bad(path, tensor, "a shape of at most 8 dimensions", Dump(shape));
   uint64_t bytes = DTypeBytes(view.dtype);
   for (const Json& dimension : shape) {
-    if (!dimension.is_number_unsigned()) return Bad(path, tensor, "dimensions that are whole numbers", Dump(shape));
+    if (!dimension.is_number_unsigned())
+      return Bad(path, tensor, "dimensions that are whole numbers", Dump(shape));
     const uint64_t value = dimension.get<uint64_t>();
     if (value > (uint64_t{1} << 40) || __builtin_mul_overflow(bytes, value, &bytes)) {
       return Bad(path, tensor, "a shape that fits the file", Dump(shape));
     }
     view.shape.push_back(static_cast<int64_t>(value));
   }
-  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) {
+  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+      !offsets[1].is_number_unsigned()) {
     return Bad(path, tensor, "data_offsets [begin, end]", Dump(offsets));
   }
   const uint64_t begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
   if (begin > end || end > data_bytes) {
-    return Bad(path, tensor, StrCat("data_offsets inside the file's ", data_bytes, " data bytes"), Dump(offsets));
+    return Bad(path, tensor, StrCat("data_offsets inside the file's ", data_bytes, " data bytes"),
+               Dump(offsets));
   }
   if (end - begin != bytes) {
-    return Bad(path, tensor, StrCat(bytes, " bytes for shape ", ShapeText(view.shape), " ", ToString(view.dtype)),
+    return Bad(path, tensor,
+               StrCat(bytes, " bytes for shape ", ShapeText(view.shape), " ", ToString(view.dtype)),
                StrCat(end - begin));
   }
   view.data = data + begin;
@@ -84,9 +92,12 @@ absl::StatusOr<TensorView> ReadEntry(const std::string& path, const std::string&
 
 std::string_view ToString(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return "BF16";
-    case DType::kF16: return "F16";
-    case DType::kF32: return "F32";
+    case DType::kBF16:
+      return "BF16";
+    case DType::kF16:
+      return "F16";
+    case DType::kF32:
+      return "F32";
   }
   return "?";
 }
@@ -126,29 +137,35 @@ void TensorView::Read(int64_t begin, std::span<float> out) const {
 
 absl::Status Checkpoint::AddFile(const std::string& path, const std::vector<std::string>* expected_names) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return absl::NotFoundError(StrCat(path, ": expected a readable file, found: ", std::strerror(errno)));
+  if (fd < 0)
+    return absl::NotFoundError(StrCat(path, ": expected a readable file, found: ", std::strerror(errno)));
   const absl::Cleanup close_fd = [fd] { ::close(fd); };
   struct stat info {};
-  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) return Bad(path, "file", "a regular file", "something else");
+  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode))
+    return Bad(path, "file", "a regular file", "something else");
   const uint64_t file_bytes = static_cast<uint64_t>(info.st_size);
   if (file_bytes < 8) return Bad(path, "file", "at least 8 bytes", StrCat(file_bytes));
   void* mapped = ::mmap(nullptr, file_bytes, PROT_READ, MAP_SHARED, fd, 0);
-  if (mapped == MAP_FAILED) return absl::ResourceExhaustedError(StrCat(path, ": mmap: ", std::strerror(errno)));
+  if (mapped == MAP_FAILED)
+    return absl::ResourceExhaustedError(StrCat(path, ": mmap: ", std::strerror(errno)));
   const auto* bytes = static_cast<const std::byte*>(mapped);
   files_.push_back({path, bytes, file_bytes});
 
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes, 8);
   if (header_bytes > std::min(kHeaderBytesMax, file_bytes - 8)) {
-    return Bad(path, "header", StrCat("at most ", std::min(kHeaderBytesMax, file_bytes - 8), " bytes (file truncated?)"),
+    return Bad(path, "header",
+               StrCat("at most ", std::min(kHeaderBytesMax, file_bytes - 8), " bytes (file truncated?)"),
                StrCat(header_bytes));
   }
   const char* text = reinterpret_cast<const char*>(bytes) + 8;
   const Json header = Json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
-  if (header.is_discarded() || !header.is_object()) return Bad(path, "header", "a JSON object", "something else");
+  if (header.is_discarded() || !header.is_object())
+    return Bad(path, "header", "a JSON object", "something else");
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
-    absl::StatusOr<TensorView> view = ReadEntry(path, name, entry, bytes + 8 + header_bytes, file_bytes - 8 - header_bytes);
+    absl::StatusOr<TensorView> view =
+        ReadEntry(path, name, entry, bytes + 8 + header_bytes, file_bytes - 8 - header_bytes);
     if (!view.ok()) return view.status();
     if (!tensors_.emplace(name, *std::move(view)).second) {
       return Bad(path, StrCat("tensor ", name), "each tensor once", "it in two files");
@@ -157,7 +174,8 @@ absl::Status Checkpoint::AddFile(const std::string& path, const std::vector<std:
   }
   if (expected_names != nullptr) {
     for (const std::string& name : *expected_names) {
-      if (!header.contains(name)) return Bad(path, StrCat("tensor ", name), "it here, as the index says", "nothing");
+      if (!header.contains(name))
+        return Bad(path, StrCat("tensor ", name), "it here, as the index says", "nothing");
     }
   }
   return absl::OkStatus();
@@ -168,7 +186,8 @@ absl::Status Checkpoint::AddIndex(const std::string& index_path) {
   std::stringstream text;
   text << file.rdbuf();
   const Json index = Json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
-  if (index.is_discarded() || !index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+  if (index.is_discarded() || !index.is_object() || !index.contains("weight_map") ||
+      !index["weight_map"].is_object()) {
     return Bad(index_path, "index", "a JSON object with a weight_map", "something else");
   }
   std::map<std::string, std::vector<std::string>> names_of_file;
@@ -178,7 +197,8 @@ absl::Status Checkpoint::AddIndex(const std::string& index_path) {
     }
     names_of_file[shard.get<std::string>()].push_back(name);
   }
-  for (const auto& [shard, names] : names_of_file) MK_RETURN_IF_ERROR(AddFile(directory_ + "/" + shard, &names));
+  for (const auto& [shard, names] : names_of_file)
+    MK_RETURN_IF_ERROR(AddFile(directory_ + "/" + shard, &names));
   return absl::OkStatus();
 }
 
@@ -198,7 +218,8 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::OpenUnchecked(const std:
     const MappedFile& file = checkpoint->files_[checkpoint->file_of_tensor_[name]];
     Mix(hash, StrCat(name, ShapeText(view.shape), ToString(view.dtype), view.data - file.data));
   }
-  // A few values too, so that two trainings of one shape differ: norms are small and every process may read them.
+  // A few values too, so that two trainings of one shape differ: norms are small and every process may read
+  // them.
   if (auto norm = checkpoint->tensors_.find("model.norm.weight"); norm != checkpoint->tensors_.end()) {
     Mix(hash, {reinterpret_cast<const char*>(norm->second.data), static_cast<size_t>(norm->second.bytes())});
   }

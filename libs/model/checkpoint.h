@@ -1,7 +1,7 @@
 // A published DeepSeek-V2 checkpoint: config.json and model.safetensors, or shards named by
-// model.safetensors.index.json. Files are memory-mapped, so a process touches only the bytes of the tensors it
-// asks for. Every header, offset, dtype and shape is checked before a tensor is handed out.
-// Format: docs/checkpoints.md. Thread-safe after Open.
+// model.safetensors.index.json. Files are memory-mapped, so a process touches only the bytes of the tensors
+// it asks for. Every header, offset, dtype and shape is checked before a tensor is handed out. Format:
+// docs/checkpoints.md. Thread-safe after Open.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,8 @@ struct TensorView {
 
 class Checkpoint {
  public:
-  // Opens and checks everything but the values: headers, offsets, and that every tensor of the configuration is
-  // there with its shape and a supported dtype. Errors name directory or file, tensor, expected and found.
+  // Opens and checks everything but the values: headers, offsets, and that every tensor of the configuration
+  // is there with its shape and a supported dtype. Errors name directory or file, tensor, expected and found.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& directory);
   // The same without the check against the configuration: for `minke checkpoint inspect`.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> OpenUnchecked(const std::string& directory);

@@ -16,9 +16,11 @@ using Json = nlohmann::json;
 constexpr int64_t kDimensionMax = 1 << 24;
 
 absl::Status FieldError(std::string_view field, std::string_view expected, const Json* found) {
-  std::string text = found == nullptr ? "nothing" : found->dump(-1, ' ', false, Json::error_handler_t::replace);
+  std::string text =
+      found == nullptr ? "nothing" : found->dump(-1, ' ', false, Json::error_handler_t::replace);
   if (text.size() > 80) text = text.substr(0, 80) + "...";
-  return absl::InvalidArgumentError(StrCat("config.json: ", field, ": expected ", expected, ", found ", text));
+  return absl::InvalidArgumentError(
+      StrCat("config.json: ", field, ": expected ", expected, ", found ", text));
 }
 
 const Json* Find(const Json& object, const char* field) {
@@ -28,7 +30,8 @@ const Json* Find(const Json& object, const char* field) {
 
 class Reader {
  public:
-  explicit Reader(const Json& object, std::string prefix = "") : object_(object), prefix_(std::move(prefix)) {}
+  explicit Reader(const Json& object, std::string prefix = "")
+      : object_(object), prefix_(std::move(prefix)) {}
 
   // Reads an integer in [min, kDimensionMax]; a missing field is an error unless `otherwise` is given.
   Reader& Int(const char* field, int32_t& out, int64_t min, std::optional<int32_t> otherwise = {}) {
@@ -74,7 +77,8 @@ class Reader {
     if (found->is_string()) out = found->get<std::string>();
     if (!found->is_string() || std::find(allowed.begin(), allowed.end(), out) == allowed.end()) {
       std::string expected;
-      for (const std::string& a : allowed) StrAppend(&expected, expected.empty() ? "" : " or ", "\"", a, "\"");
+      for (const std::string& a : allowed)
+        StrAppend(&expected, expected.empty() ? "" : " or ", "\"", a, "\"");
       Fail(FieldError(prefix_ + field, expected, found));
     }
     return *this;
@@ -118,7 +122,8 @@ absl::Status ReadRope(const Json& json, ModelConfig& config) {
   return reader.status();
 }
 
-absl::Status ReadTokenIds(const Json& json, const char* field, int32_t vocab_size, std::vector<uint32_t>& out) {
+absl::Status ReadTokenIds(const Json& json, const char* field, int32_t vocab_size,
+                          std::vector<uint32_t>& out) {
   const Json* found = Find(json, field);
   if (found == nullptr) return absl::OkStatus();
   const Json list = found->is_array() ? *found : Json::array({*found});
@@ -153,20 +158,24 @@ absl::Status ReadExperts(const Json& json, ModelConfig& c) {
     reader.Int("n_group", c.n_group, 1, 1).Int("topk_group", c.topk_group, 1, 1);
   }
   MK_RETURN_IF_ERROR(reader.status());
-  if (c.n_routed_experts > 65535) return FieldError("n_routed_experts", "at most 65535", Find(json, "n_routed_experts"));
+  if (c.n_routed_experts > 65535)
+    return FieldError("n_routed_experts", "at most 65535", Find(json, "n_routed_experts"));
   if (c.num_experts_per_tok > c.n_routed_experts || c.num_experts_per_tok > 64) {
-    return FieldError("num_experts_per_tok", StrCat("at most min(64, n_routed_experts = ", c.n_routed_experts, ")"),
+    return FieldError("num_experts_per_tok",
+                      StrCat("at most min(64, n_routed_experts = ", c.n_routed_experts, ")"),
                       Find(json, "num_experts_per_tok"));
   }
   if (c.topk_method == TopkMethod::kGroupLimitedGreedy) {
     if (c.n_group > 64 || c.n_routed_experts % c.n_group != 0) {
-      return FieldError("n_group", StrCat("a divisor of n_routed_experts = ", c.n_routed_experts, ", at most 64"),
+      return FieldError("n_group",
+                        StrCat("a divisor of n_routed_experts = ", c.n_routed_experts, ", at most 64"),
                         Find(json, "n_group"));
     }
     if (c.topk_group > c.n_group || c.topk_group * (c.n_routed_experts / c.n_group) < c.num_experts_per_tok) {
-      return FieldError("topk_group",
-                        StrCat("at most n_group = ", c.n_group, " and room for ", c.num_experts_per_tok, " experts"),
-                        Find(json, "topk_group"));
+      return FieldError(
+          "topk_group",
+          StrCat("at most n_group = ", c.n_group, " and room for ", c.num_experts_per_tok, " experts"),
+          Find(json, "topk_group"));
     }
   }
   return absl::OkStatus();
@@ -201,8 +210,10 @@ absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {
   MK_RETURN_IF_ERROR(reader.status());
   if (model_type.empty()) return FieldError("model_type", "\"deepseek_v2\"", nullptr);
   if (attention_bias) return FieldError("attention_bias", "false", Find(json, "attention_bias"));
-  if (c.qk_rope_head_dim % 2 != 0) return FieldError("qk_rope_head_dim", "an even number", Find(json, "qk_rope_head_dim"));
-  if (c.num_hidden_layers > 65535) return FieldError("num_hidden_layers", "at most 65535", Find(json, "num_hidden_layers"));
+  if (c.qk_rope_head_dim % 2 != 0)
+    return FieldError("qk_rope_head_dim", "an even number", Find(json, "qk_rope_head_dim"));
+  if (c.num_hidden_layers > 65535)
+    return FieldError("num_hidden_layers", "at most 65535", Find(json, "num_hidden_layers"));
   MK_RETURN_IF_ERROR(ReadExperts(json, c));
   bool any_dense = c.n_routed_experts == 0;
   for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) any_dense |= !c.IsMoeLayer(layer);
@@ -247,7 +258,8 @@ int32_t ModelConfig::placement_groups() const {
 
 ExpertRange ModelConfig::GroupExperts(int32_t group) const {
   const int64_t groups = placement_groups(), experts = n_routed_experts;
-  return {static_cast<int32_t>(group * experts / groups), static_cast<int32_t>((group + 1) * experts / groups)};
+  return {static_cast<int32_t>(group * experts / groups),
+          static_cast<int32_t>((group + 1) * experts / groups)};
 }
 
 int32_t ModelConfig::GroupOfExpert(int32_t expert) const {
@@ -257,7 +269,8 @@ int32_t ModelConfig::GroupOfExpert(int32_t expert) const {
 }
 
 int32_t ModelConfig::fan_out_max() const {
-  const int32_t limit = topk_method == TopkMethod::kGroupLimitedGreedy && n_group > 1 ? topk_group : placement_groups();
+  const int32_t limit =
+      topk_method == TopkMethod::kGroupLimitedGreedy && n_group > 1 ? topk_group : placement_groups();
   return std::min(limit, num_experts_per_tok);
 }
 
@@ -269,16 +282,17 @@ double ModelConfig::softmax_scale() const {
 }
 
 uint64_t ModelConfig::Hash() const {
-  std::string text = StrCat(vocab_size, ",", hidden_size, ",", intermediate_size, ",", moe_intermediate_size, ",",
-                                  num_hidden_layers, ",", num_attention_heads, ",", q_lora_rank, ",", kv_lora_rank);
+  std::string text =
+      StrCat(vocab_size, ",", hidden_size, ",", intermediate_size, ",", moe_intermediate_size, ",",
+             num_hidden_layers, ",", num_attention_heads, ",", q_lora_rank, ",", kv_lora_rank);
   StrAppend(&text, ",", qk_nope_head_dim, ",", qk_rope_head_dim, ",", v_head_dim, ",", n_routed_experts, ",",
-                  n_shared_experts, ",", num_experts_per_tok, ",", n_group, ",", topk_group);
-  StrAppend(&text, ",", topk_method == TopkMethod::kGreedy, ",", routed_scaling_factor, ",", norm_topk_prob, ",",
-                  first_k_dense_replace, ",", moe_layer_freq, ",", max_position_embeddings, ",", rope_theta, ",",
-                  rms_norm_eps, ",", tie_word_embeddings);
+            n_shared_experts, ",", num_experts_per_tok, ",", n_group, ",", topk_group);
+  StrAppend(&text, ",", topk_method == TopkMethod::kGreedy, ",", routed_scaling_factor, ",", norm_topk_prob,
+            ",", first_k_dense_replace, ",", moe_layer_freq, ",", max_position_embeddings, ",", rope_theta,
+            ",", rms_norm_eps, ",", tie_word_embeddings);
   if (yarn) {
-    StrAppend(&text, ",yarn,", yarn->factor, ",", yarn->original_max_position_embeddings, ",", yarn->beta_fast, ",",
-                    yarn->beta_slow, ",", yarn->mscale, ",", yarn->mscale_all_dim);
+    StrAppend(&text, ",yarn,", yarn->factor, ",", yarn->original_max_position_embeddings, ",",
+              yarn->beta_fast, ",", yarn->beta_slow, ",", yarn->mscale, ",", yarn->mscale_all_dim);
   }
   uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
   for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3ull;

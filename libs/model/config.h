@@ -1,5 +1,6 @@
-// Shape of a DeepSeek-V2 model, from a checkpoint's config.json. Every field of the published configurations is
-// read or refused; nothing falls back to a default of somebody's code. Source: arXiv 2405.04434, docs/checkpoints.md.
+// Shape of a DeepSeek-V2 model, from a checkpoint's config.json. Every field of the published configurations
+// is read or refused; nothing falls back to a default of somebody's code. Source: arXiv 2405.04434,
+// docs/checkpoints.md.
 #pragma once
 
 #include <cstdint>
@@ -33,16 +34,16 @@ struct ExpertRange {
 struct ModelConfig {
   int32_t vocab_size = 0;
   int32_t hidden_size = 0;
-  int32_t intermediate_size = 0;        // dense layers
-  int32_t moe_intermediate_size = 0;    // one expert
+  int32_t intermediate_size = 0;      // dense layers
+  int32_t moe_intermediate_size = 0;  // one expert
   int32_t num_hidden_layers = 0;
   int32_t num_attention_heads = 0;
-  int32_t q_lora_rank = 0;              // 0: queries are projected directly (V2-Lite)
+  int32_t q_lora_rank = 0;  // 0: queries are projected directly (V2-Lite)
   int32_t kv_lora_rank = 0;
   int32_t qk_nope_head_dim = 0;
   int32_t qk_rope_head_dim = 0;
   int32_t v_head_dim = 0;
-  int32_t n_routed_experts = 0;         // 0: every layer is dense
+  int32_t n_routed_experts = 0;  // 0: every layer is dense
   int32_t n_shared_experts = 0;
   int32_t num_experts_per_tok = 0;
   int32_t n_group = 1;
@@ -71,7 +72,7 @@ struct ModelConfig {
   std::vector<int32_t> MoeLayers() const;
 
   int32_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
-  int32_t latent_dim() const { return kv_lora_rank + qk_rope_head_dim; }   // cached values per token and layer
+  int32_t latent_dim() const { return kv_lora_rank + qk_rope_head_dim; }  // cached values per token and layer
   int32_t shared_intermediate_size() const { return n_shared_experts * moe_intermediate_size; }
 
   // Placement groups: the model's device groups where routing is limited by them, else contiguous runs

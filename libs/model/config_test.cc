@@ -14,20 +14,36 @@ nlohmann::json Tiny() { return nlohmann::json::parse(testing_support::TinyConfig
 
 struct BadField {
   const char* field;
-  nlohmann::json value;   // null: removed
+  nlohmann::json value;  // null: removed
 };
 
 TEST(ModelConfig, EveryBadFieldIsNamedWithExpectedAndFound) {
-  const BadField cases[] = {
-      {"vocab_size", nullptr},          {"vocab_size", 0},          {"vocab_size", "many"},
-      {"vocab_size", 1e300},            {"hidden_size", -4},        {"hidden_size", 18446744073709551615ull},
-      {"model_type", "llama"},          {"hidden_act", "gelu"},     {"attention_bias", true},
-      {"qk_rope_head_dim", 15},         {"n_group", 7},             {"topk_group", 9},
-      {"num_experts_per_tok", 161},     {"scoring_func", "sigmoid"}, {"topk_method", "noaux_tc"},
-      {"topk_method", "gready"},        {"norm_topk_prob", 1},      {"rms_norm_eps", "small"},
-      {"moe_layer_freq", 0},            {"eos_token_id", 512},      {"bos_token_id", -1},
-      {"rope_scaling", 5},              {"num_hidden_layers", 2.5}, {"kv_lora_rank", nullptr},
-      {"intermediate_size", nullptr},   {"moe_intermediate_size", 0}};
+  const BadField cases[] = {{"vocab_size", nullptr},
+                            {"vocab_size", 0},
+                            {"vocab_size", "many"},
+                            {"vocab_size", 1e300},
+                            {"hidden_size", -4},
+                            {"hidden_size", 18446744073709551615ull},
+                            {"model_type", "llama"},
+                            {"hidden_act", "gelu"},
+                            {"attention_bias", true},
+                            {"qk_rope_head_dim", 15},
+                            {"n_group", 7},
+                            {"topk_group", 9},
+                            {"num_experts_per_tok", 161},
+                            {"scoring_func", "sigmoid"},
+                            {"topk_method", "noaux_tc"},
+                            {"topk_method", "gready"},
+                            {"norm_topk_prob", 1},
+                            {"rms_norm_eps", "small"},
+                            {"moe_layer_freq", 0},
+                            {"eos_token_id", 512},
+                            {"bos_token_id", -1},
+                            {"rope_scaling", 5},
+                            {"num_hidden_layers", 2.5},
+                            {"kv_lora_rank", nullptr},
+                            {"intermediate_size", nullptr},
+                            {"moe_intermediate_size", 0}};
   for (const BadField& bad : cases) {
     nlohmann::json json = Tiny();
     if (bad.value.is_null()) {
@@ -41,10 +57,12 @@ TEST(ModelConfig, EveryBadFieldIsNamedWithExpectedAndFound) {
     EXPECT_THAT(std::string(config.status().message()), HasSubstr("expected"));
     EXPECT_THAT(std::string(config.status().message()), HasSubstr("found"));
   }
-  for (const char* text : {"", "[]", "{", "null", "\xff\xfe", "3"}) EXPECT_FALSE(ModelConfig::Parse(text).ok()) << text;
+  for (const char* text : {"", "[]", "{", "null", "\xff\xfe", "3"})
+    EXPECT_FALSE(ModelConfig::Parse(text).ok()) << text;
   nlohmann::json json = Tiny();
   json["rope_scaling"]["type"] = "linear";
-  EXPECT_THAT(std::string(ModelConfig::Parse(json.dump()).status().message()), HasSubstr("rope_scaling.type"));
+  EXPECT_THAT(std::string(ModelConfig::Parse(json.dump()).status().message()),
+              HasSubstr("rope_scaling.type"));
 }
 
 TEST(ModelConfig, RopeParametersIsTheNewerSpellingOfRopeScaling) {
@@ -69,7 +87,8 @@ TEST(ModelConfig, LiteHasNoQueryCompressionWhateverItsDepth) {
 }
 
 TEST(ModelConfig, GroupsPartitionTheExperts) {
-  for (const auto& [experts, limited, groups] : {std::tuple{160, true, 8}, {64, false, 1}, {20, false, 1}, {5, false, 1}, {24, true, 4}}) {
+  for (const auto& [experts, limited, groups] :
+       {std::tuple{160, true, 8}, {64, false, 1}, {20, false, 1}, {5, false, 1}, {24, true, 4}}) {
     ModelConfig c = testing_support::TinyConfig();
     c.n_routed_experts = experts;
     c.n_group = groups;

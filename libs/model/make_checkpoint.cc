@@ -27,7 +27,7 @@ struct Shard {
   std::string file;
   std::string header;
   std::vector<TensorSpec> specs;
-  std::vector<int64_t> offsets;   // of each tensor's data, from the beginning of the file
+  std::vector<int64_t> offsets;  // of each tensor's data, from the beginning of the file
   int64_t bytes = 0;
 };
 
@@ -42,7 +42,8 @@ uint64_t SplitMix(uint64_t x) {
 // that any part of a tensor can be made on any thread. Integers first: the same bits everywhere.
 float Normalish(uint64_t key, uint64_t index) {
   const uint64_t r = SplitMix(key ^ SplitMix(index));
-  const int32_t sum = static_cast<int32_t>((r & 0xffff) + ((r >> 16) & 0xffff) + ((r >> 32) & 0xffff) + (r >> 48)) - 131070;
+  const int32_t sum =
+      static_cast<int32_t>((r & 0xffff) + ((r >> 16) & 0xffff) + ((r >> 32) & 0xffff) + (r >> 48)) - 131070;
   return static_cast<float>(sum) * (1.0f / 37837.2f);  // 65536 * sqrt(4 / 12)
 }
 
@@ -134,7 +135,8 @@ absl::Status WriteShard(const Shard& shard, const MakeCheckpointOptions& options
   std::atomic<size_t> next{0};
   const auto work = [&] {
     for (size_t t = next++; t < shard.specs.size(); t = next++) {
-      Fill(shard.specs[t], options.dtype, options.seed, 0, Elements(shard.specs[t]), bytes + shard.offsets[t]);
+      Fill(shard.specs[t], options.dtype, options.seed, 0, Elements(shard.specs[t]),
+           bytes + shard.offsets[t]);
     }
   };
   std::vector<std::thread> threads;
@@ -157,16 +159,19 @@ absl::Status WriteText(const std::string& path, const std::string& text) {
 
 absl::Status MakeCheckpoint(const MakeCheckpointOptions& options) {
   MK_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Parse(options.config_json));
-  if (options.dtype == DType::kF16) return absl::InvalidArgumentError("dtype: expected BF16 or F32, found F16");
+  if (options.dtype == DType::kF16)
+    return absl::InvalidArgumentError("dtype: expected BF16 or F32, found F16");
   std::error_code error;
   std::filesystem::create_directories(options.directory, error);
   if (error) return absl::UnknownError(StrCat(options.directory, ": ", error.message()));
   for (const char* file : {"config.json", "model.safetensors", "model.safetensors.index.json"}) {
     if (std::filesystem::exists(options.directory + "/" + file)) {
-      return absl::AlreadyExistsError(StrCat(options.directory, ": expected no checkpoint there, found ", file));
+      return absl::AlreadyExistsError(
+          StrCat(options.directory, ": expected no checkpoint there, found ", file));
     }
   }
-  const std::vector<Shard> shards = PlanShards(ExpectedTensors(config), options.dtype, options.shard_bytes_max);
+  const std::vector<Shard> shards =
+      PlanShards(ExpectedTensors(config), options.dtype, options.shard_bytes_max);
   for (const Shard& shard : shards) MK_RETURN_IF_ERROR(WriteShard(shard, options));
   if (shards.size() > 1) {
     nlohmann::json index;

@@ -1,5 +1,6 @@
-// Random checkpoints of any shape, for tests, demos and benchmarks: weights scaled so that activations stay near
-// unit size and routing is not degenerate. The same seed and configuration give the same bytes on any machine.
+// Random checkpoints of any shape, for tests, demos and benchmarks: weights scaled so that activations stay
+// near unit size and routing is not degenerate. The same seed and configuration give the same bytes on any
+// machine.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@
 namespace minke {
 
 struct MakeCheckpointOptions {
-  std::string directory;        // created; must not hold a checkpoint already
-  std::string config_json;      // text of a config.json
+  std::string directory;    // created; must not hold a checkpoint already
+  std::string config_json;  // text of a config.json
   uint64_t seed = 0;
   DType dtype = DType::kBF16;
   int64_t shard_bytes_max = int64_t{2} << 30;

@@ -13,7 +13,8 @@ std::string ExpertPrefix(int32_t layer, int32_t expert) {
 std::vector<TensorSpec> ExpectedTensors(const ModelConfig& c) {
   std::vector<TensorSpec> specs;
   int32_t layer = -1, expert = -1;
-  const auto add = [&](std::string name, std::vector<int64_t> shape, TensorRole role = TensorRole::kAttention) {
+  const auto add = [&](std::string name, std::vector<int64_t> shape,
+                       TensorRole role = TensorRole::kAttention) {
     specs.push_back({std::move(name), std::move(shape), role, layer, expert});
   };
   const auto add_ffn = [&](const std::string& prefix, int64_t inner, TensorRole role) {

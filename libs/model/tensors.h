@@ -1,4 +1,5 @@
-// The tensors a checkpoint of a given configuration must have: names, shapes, and the service that holds each.
+// The tensors a checkpoint of a given configuration must have: names, shapes, and the service that holds
+// each.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@ enum class TensorRole { kAttention, kRouter, kExpert };
 
 struct TensorSpec {
   std::string name;
-  std::vector<int64_t> shape;   // [out, in] of a linear layer, [n] of a norm
+  std::vector<int64_t> shape;  // [out, in] of a linear layer, [n] of a norm
   TensorRole role;
-  int32_t layer = -1;           // -1: not in a layer
-  int32_t expert = -1;          // routed expert, -1: none
+  int32_t layer = -1;   // -1: not in a layer
+  int32_t expert = -1;  // routed expert, -1: none
 };
 
 // In file order: embedding, layers, final norm, head.

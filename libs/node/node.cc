@@ -1,14 +1,13 @@
 #include "libs/node/node.h"
 
-#include <csignal>
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
+#include <csignal>
 #include <fstream>
 #include <iostream>
 #include <sstream>
 #include <thread>
-
-#include <CLI/CLI.hpp>
 
 #include "libs/base/log.h"
 #include "libs/base/status.h"
@@ -35,31 +34,52 @@ int NodeFlags::Threads() const {
 void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--checkpoint", flags.checkpoint, "checkpoint folder")->required();
   app.add_option("--precision", flags.precision, "numbers the whole cluster computes in")
-      ->check(CLI::IsMember({"exact", "bf16"}))->capture_default_str();
-  app.add_option("--listen", flags.listen, "HOST:PORT of the gRPC server, port 0: a free one")->capture_default_str();
-  app.add_option("--advertise", flags.advertise, "host by which other processes reach this one (default: as --listen)");
-  app.add_option("--log-level", flags.log_level)->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str();
+      ->check(CLI::IsMember({"exact", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--listen", flags.listen, "HOST:PORT of the gRPC server, port 0: a free one")
+      ->capture_default_str();
+  app.add_option("--advertise", flags.advertise,
+                 "host by which other processes reach this one (default: as --listen)");
+  app.add_option("--log-level", flags.log_level)
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
   app.add_option("--report-fd", flags.report_fd, "descriptor to write the gRPC address to")->group("");
 }
 
 void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags) {
-  app.add_option("--device", flags.device)->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
-  app.add_option("--threads", flags.threads, "compute threads; 0: all cores")->check(CLI::Range(0, 1024))->capture_default_str();
-  app.add_option("--transport", flags.transport, "data plane; auto: RDMA where UCX finds it, shared memory on loopback, else TCP")
-      ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))->capture_default_str();
-  app.add_option("--ucx-interface", flags.ucx_interface, "network interface (or its address) of the data plane")->capture_default_str();
-  app.add_option("--ucx-port", flags.ucx_port, "port of the data plane; 0: a free one")->capture_default_str();
-  app.add_option("--poll", flags.poll, "how the engine waits")->check(CLI::IsMember({"adaptive", "spin", "block"}))->capture_default_str();
-  app.add_option("--heartbeat-ms", flags.heartbeat_ms, "a peer silent for two of these is lost")->check(CLI::Range(10, 60000))->capture_default_str();
-  app.add_option("--cluster-secret-file", flags.cluster_secret_file, "file with the secret that members of the data plane prove");
-  app.add_option("--metrics-listen", flags.metrics_listen, "HOST:PORT of /metrics, port 0: a free one")->capture_default_str();
+  app.add_option("--device", flags.device)
+      ->check(CLI::IsMember({"cpu", "cuda", "auto"}))
+      ->capture_default_str();
+  app.add_option("--threads", flags.threads, "compute threads; 0: all cores")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option("--transport", flags.transport,
+                 "data plane; auto: RDMA where UCX finds it, shared memory on loopback, else TCP")
+      ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))
+      ->capture_default_str();
+  app.add_option("--ucx-interface", flags.ucx_interface,
+                 "network interface (or its address) of the data plane")
+      ->capture_default_str();
+  app.add_option("--ucx-port", flags.ucx_port, "port of the data plane; 0: a free one")
+      ->capture_default_str();
+  app.add_option("--poll", flags.poll, "how the engine waits")
+      ->check(CLI::IsMember({"adaptive", "spin", "block"}))
+      ->capture_default_str();
+  app.add_option("--heartbeat-ms", flags.heartbeat_ms, "a peer silent for two of these is lost")
+      ->check(CLI::Range(10, 60000))
+      ->capture_default_str();
+  app.add_option("--cluster-secret-file", flags.cluster_secret_file,
+                 "file with the secret that members of the data plane prove");
+  app.add_option("--metrics-listen", flags.metrics_listen, "HOST:PORT of /metrics, port 0: a free one")
+      ->capture_default_str();
 }
 
-int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags) {
+int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name,
+               const NodeFlags& flags) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);   // --help
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help
     std::cerr << "minke-" << process_name << ": " << error.what() << std::endl;
     return 2;
   }
@@ -73,7 +93,8 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
 
 absl::Status CheckDevice(const std::string& device) {
   if (device == "cuda") {
-    return absl::FailedPreconditionError("--device: expected cpu or auto, found cuda: this build has no CUDA backend");
+    return absl::FailedPreconditionError(
+        "--device: expected cpu or auto, found cuda: this build has no CUDA backend");
   }
   return absl::OkStatus();
 }
@@ -86,7 +107,8 @@ absl::StatusOr<std::string> ReadSecret(const std::string& path) {
   std::string secret = text.str();
   while (!secret.empty() && (secret.back() == '\n' || secret.back() == '\r')) secret.pop_back();
   if (!file || secret.empty()) {
-    return absl::NotFoundError(StrCat("--cluster-secret-file ", path, ": expected a readable file with a secret, found none"));
+    return absl::NotFoundError(
+        StrCat("--cluster-secret-file ", path, ": expected a readable file with a secret, found none"));
   }
   return secret;
 }
@@ -98,7 +120,8 @@ absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const Nod
                                .precision = flags.ParsedPrecision(),
                                .model_fingerprint = checkpoint.fingerprint()};
   MK_ASSIGN_OR_RETURN(identity.cluster_secret, ReadSecret(flags.cluster_secret_file));
-  transport::UcxOptions options{.interface = flags.ucx_interface, .port = flags.ucx_port, .advertise_host = flags.advertise};
+  transport::UcxOptions options{
+      .interface = flags.ucx_interface, .port = flags.ucx_port, .advertise_host = flags.advertise};
   MK_ASSIGN_OR_RETURN(options.selection, transport::ParseUcxSelection(flags.transport));
   options.transport.heartbeat = absl::Milliseconds(flags.heartbeat_ms);
   options.transport.poll = flags.poll == "spin"    ? transport::PollMode::kSpin
@@ -140,7 +163,8 @@ int Fail(const std::string& process_name, const absl::Status& status) {
 
 absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
                                                                        telemetry::Collector collector) {
-  MK_ASSIGN_OR_RETURN(auto server, telemetry::MetricsServer::Start(flags.metrics_listen, std::move(collector)));
+  MK_ASSIGN_OR_RETURN(auto server,
+                      telemetry::MetricsServer::Start(flags.metrics_listen, std::move(collector)));
   const std::string host = flags.metrics_listen.substr(0, flags.metrics_listen.rfind(':'));
   log::Info("metrics", StrCat("serving http://", host, ":", server->port(), "/metrics"));
   return server;

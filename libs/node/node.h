@@ -20,20 +20,20 @@ namespace minke::node {
 
 struct NodeFlags {
   std::string checkpoint;
-  std::string precision = "bf16";               // exact | bf16
-  std::string device = "auto";                  // cpu | cuda | auto
-  std::string listen = "127.0.0.1:0";           // gRPC
-  std::string advertise;                        // host by which others reach this one
+  std::string precision = "bf16";      // exact | bf16
+  std::string device = "auto";         // cpu | cuda | auto
+  std::string listen = "127.0.0.1:0";  // gRPC
+  std::string advertise;               // host by which others reach this one
   std::string ucx_interface = "lo";
   uint16_t ucx_port = 0;
-  std::string transport = "auto";               // auto | shm | tcp | rdma
-  std::string poll = "adaptive";                // adaptive | spin | block
+  std::string transport = "auto";  // auto | shm | tcp | rdma
+  std::string poll = "adaptive";   // adaptive | spin | block
   int heartbeat_ms = 250;
   std::string cluster_secret_file;
   std::string metrics_listen = "127.0.0.1:0";
-  int threads = 0;                              // 0: all cores
+  int threads = 0;  // 0: all cores
   std::string log_level = "info";
-  int report_fd = -1;                           // `minke up`: where to write the gRPC address once it listens
+  int report_fd = -1;  // `minke up`: where to write the gRPC address once it listens
 
   Precision ParsedPrecision() const { return precision == "exact" ? Precision::kExact : Precision::kBF16; }
   int Threads() const;
@@ -43,8 +43,8 @@ struct NodeFlags {
 void AddCommonFlags(CLI::App& app, NodeFlags& flags);
 // Flags of the roles with a data plane.
 void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
-// Parses; prints one line on stderr for a bad flag and returns the exit code, or -1 to go on. Applies log level and
-// process name.
+// Parses; prints one line on stderr for a bad flag and returns the exit code, or -1 to go on. Applies log
+// level and process name.
 int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags);
 
 // FAILED_PRECONDITION for a device this build does not have.

@@ -27,7 +27,8 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const std::string&
   for (grpc::Service* service : services) builder.RegisterService(service);
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr || server->port_ == 0) {
-    return absl::UnavailableError(StrCat("cannot listen on ", listen, ": expected a free port on an address of this host"));
+    return absl::UnavailableError(
+        StrCat("cannot listen on ", listen, ": expected a free port on an address of this host"));
   }
   return server;
 }

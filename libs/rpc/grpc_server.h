@@ -15,8 +15,8 @@ namespace minke::rpc {
 
 class GrpcServer {
  public:
-  // `listen` is host:port, port 0 for a free one; the services are borrowed until Shutdown. One clear error when the
-  // address cannot be had. Adds grpc.health.v1 and reflection.
+  // `listen` is host:port, port 0 for a free one; the services are borrowed until Shutdown. One clear error
+  // when the address cannot be had. Adds grpc.health.v1 and reflection.
   static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const std::string& listen,
                                                            const std::vector<grpc::Service*>& services);
   ~GrpcServer();

@@ -59,7 +59,9 @@ grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
       MemberReport copy;
       {
         absl::MutexLock lock(&mutex);
-        const auto changed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex) { return version != sent || stop || done.load(); };
+        const auto changed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex) {
+          return version != sent || stop || done.load();
+        };
         mutex.AwaitWithTimeout(absl::Condition(&changed), absl::Milliseconds(lease_ms.load() / 3));
         if (stop) context_here.TryCancel();
         if (stop || done.load()) break;
@@ -81,7 +83,7 @@ grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
   connected.store(false);
   done.store(true);
   {
-    absl::MutexLock lock(&mutex);   // wakes the writer: its condition looks at `done`
+    absl::MutexLock lock(&mutex);  // wakes the writer: its condition looks at `done`
     context = nullptr;
   }
   writer.join();
@@ -95,7 +97,8 @@ void MembershipClient::Impl::Run() {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  auto stub = Membership::NewStub(grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments));
+  auto stub = Membership::NewStub(
+      grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments));
   bool complained = false;
   while (true) {
     const grpc::Status status = RunOnce(*stub);
@@ -106,7 +109,8 @@ void MembershipClient::Impl::Run() {
     if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) {
       on_refused(ToAbsl(status));
     } else if (!complained) {
-      log::Warning("membership", StrCat("router=", router_address, " not reachable: ", status.error_message(), "; trying again"));
+      log::Warning("membership", StrCat("router=", router_address, " not reachable: ", status.error_message(),
+                                        "; trying again"));
     }
     complained = true;
     absl::MutexLock lock(&mutex);

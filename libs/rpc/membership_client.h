@@ -1,5 +1,5 @@
-// A process's membership in the cluster: registers with the router, renews its lease, receives the cluster's view.
-// Reconnects for ever, with a pause. Thread-safe.
+// A process's membership in the cluster: registers with the router, renews its lease, receives the cluster's
+// view. Reconnects for ever, with a pause. Thread-safe.
 #pragma once
 
 #include <functional>

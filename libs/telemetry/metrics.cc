@@ -18,7 +18,8 @@ std::vector<prometheus::MetricFamily> ToFamilies(const std::vector<Sample>& samp
     const std::string name = "minke_" + sample.name;
     const bool counter = sample.type == Sample::Type::kCounter;
     if (families.empty() || families.back().name != name) {
-      families.push_back({name, sample.help, counter ? prometheus::MetricType::Counter : prometheus::MetricType::Gauge, {}});
+      families.push_back(
+          {name, sample.help, counter ? prometheus::MetricType::Counter : prometheus::MetricType::Gauge, {}});
     }
     prometheus::ClientMetric metric;
     for (const auto& [label, value] : sample.labels) metric.label.push_back({label, value});
@@ -49,7 +50,7 @@ class Source final : public prometheus::Collectable {
 }  // namespace
 
 struct MetricsServer::Impl {
-  std::shared_ptr<Source> source;   // the exposer keeps a weak pointer
+  std::shared_ptr<Source> source;  // the exposer keeps a weak pointer
   std::unique_ptr<prometheus::Exposer> exposer;
 };
 
@@ -60,13 +61,15 @@ MetricsServer::~MetricsServer() {
   (void)impl_->exposer.release();
 }
 
-absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::string& listen, Collector collector) {
+absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::string& listen,
+                                                                    Collector collector) {
   auto impl = std::make_unique<Impl>();
   impl->source = std::make_shared<Source>(std::move(collector));
   try {
     impl->exposer = std::make_unique<prometheus::Exposer>(listen, 1);
   } catch (const std::exception& error) {
-    return absl::UnavailableError(StrCat("metrics: cannot listen on ", listen, ": expected a free port on an address of this host"));
+    return absl::UnavailableError(
+        StrCat("metrics: cannot listen on ", listen, ": expected a free port on an address of this host"));
   }
   impl->exposer->RegisterCollectable(impl->source);
   return std::unique_ptr<MetricsServer>(new MetricsServer(std::move(impl)));
@@ -74,6 +77,8 @@ absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::s
 
 int MetricsServer::port() const { return impl_->exposer->GetListeningPorts().front(); }
 
-std::string RenderText(const std::vector<Sample>& samples) { return prometheus::TextSerializer().Serialize(ToFamilies(samples)); }
+std::string RenderText(const std::vector<Sample>& samples) {
+  return prometheus::TextSerializer().Serialize(ToFamilies(samples));
+}
 
 }  // namespace minke::telemetry

@@ -1,5 +1,5 @@
-// Values a process shows to Prometheus: read from the services' own counters at every scrape, so that counting costs
-// the hot path nothing more.
+// Values a process shows to Prometheus: read from the services' own counters at every scrape, so that
+// counting costs the hot path nothing more.
 #pragma once
 
 #include <functional>
@@ -13,7 +13,7 @@
 namespace minke::telemetry {
 
 struct Sample {
-  std::string name;   // without the "minke_" prefix
+  std::string name;  // without the "minke_" prefix
   std::string help;
   enum class Type { kCounter, kGauge } type = Type::kCounter;
   std::vector<std::pair<std::string, std::string>> labels;
@@ -23,8 +23,8 @@ struct Sample {
 // Called on the server's threads; must be thread-safe. Samples of one name follow each other.
 using Collector = std::function<std::vector<Sample>()>;
 
-// GET /metrics on an address of its own. The collector is not called after destruction; the listening socket lives
-// until the process ends.
+// GET /metrics on an address of its own. The collector is not called after destruction; the listening socket
+// lives until the process ends.
 class MetricsServer {
  public:
   // `listen`: host:port, port 0 for a free one. UNAVAILABLE if the address cannot be had.

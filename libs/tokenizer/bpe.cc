@@ -24,7 +24,8 @@ absl::StatusOr<Bpe> Bpe::Create(Options options) {
   bpe.merges_.reserve(options.merges.size());
   for (uint32_t rank = 0; rank < options.merges.size(); ++rank) {
     const Merge& merge = options.merges[rank];
-    bpe.merges_.try_emplace(static_cast<uint64_t>(merge.left) << 32 | merge.right, Ranked{rank, merge.result});
+    bpe.merges_.try_emplace(static_cast<uint64_t>(merge.left) << 32 | merge.right,
+                            Ranked{rank, merge.result});
   }
   // Most pieces are tokens. Knowing which of them the merges really lead to answers those with one look-up.
   StringMap<uint32_t> whole;
@@ -111,7 +112,8 @@ void Bpe::MergeLong(std::vector<uint32_t>* symbols) const {
     heap.pop();
     Node& left = nodes[top.at];
     // Either half may have been merged into something else since this was pushed.
-    if (!left.alive || left.id != top.left || left.next == kNone || nodes[left.next].id != top.right) continue;
+    if (!left.alive || left.id != top.left || left.next == kNone || nodes[left.next].id != top.right)
+      continue;
     Node& right = nodes[left.next];
     left.id = top.result;
     left.next = right.next;

@@ -44,9 +44,9 @@ class Bpe {
   void MergeShort(std::vector<uint32_t>* symbols) const;
   void MergeLong(std::vector<uint32_t>* symbols) const;
 
-  std::array<int64_t, 256> byte_id_{};                 // -1: no token
-  absl::flat_hash_map<uint64_t, Ranked> merges_;       // by left << 32 | right
-  StringMap<uint32_t> whole_;                          // pieces whose encoding is known to be one token
+  std::array<int64_t, 256> byte_id_{};            // -1: no token
+  absl::flat_hash_map<uint64_t, Ranked> merges_;  // by left << 32 | right
+  StringMap<uint32_t> whole_;                     // pieces whose encoding is known to be one token
   int64_t unknown_id_ = -1;
 };
 

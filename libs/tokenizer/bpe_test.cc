@@ -10,7 +10,8 @@ namespace {
 // 256 bytes, then `merges` random pairs of tokens that exist by then.
 Bpe::Options RandomOptions(std::mt19937& random, int merges) {
   Bpe::Options options;
-  for (uint32_t byte = 0; byte < 256; ++byte) options.vocab.emplace_back(std::string(1, static_cast<char>(byte)), byte);
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    options.vocab.emplace_back(std::string(1, static_cast<char>(byte)), byte);
   const auto pick = [&]() -> uint32_t {
     const uint32_t size = static_cast<uint32_t>(options.vocab.size());
     if (size > 256 && random() % 2) return 256 + random() % (size - 256);

@@ -15,7 +15,8 @@ struct ByteLevelOptions {
 };
 
 // Writes `directory`/tokenizer.json (the bytes 0..255 on the lowest ids that BOS and EOS leave free) and
-// tokenizer_config.json with V2-Chat's template. INVALID_ARGUMENT: ids that do not fit; UNAVAILABLE: not writable.
+// tokenizer_config.json with V2-Chat's template. INVALID_ARGUMENT: ids that do not fit; UNAVAILABLE: not
+// writable.
 absl::Status WriteByteLevelTokenizer(const std::string& directory, const ByteLevelOptions& options);
 
 }  // namespace minke::tokenizer

@@ -17,8 +17,8 @@ using nlohmann::json;
 constexpr char kUserToken[] = "<｜User｜>";
 constexpr char kAssistantToken[] = "<｜Assistant｜>";
 
-// The template text of tokenizer_config.json (a string, or a list of named ones of which "default" counts), or
-// of the chat_template.jinja that newer checkpoints have beside it.
+// The template text of tokenizer_config.json (a string, or a list of named ones of which "default" counts),
+// or of the chat_template.jinja that newer checkpoints have beside it.
 absl::StatusOr<std::string> TemplateText(const std::string& directory) {
   absl::StatusOr<json> config = ReadJsonFile(absl::StrCat(directory, "/tokenizer_config.json"));
   if (!config.ok() && !absl::IsNotFound(config.status())) return config.status();
@@ -54,7 +54,9 @@ class PromptBuilder {
   void Text(std::string_view text) { text_.append(text); }
 
   absl::Status Special(std::optional<uint32_t> id, const char* name) {
-    if (!id) return absl::InvalidArgumentError(absl::StrCat("the chat template needs ", name, ", which the tokenizer lacks"));
+    if (!id)
+      return absl::InvalidArgumentError(
+          absl::StrCat("the chat template needs ", name, ", which the tokenizer lacks"));
     MK_RETURN_IF_ERROR(Flush());
     ids_.push_back(*id);
     return absl::OkStatus();
@@ -91,15 +93,18 @@ absl::StatusOr<Role> ParseRole(const std::string& role) {
 
 // How one template writes a turn.
 struct Style {
-  bool roles_are_tokens;    // <｜User｜> and <｜Assistant｜>, else "User: " and "Assistant: "
-  bool system_goes_first;   // only the last system message, before every other turn, with nothing after it
+  bool roles_are_tokens;   // <｜User｜> and <｜Assistant｜>, else "User: " and "Assistant: "
+  bool system_goes_first;  // only the last system message, before every other turn, with nothing after it
 };
 
 Style StyleOf(ChatTemplate chat_template) {
   switch (chat_template) {  // no default: a new template must be described
-    case ChatTemplate::kV2Chat: return {false, false};
-    case ChatTemplate::kV2Chat0628: return {true, false};
-    case ChatTemplate::kV2_5: return {true, true};
+    case ChatTemplate::kV2Chat:
+      return {false, false};
+    case ChatTemplate::kV2Chat0628:
+      return {true, false};
+    case ChatTemplate::kV2_5:
+      return {true, true};
   }
   return {};
 }
@@ -110,8 +115,8 @@ absl::StatusOr<ChatTemplate> ParseChatTemplate(std::string_view name) {
   if (name == "v2-chat") return ChatTemplate::kV2Chat;
   if (name == "v2-chat-0628") return ChatTemplate::kV2Chat0628;
   if (name == "v2.5") return ChatTemplate::kV2_5;
-  return absl::InvalidArgumentError(
-      absl::StrCat("chat template: expected v2-chat, v2-chat-0628 or v2.5, found \"", std::string(name), "\""));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "chat template: expected v2-chat, v2-chat-0628 or v2.5, found \"", std::string(name), "\""));
 }
 
 absl::StatusOr<ChatTemplate> DetectChatTemplate(const std::string& checkpoint_directory) {
@@ -124,8 +129,10 @@ absl::StatusOr<ChatTemplate> DetectChatTemplate(const std::string& checkpoint_di
     if (has("User: ") && has("Assistant:")) return ChatTemplate::kV2Chat;
   }
   return absl::InvalidArgumentError(
-      absl::StrCat(checkpoint_directory, "/tokenizer_config.json: chat_template: expected that of DeepSeek-V2-Chat, "
-                                         "V2-Chat-0628 or V2.5, found ", Brief(json(text))));
+      absl::StrCat(checkpoint_directory,
+                   "/tokenizer_config.json: chat_template: expected that of DeepSeek-V2-Chat, "
+                   "V2-Chat-0628 or V2.5, found ",
+                   Brief(json(text))));
 }
 
 absl::StatusOr<std::vector<uint32_t>> RenderChat(const Tokenizer& tokenizer, ChatTemplate chat_template,

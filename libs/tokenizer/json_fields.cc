@@ -21,7 +21,8 @@ constexpr uintmax_t kFileBytesMax = uintmax_t{512} << 20;
 
 std::string Brief(const json& value) {
   constexpr size_t kMax = 60;
-  bool flat = value.size() <= 8;  // nested values are not written out: dump() recurses as deep as the file does
+  bool flat =
+      value.size() <= 8;  // nested values are not written out: dump() recurses as deep as the file does
   if (value.is_structured()) {
     for (const json& element : value) flat = flat && !element.is_structured();
   }
@@ -43,11 +44,13 @@ absl::StatusOr<std::string> StringField(const json& object, const char* name, co
   return found->get<std::string>();
 }
 
-absl::StatusOr<bool> BoolField(const json& object, const char* name, bool fallback, const std::string& where) {
+absl::StatusOr<bool> BoolField(const json& object, const char* name, bool fallback,
+                               const std::string& where) {
   const auto found = object.find(name);
   if (found == object.end() || found->is_null()) return fallback;
   if (!found->is_boolean()) {
-    return absl::InvalidArgumentError(absl::StrCat(where, ".", name, ": expected true or false, found ", Brief(*found)));
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, ".", name, ": expected true or false, found ", Brief(*found)));
   }
   return found->get<bool>();
 }
@@ -68,7 +71,8 @@ absl::StatusOr<json> ReadJsonFile(const std::string& path) {
   const uintmax_t size = std::filesystem::file_size(path, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.message()));
   if (size > kFileBytesMax) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": expected at most ", kFileBytesMax, " bytes, found ", size));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": expected at most ", kFileBytesMax, " bytes, found ", size));
   }
   std::ifstream file(path, std::ios::binary);
   std::string text(size, '\0');

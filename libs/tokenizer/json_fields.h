@@ -11,9 +11,11 @@ namespace minke::tokenizer {
 // The value as JSON, cut to a length that fits into a message.
 std::string Brief(const nlohmann::json& value);
 
-absl::StatusOr<std::string> StringField(const nlohmann::json& object, const char* name, const std::string& where);
+absl::StatusOr<std::string> StringField(const nlohmann::json& object, const char* name,
+                                        const std::string& where);
 // `fallback` where the field is absent or null.
-absl::StatusOr<bool> BoolField(const nlohmann::json& object, const char* name, bool fallback, const std::string& where);
+absl::StatusOr<bool> BoolField(const nlohmann::json& object, const char* name, bool fallback,
+                               const std::string& where);
 // A non-negative integer below 2^24: the largest id that a vocabulary could sensibly have.
 absl::StatusOr<uint32_t> TokenIdValue(const nlohmann::json& value, const std::string& where);
 

@@ -23,7 +23,8 @@ struct MatchDataDeleter {
 
 // One per thread: allocating it for every piece of text would cost more than matching.
 pcre2_match_data* ThreadMatchData() {
-  thread_local const std::unique_ptr<pcre2_match_data, MatchDataDeleter> data(pcre2_match_data_create(1, nullptr));
+  thread_local const std::unique_ptr<pcre2_match_data, MatchDataDeleter> data(
+      pcre2_match_data_create(1, nullptr));
   return data.get();
 }
 
@@ -34,10 +35,11 @@ size_t SpaceBefore(std::string_view text, size_t end) {
   if (end >= 2 && at(2) == 0xC2 && (at(1) == 0x85 || at(1) == 0xA0)) return 2;
   if (end < 3) return 0;
   const unsigned a = at(3), b = at(2), c = at(1);
-  if (a == 0xE1 && b == 0x9A && c == 0x80) return 3;                           // U+1680
-  if (a == 0xE2 && b == 0x80 && (c <= 0x8A || c == 0xA8 || c == 0xA9 || c == 0xAF)) return 3;  // U+2000.., 2028, 202F
-  if (a == 0xE2 && b == 0x81 && c == 0x9F) return 3;                           // U+205F
-  if (a == 0xE3 && b == 0x80 && c == 0x80) return 3;                           // U+3000
+  if (a == 0xE1 && b == 0x9A && c == 0x80) return 3;  // U+1680
+  if (a == 0xE2 && b == 0x80 && (c <= 0x8A || c == 0xA8 || c == 0xA9 || c == 0xAF))
+    return 3;                                         // U+2000.., 2028, 202F
+  if (a == 0xE2 && b == 0x81 && c == 0x9F) return 3;  // U+205F
+  if (a == 0xE3 && b == 0x80 && c == 0x80) return 3;  // U+3000
   return 0;
 }
 
@@ -57,7 +59,8 @@ Pattern::~Pattern() = default;
 absl::StatusOr<Pattern> Pattern::Regex(const std::string& expression) {
   if (expression.find("&&") != std::string::npos) {
     // Oniguruma intersects classes with it; PCRE2 would read two ampersands.
-    return absl::InvalidArgumentError(absl::StrCat("\"", expression, "\": class intersection (&&) is not supported"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("\"", expression, "\": class intersection (&&) is not supported"));
   }
   Pattern pattern;
   int error = 0;
@@ -95,7 +98,8 @@ absl::Status Pattern::FindAll(std::string_view text, std::vector<Match>* matches
     return absl::OkStatus();
   }
   if (literal_.empty()) return absl::OkStatus();
-  for (size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, at + literal_.size())) {
+  for (size_t at = text.find(literal_); at != std::string_view::npos;
+       at = text.find(literal_, at + literal_.size())) {
     matches->push_back({at, at + literal_.size()});
   }
   return absl::OkStatus();
@@ -107,10 +111,12 @@ absl::Status Pattern::FindRegex(std::string_view text, std::vector<Match>* match
   const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   size_t at = 0;
   while (at < text.size()) {
-    int rc = code_->jit ? pcre2_jit_match(code_->code, subject, text.size(), at, 0, data, nullptr)
-                        : pcre2_match(code_->code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data, nullptr);
+    int rc = code_->jit
+                 ? pcre2_jit_match(code_->code, subject, text.size(), at, 0, data, nullptr)
+                 : pcre2_match(code_->code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data, nullptr);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) {
-      rc = pcre2_match(code_->code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
+      rc = pcre2_match(code_->code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data,
+                       nullptr);
     }
     if (rc == PCRE2_ERROR_NOMATCH) break;
     if (rc < 0) return absl::InvalidArgumentError(absl::StrCat("text cannot be split: ", ErrorText(rc)));

@@ -20,7 +20,8 @@ struct Match {
 
 class Pattern {
  public:
-  // `expression` follows Oniguruma's dialect as tokenizer.json files use it: `$` also matches before a newline.
+  // `expression` follows Oniguruma's dialect as tokenizer.json files use it: `$` also matches before a
+  // newline.
   static absl::StatusOr<Pattern> Regex(const std::string& expression);
   static Pattern Literal(std::string text);
   Pattern(Pattern&&) noexcept;
@@ -34,7 +35,7 @@ class Pattern {
   struct Code;
   Pattern();
   absl::Status FindRegex(std::string_view text, std::vector<Match>* matches) const;
-  std::unique_ptr<Code> code_;   // null: literal
+  std::unique_ptr<Code> code_;  // null: literal
   std::string literal_;
   bool trailing_space_ = false;  // the expression is \s+$
 };

@@ -29,8 +29,9 @@ absl::StatusOr<Behavior> ParseBehavior(const json& object, const std::string& wh
   if (name == "MergedWithNext") return Behavior::kMergedWithNext;
   if (name == "Contiguous") return Behavior::kContiguous;
   return absl::InvalidArgumentError(absl::StrCat(
-      where, ".behavior: expected Isolated, Removed, MergedWithPrevious, MergedWithNext or Contiguous, found \"", name,
-      "\""));
+      where,
+      ".behavior: expected Isolated, Removed, MergedWithPrevious, MergedWithNext or Contiguous, found \"",
+      name, "\""));
 }
 
 absl::StatusOr<Pattern> ParsePattern(const json& object, const std::string& where) {
@@ -45,8 +46,9 @@ absl::StatusOr<Pattern> ParsePattern(const json& object, const std::string& wher
       return regex;
     }
   }
-  return absl::InvalidArgumentError(absl::StrCat(where, ".pattern: expected {\"Regex\": string} or {\"String\": string}, found ",
-                                                 pattern == object.end() ? "nothing" : Brief(*pattern)));
+  return absl::InvalidArgumentError(
+      absl::StrCat(where, ".pattern: expected {\"Regex\": string} or {\"String\": string}, found ",
+                   pattern == object.end() ? "nothing" : Brief(*pattern)));
 }
 
 }  // namespace
@@ -58,7 +60,8 @@ struct PreTokenizer::Stage {
   bool add_prefix_space = false;
 
   // Appends the parts of `piece`; texts that had to be made go to `owned`, where they stay in place.
-  absl::Status Apply(std::string_view piece, std::vector<std::string_view>* out, std::deque<std::string>* owned) const;
+  absl::Status Apply(std::string_view piece, std::vector<std::string_view>* out,
+                     std::deque<std::string>* owned) const;
   static absl::Status ParseInto(const json& object, const std::string& where, bool last,
                                 std::vector<std::unique_ptr<Stage>>* stages);
 };
@@ -164,7 +167,8 @@ absl::Status PreTokenizer::Stage::ParseInto(const json& object, const std::strin
   } else if (type == "ByteLevel") {
     if (!last) {
       // What comes after it would see the byte map's characters instead of the text.
-      return absl::InvalidArgumentError(absl::StrCat(where, ": expected ByteLevel to be the last pre-tokenizer"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": expected ByteLevel to be the last pre-tokenizer"));
     }
     MK_ASSIGN_OR_RETURN(stage->add_prefix_space, BoolField(object, "add_prefix_space", true, where));
     MK_ASSIGN_OR_RETURN(const bool use_regex, BoolField(object, "use_regex", true, where));
@@ -188,11 +192,12 @@ absl::StatusOr<std::unique_ptr<PreTokenizer>> PreTokenizer::Parse(const json& pr
     last = &last->at("pretokenizers").back();
   }
   if (last->value("type", "") != "ByteLevel") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("pre_tokenizer: expected ByteLevel as the last step (a byte-level tokenizer), found ", Brief(*last)));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "pre_tokenizer: expected ByteLevel as the last step (a byte-level tokenizer), found ", Brief(*last)));
   }
   // ByteLevel without a pattern and a prefix space changes nothing that is left to do here.
-  std::erase_if(result->stages_, [](const auto& stage) { return !stage->pattern && !stage->add_prefix_space; });
+  std::erase_if(result->stages_,
+                [](const auto& stage) { return !stage->pattern && !stage->add_prefix_space; });
   return result;
 }
 
@@ -203,7 +208,8 @@ absl::Status PreTokenizer::Split(std::string_view text, Pieces* pieces) const {
   for (const auto& stage : stages_) {
     next.clear();
     next.reserve(current.size() * 2);
-    for (const std::string_view piece : current) MK_RETURN_IF_ERROR(stage->Apply(piece, &next, &pieces->owned));
+    for (const std::string_view piece : current)
+      MK_RETURN_IF_ERROR(stage->Apply(piece, &next, &pieces->owned));
     current.swap(next);
   }
   pieces->views.insert(pieces->views.end(), current.begin(), current.end());

@@ -36,7 +36,8 @@ TEST(PreTokenizer, SplitBehaviours) {
   EXPECT_THAT(Split(SplitStep("MergedWithNext"), text), ElementsAre("the", "-final", "-", "-countdown"));
   EXPECT_THAT(Split(SplitStep("Contiguous"), text), ElementsAre("the", "-", "final", "--", "countdown"));
   EXPECT_THAT(Split(SplitStep("Removed", true), text), ElementsAre("-", "-", "-"));
-  EXPECT_THAT(Split(SplitStep("Isolated", true), text), ElementsAre("the", "-", "final", "-", "-", "countdown"));
+  EXPECT_THAT(Split(SplitStep("Isolated", true), text),
+              ElementsAre("the", "-", "final", "-", "-", "countdown"));
 }
 
 TEST(PreTokenizer, DigitsFollowUnicode) {
@@ -47,7 +48,8 @@ TEST(PreTokenizer, DigitsFollowUnicode) {
 }
 
 TEST(PreTokenizer, ByteLevelCutsAsGpt2Does) {
-  const auto pre = PreTokenizer::Parse({{"type", "ByteLevel"}, {"add_prefix_space", true}, {"use_regex", true}});
+  const auto pre =
+      PreTokenizer::Parse({{"type", "ByteLevel"}, {"add_prefix_space", true}, {"use_regex", true}});
   ASSERT_TRUE(pre.ok()) << pre.status();
   PreTokenizer::Pieces pieces;
   ASSERT_TRUE((*pre)->Split("it's  é12 !?\n", &pieces).ok());
@@ -55,7 +57,8 @@ TEST(PreTokenizer, ByteLevelCutsAsGpt2Does) {
 }
 
 TEST(PreTokenizer, DollarMatchesBeforeANewline) {
-  const json step = {{"type", "Split"}, {"pattern", {{"Regex", "\\s+$"}}}, {"behavior", "Isolated"}, {"invert", false}};
+  const json step = {
+      {"type", "Split"}, {"pattern", {{"Regex", "\\s+$"}}}, {"behavior", "Isolated"}, {"invert", false}};
   EXPECT_THAT(Split(step, "a  \nb \u00a0\u3000"), ElementsAre("a", "  ", "\nb", " \u00a0\u3000"));
   EXPECT_THAT(Split(step, "a \t"), ElementsAre("a", " \t"));
   EXPECT_THAT(Split(step, " a"), ElementsAre(" a"));
@@ -77,13 +80,16 @@ TEST(PreTokenizer, TrailingSpaceIsTheSameSetAsTheRegularExpression) {
 }
 
 TEST(PreTokenizer, LongRunOfSpacesIsNotQuadratic) {
-  const json step = {{"type", "Split"}, {"pattern", {{"Regex", "\\s+$"}}}, {"behavior", "Isolated"}, {"invert", false}};
+  const json step = {
+      {"type", "Split"}, {"pattern", {{"Regex", "\\s+$"}}}, {"behavior", "Isolated"}, {"invert", false}};
   // 2^22 positions tried one by one would be 10^13 steps: this test would not end.
   EXPECT_EQ(Split(step, std::string(1 << 22, ' ') + "5").size(), 1u);
 }
 
 TEST(PreTokenizer, UnknownTypesAreRefusedByName) {
-  const auto message = [](const json& value) { return std::string(PreTokenizer::Parse(value).status().message()); };
+  const auto message = [](const json& value) {
+    return std::string(PreTokenizer::Parse(value).status().message());
+  };
   EXPECT_THAT(message({{"type", "Metaspace"}}), HasSubstr("found \"Metaspace\""));
   EXPECT_THAT(message(nullptr), HasSubstr("pre_tokenizer: expected an object, found null"));
   EXPECT_THAT(message({{"type", "Digits"}}), HasSubstr("expected ByteLevel as the last step"));

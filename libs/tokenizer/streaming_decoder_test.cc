@@ -49,10 +49,19 @@ TEST_F(StreamingDecoderTest, CharacterComesOutWithItsLastByte) {
 
 TEST_F(StreamingDecoderTest, OneReplacementPerMaximalInvalidSubpart) {
   // The sequences of Unicode 15, section 3.9, tables 3-8 to 3-11.
-  EXPECT_EQ(Stream("\xC0\xAF\xE0\x80\xBF\xF0\x81\x82" "A"), "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA");
-  EXPECT_EQ(Stream("\xED\xA0\x80\xED\xBF\xBF\xED\xAF" "A"), "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA");
-  EXPECT_EQ(Stream("\xF4\x91\x92\x93\xFF" "A\x80\xBF" "B"), "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA\uFFFD\uFFFDB");
-  EXPECT_EQ(Stream("\xE1\x80\xE2\xF0\x91\x92\xF1\xBF" "A"), "\uFFFD\uFFFD\uFFFD\uFFFDA");
+  EXPECT_EQ(Stream("\xC0\xAF\xE0\x80\xBF\xF0\x81\x82"
+                   "A"),
+            "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA");
+  EXPECT_EQ(Stream("\xED\xA0\x80\xED\xBF\xBF\xED\xAF"
+                   "A"),
+            "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA");
+  EXPECT_EQ(Stream("\xF4\x91\x92\x93\xFF"
+                   "A\x80\xBF"
+                   "B"),
+            "\uFFFD\uFFFD\uFFFD\uFFFD\uFFFDA\uFFFD\uFFFDB");
+  EXPECT_EQ(Stream("\xE1\x80\xE2\xF0\x91\x92\xF1\xBF"
+                   "A"),
+            "\uFFFD\uFFFD\uFFFD\uFFFDA");
   EXPECT_EQ(Stream("\xF0\x9F\x98"), "\uFFFD");  // incomplete at the end: one
 }
 

@@ -27,8 +27,9 @@ absl::StatusOr<std::string> DecodeIds(const Tokenizer& tokenizer, const std::str
   for (const absl::string_view word : absl::StrSplit(line, absl::ByAnyChar(" \t\r\n"), absl::SkipEmpty())) {
     uint32_t id = 0;
     if (!absl::SimpleAtoi(word, &id) || !tokenizer.HasToken(id)) {
-      return absl::InvalidArgumentError(absl::StrCat("expected token ids of the vocabulary (below ", tokenizer.id_end(),
-                                                     "), found \"", word.substr(0, 40), "\""));
+      return absl::InvalidArgumentError(absl::StrCat("expected token ids of the vocabulary (below ",
+                                                     tokenizer.id_end(), "), found \"", word.substr(0, 40),
+                                                     "\""));
     }
     if (!tokenizer.IsSpecial(id)) bytes.append(tokenizer.TokenBytes(id));
   }
@@ -38,7 +39,8 @@ absl::StatusOr<std::string> DecodeIds(const Tokenizer& tokenizer, const std::str
 absl::Status Run(const TokenizeOptions& options, std::istream& in, std::ostream& out) {
   MK_ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, Tokenizer::Load(options.directory));
   if (options.bos && !tokenizer->bos_id()) {
-    return absl::InvalidArgumentError(absl::StrCat(options.directory, ": --bos: the tokenizer has no BOS token"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.directory, ": --bos: the tokenizer has no BOS token"));
   }
   const auto convert = [&](const std::string& text) {
     return options.decode ? DecodeIds(*tokenizer, text) : EncodeText(*tokenizer, options.bos, text);
@@ -62,7 +64,8 @@ absl::Status Run(const TokenizeOptions& options, std::istream& in, std::ostream&
 
 }  // namespace
 
-int RunTokenizeCommand(const TokenizeOptions& options, std::istream& in, std::ostream& out, std::ostream& err) {
+int RunTokenizeCommand(const TokenizeOptions& options, std::istream& in, std::ostream& out,
+                       std::ostream& err) {
   const absl::Status status = Run(options, in, out);
   if (status.ok()) return 0;
   out.flush();

@@ -1,4 +1,5 @@
-// `minke tokenize DIR [--lines] [--bos] [--decode]`: text to ids and back, for shell pipelines (docs/tokenizer.md).
+// `minke tokenize DIR [--lines] [--bos] [--decode]`: text to ids and back, for shell pipelines
+// (docs/tokenizer.md).
 #pragma once
 
 #include <iosfwd>
@@ -15,6 +16,7 @@ struct TokenizeOptions {
 
 // Reads `in` to its end. Returns the exit code: 0, or 1 with one line on `err`; what was finished before the
 // error is on `out`.
-int RunTokenizeCommand(const TokenizeOptions& options, std::istream& in, std::ostream& out, std::ostream& err);
+int RunTokenizeCommand(const TokenizeOptions& options, std::istream& in, std::ostream& out,
+                       std::ostream& err);
 
 }  // namespace minke::tokenizer

@@ -30,7 +30,8 @@ TEST(TokenizeCommand, IdsAreSeparatedBySpaces) {
   const auto tokenizer = LoadOrDie(kDeepSeekStyle);
   const uint32_t z = *tokenizer->FindToken("Z");
   EXPECT_EQ(Tokenize({}, "Z\nZ").out, std::to_string(z) + " 10 " + std::to_string(z) + "\n");
-  EXPECT_EQ(Tokenize({.bos = true}, "Z").out, std::to_string(*tokenizer->bos_id()) + " " + std::to_string(z) + "\n");
+  EXPECT_EQ(Tokenize({.bos = true}, "Z").out,
+            std::to_string(*tokenizer->bos_id()) + " " + std::to_string(z) + "\n");
   EXPECT_EQ(Tokenize({.lines = true, .bos = true}, "Z\nZ\n").out,
             std::to_string(*tokenizer->bos_id()) + " " + std::to_string(z) + "\n" +
                 std::to_string(*tokenizer->bos_id()) + " " + std::to_string(z) + "\n");
@@ -40,7 +41,8 @@ TEST(TokenizeCommand, IdsAreSeparatedBySpaces) {
 
 TEST(TokenizeCommand, DecodeIsTheInverseByteForByte) {
   std::mt19937 random(11);
-  std::vector<std::string> texts = {"", "\n", "a", "a\n", "a\n\nb", "a\r\nb\r\n", " \n \n", "😁\n😁", std::string("\0z", 2)};
+  std::vector<std::string> texts = {
+      "", "\n", "a", "a\n", "a\n\nb", "a\r\nb\r\n", " \n \n", "😁\n😁", std::string("\0z", 2)};
   for (int i = 0; i < 100; ++i) {
     std::string text;
     for (int n = random() % 30; n > 0; --n) {
@@ -77,7 +79,8 @@ TEST(TokenizeCommand, BadInputIsOneLineOnStderr) {
   result = Tokenize({.lines = true}, "ok\n\xFF\n");
   EXPECT_EQ(result.code, 1);
   EXPECT_THAT(result.err, HasSubstr("line 2: text is not UTF-8"));
-  EXPECT_THAT(Tokenize({.directory = "/nonexistent"}, "").err, HasSubstr("/nonexistent/tokenizer.json: no such file"));
+  EXPECT_THAT(Tokenize({.directory = "/nonexistent"}, "").err,
+              HasSubstr("/nonexistent/tokenizer.json: no such file"));
 }
 
 }  // namespace

@@ -54,9 +54,13 @@ std::string_view Tokenizer::TokenBytes(uint32_t id) const {
   return id < impl_->entries.size() ? std::string_view(impl_->entries[id].bytes) : std::string_view();
 }
 
-bool Tokenizer::HasToken(uint32_t id) const { return id < impl_->entries.size() && impl_->entries[id].exists; }
+bool Tokenizer::HasToken(uint32_t id) const {
+  return id < impl_->entries.size() && impl_->entries[id].exists;
+}
 
-bool Tokenizer::IsSpecial(uint32_t id) const { return id < impl_->entries.size() && impl_->entries[id].special; }
+bool Tokenizer::IsSpecial(uint32_t id) const {
+  return id < impl_->entries.size() && impl_->entries[id].special;
+}
 
 std::optional<uint32_t> Tokenizer::FindToken(std::string_view content) const {
   if (const auto found = impl_->added.find(content); found != impl_->added.end()) return found->second;

@@ -21,16 +21,17 @@ struct Tokenizer::Impl {
     bool exists = false;
     bool special = false;
   };
-  // An added token that plain text contains: DeepSeek's ö, ü and their like, never markup (docs/tokenizer.md).
+  // An added token that plain text contains: DeepSeek's ö, ü and their like, never markup
+  // (docs/tokenizer.md).
   struct Literal {
     std::string content;
     uint32_t id;
   };
 
-  std::vector<Entry> entries;                           // by id
-  StringMap<uint32_t> added;                            // by content
-  StringMap<uint32_t> by_bytes;                         // the vocabulary
-  std::array<std::vector<Literal>, 256> literals;       // by first byte, longest first
+  std::vector<Entry> entries;                      // by id
+  StringMap<uint32_t> added;                       // by content
+  StringMap<uint32_t> by_bytes;                    // the vocabulary
+  std::array<std::vector<Literal>, 256> literals;  // by first byte, longest first
   bool has_literals = false;
   std::unique_ptr<PreTokenizer> pre_tokenizer;
   std::optional<Bpe> bpe;

@@ -43,7 +43,8 @@ absl::Status CheckModel(const json& model) {
   }
   for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const json& value = Get(model, name);
-    if (!value.is_null() && value != "" && value != 0) return Unsupported(absl::StrCat("model.", name), "none", value);
+    if (!value.is_null() && value != "" && value != 0)
+      return Unsupported(absl::StrCat("model.", name), "none", value);
   }
   MK_ASSIGN_OR_RETURN(const bool byte_fallback, BoolField(model, "byte_fallback", false, "model"));
   if (byte_fallback) return Unsupported("model.byte_fallback", "false (a byte-level vocabulary)", true);
@@ -81,7 +82,8 @@ absl::StatusOr<Bpe::Merge> ParseMerge(const json& merge, const json& vocab, size
 
 // Text that people write never contains it by accident: role and control markers, special or not.
 bool IsMarkup(std::string_view content) {
-  return (content.starts_with('<') && content.ends_with('>')) || (content.starts_with('[') && content.ends_with(']'));
+  return (content.starts_with('<') && content.ends_with('>')) ||
+         (content.starts_with('[') && content.ends_with(']'));
 }
 
 struct SpecialNames {
@@ -105,7 +107,8 @@ absl::StatusOr<SpecialNames> ReadConfig(const std::string& path) {
   absl::StatusOr<json> config = ReadJsonFile(path);
   if (absl::IsNotFound(config.status())) return names;
   if (!config.ok()) return config.status();
-  if (!config->is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": expected an object, found ", Brief(*config)));
+  if (!config->is_object())
+    return absl::InvalidArgumentError(absl::StrCat(path, ": expected an object, found ", Brief(*config)));
   for (const auto& [field, name] : {std::pair{"bos_token", &names.bos}, std::pair{"eos_token", &names.eos}}) {
     auto value = TokenName(*config, field);
     if (!value.ok()) return Annotate(value.status(), path);
@@ -165,13 +168,16 @@ class TokenizerLoader {
 absl::Status TokenizerLoader::ReadModel(const json& model) {
   MK_RETURN_IF_ERROR(CheckModel(model));
   const json& vocab = Get(model, "vocab");
-  if (!vocab.is_object() || vocab.empty()) return Unsupported("model.vocab", "an object of tokens and ids", vocab);
+  if (!vocab.is_object() || vocab.empty())
+    return Unsupported("model.vocab", "an object of tokens and ids", vocab);
   Bpe::Options options;
   for (const auto& [token, value] : vocab.items()) {
-    MK_ASSIGN_OR_RETURN(const uint32_t id, TokenIdValue(value, absl::StrCat("model.vocab[", Brief(json(token)), "]")));
+    MK_ASSIGN_OR_RETURN(const uint32_t id,
+                        TokenIdValue(value, absl::StrCat("model.vocab[", Brief(json(token)), "]")));
     Tokenizer::Impl::Entry& entry = impl_->At(id);
     if (entry.exists) {
-      return absl::InvalidArgumentError(absl::StrCat("model.vocab: expected one token per id, found id ", id, " twice"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("model.vocab: expected one token per id, found id ", id, " twice"));
     }
     entry.exists = true;
     if (std::optional<std::string> bytes = TokenToBytes(token)) {
@@ -190,7 +196,8 @@ absl::Status TokenizerLoader::ReadModel(const json& model) {
     options.merges.push_back(merge);
   }
   MK_ASSIGN_OR_RETURN(options.ignore_merges, BoolField(model, "ignore_merges", false, "model"));
-  if (const json& unknown = Get(model, "unk_token"); unknown.is_string() && vocab.contains(unknown.get<std::string>())) {
+  if (const json& unknown = Get(model, "unk_token");
+      unknown.is_string() && vocab.contains(unknown.get<std::string>())) {
     options.unknown_id = vocab[unknown.get<std::string>()].get<uint32_t>();
   }
   MK_ASSIGN_OR_RETURN(Bpe bpe, Bpe::Create(std::move(options)));
@@ -210,8 +217,9 @@ absl::Status TokenizerLoader::ReadAddedToken(const json& token, const std::strin
   }
   const auto [existing, is_new] = impl_->added.try_emplace(content, id);
   if (!is_new && existing->second != id) {
-    return absl::InvalidArgumentError(absl::StrCat(where, ": expected one id per content, found ", existing->second,
-                                                   " and ", id, " for ", Brief(json(content))));
+    return absl::InvalidArgumentError(absl::StrCat(where, ": expected one id per content, found ",
+                                                   existing->second, " and ", id, " for ",
+                                                   Brief(json(content))));
   }
   Tokenizer::Impl::Entry& entry = impl_->At(id);
   entry = {content, true, special};
@@ -245,14 +253,15 @@ absl::Status TokenizerLoader::ChooseSpecials(const SpecialNames& names, const st
     return std::nullopt;
   };
   // What the files say comes first; without tokenizer_config.json the usual names are looked for.
-  const auto choose = [&](const std::optional<std::string>& named, const char* field, const std::string& from_template,
-                          std::initializer_list<const char*> usual,
+  const auto choose = [&](const std::optional<std::string>& named, const char* field,
+                          const std::string& from_template, std::initializer_list<const char*> usual,
                           std::optional<uint32_t>* id) -> absl::Status {
     const std::string content = named ? *named : from_template;
     if (!content.empty()) {
       *id = find(content);
       if (*id) return absl::OkStatus();
-      return absl::InvalidArgumentError(absl::StrCat(field, ": expected a token of the vocabulary, found ", Brief(json(content))));
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, ": expected a token of the vocabulary, found ", Brief(json(content))));
     }
     for (const char* name : usual) {
       const auto found = impl_->added.find(name);
@@ -263,9 +272,11 @@ absl::Status TokenizerLoader::ChooseSpecials(const SpecialNames& names, const st
     return absl::OkStatus();
   };
   MK_RETURN_IF_ERROR(choose(names.bos, "bos_token", template_bos,
-                            {"<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"}, &impl_->bos_id));
+                            {"<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"},
+                            &impl_->bos_id));
   MK_RETURN_IF_ERROR(choose(names.eos, "eos_token", "",
-                            {"<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"}, &impl_->eos_id));
+                            {"<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"},
+                            &impl_->eos_id));
   for (const auto id : {impl_->bos_id, impl_->eos_id}) {
     if (!id) continue;
     Tokenizer::Impl::Entry& entry = impl_->entries[*id];
@@ -283,7 +294,8 @@ absl::Status TokenizerLoader::ChooseSpecials(const SpecialNames& names, const st
 absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& directory) {
   const std::string path = absl::StrCat(directory, "/tokenizer.json");
   MK_ASSIGN_OR_RETURN(const json root, ReadJsonFile(path));
-  MK_ASSIGN_OR_RETURN(const SpecialNames names, ReadConfig(absl::StrCat(directory, "/tokenizer_config.json")));
+  MK_ASSIGN_OR_RETURN(const SpecialNames names,
+                      ReadConfig(absl::StrCat(directory, "/tokenizer_config.json")));
   auto impl = TokenizerLoader(path).Run(root, names);
   if (!impl.ok()) return Annotate(impl.status(), path);
   return std::unique_ptr<Tokenizer>(new Tokenizer(*std::move(impl)));

@@ -60,7 +60,8 @@ TEST(Tokenizer, TextWithoutDigitsOrSpacesOfAMegabyteIsEncoded) {
 
 TEST(Tokenizer, PlainTextNeverBecomesASpecialTokenOrARole) {
   const auto tokenizer = LoadOrDie(kDeepSeekStyle);
-  for (const char* name : {"<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"}) {
+  for (const char* name :
+       {"<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"}) {
     const uint32_t id = *tokenizer->FindToken(name);
     for (const std::string& text : {std::string(name), std::string("a ") + name + "ö" + name}) {
       const auto ids = *tokenizer->Encode(text);
@@ -138,8 +139,11 @@ TEST_F(TokenizerFiles, BosFollowsTheTemplateUnlessTheConfigSaysOtherwise) {
   json file = Small();
   EXPECT_FALSE((*Load(file))->add_bos());
   EXPECT_EQ((*Load(file))->bos_id(), 3u);  // <s>, by its usual name
-  const json single = json::array({{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}}}}});
-  file["post_processor"] = {{"type", "Sequence"}, {"processors", {{{"type", "ByteLevel"}}, {{"type", "TemplateProcessing"}, {"single", single}}}}};
+  const json single =
+      json::array({{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}}}}});
+  file["post_processor"] = {
+      {"type", "Sequence"},
+      {"processors", {{{"type", "ByteLevel"}}, {{"type", "TemplateProcessing"}, {"single", single}}}}};
   EXPECT_TRUE((*Load(file))->add_bos());
   EXPECT_FALSE((*Load(file, {{"add_bos_token", false}}))->add_bos());
   EXPECT_TRUE((*Load(Small(), {{"add_bos_token", true}, {"bos_token", "<s>"}}))->add_bos());
@@ -152,7 +156,8 @@ TEST_F(TokenizerFiles, ErrorsNameFileFieldExpectedAndFound) {
     file[json::json_pointer(pointer)] = std::move(value);
     return file;
   };
-  EXPECT_THAT(ErrorOf(with("/model/type", "Unigram")), HasSubstr("tokenizer.json: model.type: expected BPE, found \"Unigram\""));
+  EXPECT_THAT(ErrorOf(with("/model/type", "Unigram")),
+              HasSubstr("tokenizer.json: model.type: expected BPE, found \"Unigram\""));
   EXPECT_THAT(ErrorOf(with("/model/byte_fallback", true)), HasSubstr("model.byte_fallback: expected false"));
   EXPECT_THAT(ErrorOf(with("/model/vocab", json::array())), HasSubstr("model.vocab: expected an object"));
   EXPECT_THAT(ErrorOf(with("/model/vocab/c", -1)), HasSubstr("expected a token id from 0"));
@@ -163,20 +168,27 @@ TEST_F(TokenizerFiles, ErrorsNameFileFieldExpectedAndFound) {
   EXPECT_THAT(ErrorOf(with("/model/dropout", 0.1)), HasSubstr("model.dropout: expected none, found 0.1"));
   EXPECT_THAT(ErrorOf(with("/normalizer", {{"type", "NFC"}})), HasSubstr("normalizer: expected none"));
   EXPECT_THAT(ErrorOf(with("/added_tokens/0/id", "x")), HasSubstr("added_tokens[0].id: expected a token id"));
-  EXPECT_THAT(ErrorOf(with("/added_tokens/0/content", 1)), HasSubstr("added_tokens[0].content: expected a string, found 1"));
+  EXPECT_THAT(ErrorOf(with("/added_tokens/0/content", 1)),
+              HasSubstr("added_tokens[0].content: expected a string, found 1"));
   EXPECT_THAT(ErrorOf(with("/added_tokens", 1)), HasSubstr("added_tokens: expected an array"));
   EXPECT_THAT(ErrorOf(json::array()), HasSubstr("expected an object, found []"));
-  EXPECT_THAT(ErrorOf(Small(), {{"bos_token", "<none>"}}), HasSubstr("bos_token: expected a token of the vocabulary"));
-  EXPECT_THAT(ErrorOf(Small(), {{"bos_token", 5}}), HasSubstr("tokenizer_config.json: bos_token: expected a string"));
-  EXPECT_THAT(ErrorOf(Small(), {{"add_bos_token", "yes"}}), HasSubstr("add_bos_token: expected true or false"));
+  EXPECT_THAT(ErrorOf(Small(), {{"bos_token", "<none>"}}),
+              HasSubstr("bos_token: expected a token of the vocabulary"));
+  EXPECT_THAT(ErrorOf(Small(), {{"bos_token", 5}}),
+              HasSubstr("tokenizer_config.json: bos_token: expected a string"));
+  EXPECT_THAT(ErrorOf(Small(), {{"add_bos_token", "yes"}}),
+              HasSubstr("add_bos_token: expected true or false"));
   folder_.Write("tokenizer.json", "{\"model\": {");
-  EXPECT_THAT(std::string(Tokenizer::Load(folder_.path()).status().message()), HasSubstr("tokenizer.json: expected JSON"));
+  EXPECT_THAT(std::string(Tokenizer::Load(folder_.path()).status().message()),
+              HasSubstr("tokenizer.json: expected JSON"));
   folder_.Write("tokenizer.json", std::string(100000, '['));
-  EXPECT_THAT(std::string(Tokenizer::Load(folder_.path()).status().message()), HasSubstr("tokenizer.json: expected JSON"));
+  EXPECT_THAT(std::string(Tokenizer::Load(folder_.path()).status().message()),
+              HasSubstr("tokenizer.json: expected JSON"));
 }
 
 TEST_F(TokenizerFiles, ByteLevelFilesRoundTripEveryByteOfUtf8) {
-  for (const ByteLevelOptions options : {ByteLevelOptions{512, 0, 1}, ByteLevelOptions{258, 256, 257}, ByteLevelOptions{300, 20, 255}}) {
+  for (const ByteLevelOptions options :
+       {ByteLevelOptions{512, 0, 1}, ByteLevelOptions{258, 256, 257}, ByteLevelOptions{300, 20, 255}}) {
     ASSERT_TRUE(WriteByteLevelTokenizer(folder_.path(), options).ok());
     const auto tokenizer = LoadOrDie(folder_.path());
     EXPECT_EQ(tokenizer->bos_id(), options.bos_id);

@@ -6,7 +6,8 @@ namespace {
 // Printable Latin-1 characters stand for their own byte, the other bytes for U+0100 and up, in order.
 struct ByteMap {
   std::array<std::string, 256> character;
-  std::array<int16_t, 0x144> byte;  // by code point; -1: none. 256 bytes less 188 printable ones: U+0100..U+0143
+  std::array<int16_t, 0x144>
+      byte;  // by code point; -1: none. 256 bytes less 188 printable ones: U+0100..U+0143
 
   ByteMap() {
     byte.fill(-1);
@@ -86,7 +87,8 @@ std::optional<std::string> TokenToBytes(std::string_view token) {
   std::string bytes;
   while (!token.empty()) {
     const Utf8Step step = NextUtf8(token);
-    if (step.kind != Utf8Kind::kCharacter || step.code_point >= map.byte.size() || map.byte[step.code_point] < 0) {
+    if (step.kind != Utf8Kind::kCharacter || step.code_point >= map.byte.size() ||
+        map.byte[step.code_point] < 0) {
       return std::nullopt;
     }
     bytes.push_back(static_cast<char>(map.byte[step.code_point]));

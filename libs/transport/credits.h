@@ -6,7 +6,8 @@
 
 namespace minke::transport::internal {
 
-// Always available + taken == granted. Thread-compatible; allocates nothing; times are steady-clock nanoseconds.
+// Always available + taken == granted. Thread-compatible; allocates nothing; times are steady-clock
+// nanoseconds.
 class CreditAccount {
  public:
   CreditAccount() = default;
@@ -26,8 +27,8 @@ class CreditAccount {
     int64_t begin_ns = 0;
     uint32_t rows = 0;
   };
-  // Rows taken within the same 1/32 of the time to live share a bucket, so 34 buckets cover everything younger
-  // than it and forgiveness is late by at most that 1/32.
+  // Rows taken within the same 1/32 of the time to live share a bucket, so 34 buckets cover everything
+  // younger than it and forgiveness is late by at most that 1/32.
   static constexpr int kBucketsPerTtl = 32;
   static constexpr int kNumBuckets = kBucketsPerTtl + 2;
 

@@ -11,14 +11,14 @@
 
 namespace minke::transport::internal {
 
-// One lane of a connection, both directions; frames are delivered whole or not at all. Owned by the driver, which
-// keeps it until it is closed and nothing of it is under way.
+// One lane of a connection, both directions; frames are delivered whole or not at all. Owned by the driver,
+// which keeps it until it is closed and nothing of it is under way.
 class Link {
  public:
   virtual ~Link() = default;
 
-  // Queues the frame. `version` and `credits` travel in place of what its header says. A failure is reported as a
-  // lost link by the next Progress().
+  // Queues the frame. `version` and `credits` travel in place of what its header says. A failure is reported
+  // as a lost link by the next Progress().
   virtual void Send(FrameRef frame, uint8_t version, uint32_t credits, int64_t now_ns) = 0;
   virtual uint32_t sends_pending() const = 0;
   // When the oldest pending send was queued; 0 if there is none.
@@ -55,9 +55,9 @@ class Driver {
   virtual absl::StatusOr<Link*> Open(const std::string& resolved) = 0;
   virtual void Progress(DriverSink& sink) = 0;
 
-  // Sleeping: PrepareToBlock() arms the wake-up and returns false if there is something to progress already. Then
-  // Block() returns at an arrival, at a Signal() since the last Block(), or at the timeout; it is called outside the
-  // serialisation, and nothing but Signal() meanwhile.
+  // Sleeping: PrepareToBlock() arms the wake-up and returns false if there is something to progress already.
+  // Then Block() returns at an arrival, at a Signal() since the last Block(), or at the timeout; it is called
+  // outside the serialisation, and nothing but Signal() meanwhile.
   virtual bool PrepareToBlock() = 0;
   virtual void Block(int64_t timeout_ns) = 0;
   // Any thread.

@@ -1,5 +1,6 @@
 // Reference-counted message buffers from a pool: header and payload together, so that a message has one owner
-// from the moment its rows are computed until its last send request completes, and is never copied on the way.
+// from the moment its rows are computed until its last send request completes, and is never copied on the
+// way.
 #pragma once
 
 #include <atomic>
@@ -18,8 +19,8 @@ class FramePoolState;
 struct FrameBlock {
   std::atomic<uint32_t> references{0};
   uint32_t size_class = 0;
-  uint32_t capacity = 0;             // payload bytes
-  FramePoolState* pool = nullptr;    // lives until the pool and its last frame are gone
+  uint32_t capacity = 0;           // payload bytes
+  FramePoolState* pool = nullptr;  // lives until the pool and its last frame are gone
   FrameBlock* next_free = nullptr;
   alignas(64) wire::FrameHeader header;
   // payload follows, 64-byte aligned
@@ -27,8 +28,9 @@ struct FrameBlock {
 void Release(FrameBlock* block);
 }  // namespace internal
 
-// Shared handle; copying adds a reference. Contents may be written only before Send() and by one thread; after
-// that, and in received frames (inproc hands over the sender's own), they are read-only. Thread-safe like shared_ptr.
+// Shared handle; copying adds a reference. Contents may be written only before Send() and by one thread;
+// after that, and in received frames (inproc hands over the sender's own), they are read-only. Thread-safe
+// like shared_ptr.
 class FrameRef {
  public:
   FrameRef() = default;
@@ -58,8 +60,8 @@ class FrameRef {
 };
 static_assert(sizeof(internal::FrameBlock) % 64 == 0);
 
-// Size classes 1 KiB, 4 KiB, 16 KiB, 64 KiB, 256 KiB of payload. The pool grows to the high-water mark and then
-// allocates nothing. Thread-safe. Frames may outlive the pool: the last one frees what it held.
+// Size classes 1 KiB, 4 KiB, 16 KiB, 64 KiB, 256 KiB of payload. The pool grows to the high-water mark and
+// then allocates nothing. Thread-safe. Frames may outlive the pool: the last one frees what it held.
 class FramePool {
  public:
   FramePool();
@@ -71,8 +73,8 @@ class FramePool {
   // REQUIRES: payload_bytes <= wire::kPayloadBytesMax.
   FrameRef Allocate(uint32_t payload_bytes);
 
-  int64_t allocated_bytes() const;   // held from the system
-  int64_t frames_in_use() const;     // references still out: 0 when idle, for leak tests
+  int64_t allocated_bytes() const;  // held from the system
+  int64_t frames_in_use() const;    // references still out: 0 when idle, for leak tests
 
  private:
   internal::FramePoolState* const state_;

@@ -128,7 +128,8 @@ absl::Status Handshake::ReadHello(std::span<const std::byte> payload) {
         StrCat("wire version: this node speaks ", int{versions_.oldest}, "..", int{versions_.newest},
                ", the other ", int{peer_hello_.version_oldest}, "..", int{peer_hello_.version_newest}));
   }
-  if (peer_hello_.node_id == 0 || peer_hello_.heartbeat_ms == 0 || peer_hello_.heartbeat_ms > kHeartbeatMsMax) {
+  if (peer_hello_.node_id == 0 || peer_hello_.heartbeat_ms == 0 ||
+      peer_hello_.heartbeat_ms > kHeartbeatMsMax) {
     return absl::InvalidArgumentError(StrCat("Hello: node id ", ToString(NodeId{peer_hello_.node_id}),
                                              " or heartbeat ", peer_hello_.heartbeat_ms, " ms out of range"));
   }
@@ -143,8 +144,8 @@ absl::Status Handshake::ReadHello(std::span<const std::byte> payload) {
   }
   if (peer_hello_.model_fingerprint != own_hello_.model_fingerprint) {
     return absl::FailedPreconditionError(
-        absl::StrFormat("model fingerprint: this node serves %016x, the other %016x", own_hello_.model_fingerprint,
-                        peer_hello_.model_fingerprint));
+        absl::StrFormat("model fingerprint: this node serves %016x, the other %016x",
+                        own_hello_.model_fingerprint, peer_hello_.model_fingerprint));
   }
   if (peer_hello_.precision != own_hello_.precision) {
     return absl::FailedPreconditionError(StrCat("precision: this node computes in ",
@@ -175,8 +176,9 @@ absl::Status Handshake::ReadAck(std::span<const std::byte> payload) {
   return absl::Status(code, StrCat("refused by the other side: ", text));
 }
 
-// HMAC-SHA256(secret, "minke auth 1" | prover | class | Hello of the initiator | Hello of the responder). The Hellos
-// hold role, node id, versions, credits and nonce of both; the prover's byte stops a message from being sent back.
+// HMAC-SHA256(secret, "minke auth 1" | prover | class | Hello of the initiator | Hello of the responder). The
+// Hellos hold role, node id, versions, credits and nonce of both; the prover's byte stops a message from
+// being sent back.
 Mac Handshake::ComputeMac(Side prover) const {
   const bool initiator = side_ == Side::kInitiator;
   std::vector<std::byte> text;
@@ -192,7 +194,8 @@ Mac Handshake::ComputeMac(Side prover) const {
   Mac mac;
   unsigned int mac_bytes = 0;
   MK_CHECK(HMAC(EVP_sha256(), secret_.data(), static_cast<int>(secret_.size()),
-                reinterpret_cast<const unsigned char*>(text.data()), text.size(), mac.data(), &mac_bytes) != nullptr &&
+                reinterpret_cast<const unsigned char*>(text.data()), text.size(), mac.data(),
+                &mac_bytes) != nullptr &&
            mac_bytes == mac.size());
   return mac;
 }
@@ -201,7 +204,8 @@ Handshake::Message Handshake::AuthMessage() const { return {wire::Kind::kAuth, B
 
 absl::Status Handshake::CheckAuth(std::span<const std::byte> payload) const {
   const Mac expected = ComputeMac(side_ == Side::kInitiator ? Side::kResponder : Side::kInitiator);
-  if (payload.size() != expected.size() || CRYPTO_memcmp(payload.data(), expected.data(), expected.size()) != 0) {
+  if (payload.size() != expected.size() ||
+      CRYPTO_memcmp(payload.data(), expected.data(), expected.size()) != 0) {
     return absl::PermissionDeniedError("the cluster secrets differ");
   }
   return absl::OkStatus();

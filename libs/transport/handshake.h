@@ -1,5 +1,6 @@
-// The handshake of one lane, without I/O: Hello -> <- Hello, Auth -> <- Auth, Ack -> <- Ack, one message under way at
-// a time. Auth proves the cluster secret over both Hellos; an Ack with a code refuses. docs/wire_format.md.
+// The handshake of one lane, without I/O: Hello -> <- Hello, Auth -> <- Auth, Ack -> <- Ack, one message
+// under way at a time. Auth proves the cluster secret over both Hellos; an Ack with a code refuses.
+// docs/wire_format.md.
 #pragma once
 
 #include <array>
@@ -17,7 +18,8 @@ namespace minke::transport::internal {
 
 struct HelloPayload {
   uint64_t node_id = 0;
-  uint64_t expected_peer = 0;  // whom the initiator believes to reach; the responder repeats the initiator's id
+  uint64_t expected_peer =
+      0;  // whom the initiator believes to reach; the responder repeats the initiator's id
   uint64_t model_fingerprint = 0;
   uint8_t nonce[32] = {};
   uint32_t credit_rows[wire::kNumTrafficClasses] = {};  // granted to the receiver of this Hello
@@ -33,7 +35,7 @@ static_assert(sizeof(HelloPayload) == 96 && offsetof(HelloPayload, nonce) == 24 
 
 using Mac = std::array<uint8_t, 32>;
 
-struct AckPayload {  // followed by text_bytes of UTF-8
+struct AckPayload {   // followed by text_bytes of UTF-8
   uint32_t code = 0;  // absl::StatusCode; 0 accepts
   uint32_t text_bytes = 0;
 };
@@ -58,8 +60,8 @@ class Handshake {
   };
 
   // `expected_peer` is for the initiator. `versions` differ from the build's only in tests.
-  Handshake(Side side, const Identity& self, const TransportOptions& options, wire::TrafficClass traffic_class,
-            NodeId expected_peer = {}, Versions versions = {});
+  Handshake(Side side, const Identity& self, const TransportOptions& options,
+            wire::TrafficClass traffic_class, NodeId expected_peer = {}, Versions versions = {});
 
   // Initiator: the first message.
   Message Start();

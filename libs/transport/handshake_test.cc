@@ -21,7 +21,8 @@ struct Pair {
   absl::Status initiator_status, responder_status;
 
   Pair(const Identity& a, const Identity& b, Versions va = {}, Versions vb = {}, NodeId expected = {})
-      : initiator(Side::kInitiator, a, {}, wire::TrafficClass::kDecode, expected.value ? expected : b.node_id, va),
+      : initiator(Side::kInitiator, a, {}, wire::TrafficClass::kDecode, expected.value ? expected : b.node_id,
+                  va),
         responder(Side::kResponder, b, {}, wire::TrafficClass::kDecode, {}, vb) {}
 
   // Carries messages to and fro; `tamper(i, message)` may change the i-th.
@@ -135,7 +136,8 @@ TEST(Handshake, WrongLengthsAndOrderAreRefused) {
       });
       EXPECT_FALSE(pair.done()) << message_index;
     }
-    for (wire::Kind kind : {wire::Kind::kHello, wire::Kind::kAuth, wire::Kind::kAck, wire::Kind::kHeartbeat}) {
+    for (wire::Kind kind :
+         {wire::Kind::kHello, wire::Kind::kAuth, wire::Kind::kAck, wire::Kind::kHeartbeat}) {
       Pair pair(MakeIdentity(1), MakeIdentity(2));
       bool changed = false;
       pair.Run([&](int i, Handshake::Message& message) {

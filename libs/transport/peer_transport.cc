@@ -14,8 +14,8 @@
 namespace minke::transport::internal {
 namespace {
 
-// Returned credit waits this long for a frame to travel with, unless a quarter of the grant has gathered: a router
-// refuses work only when all of its grant is out, and an idle process should not be woken per row.
+// Returned credit waits this long for a frame to travel with, unless a quarter of the grant has gathered: a
+// router refuses work only when all of its grant is out, and an idle process should not be woken per row.
 constexpr int64_t kCreditDelayNs = 2'000'000;
 constexpr uint32_t kCreditFlushDivisor = 4;
 // Frames a lane may get between the other side's Ack and being up here: a few, in the time of a round trip.
@@ -23,18 +23,21 @@ constexpr size_t kEarlyFramesMax = 1024;
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 int64_t NowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
 absl::Status SaidGoodbye() { return absl::CancelledError("the other side said goodbye"); }
 
-uint64_t FrameBytes(const FrameRef& frame) { return sizeof(wire::FrameHeader) + frame.header().payload_bytes; }
+uint64_t FrameBytes(const FrameRef& frame) {
+  return sizeof(wire::FrameHeader) + frame.header().payload_bytes;
+}
 
 }  // namespace
 
-PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Driver> driver, Identity identity,
-                             TransportOptions options)
+PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Driver> driver,
+                             Identity identity, TransportOptions options)
     : identity_(std::move(identity)),
       options_(options),
       heartbeat_ns_(std::max<int64_t>(absl::ToInt64Nanoseconds(options.heartbeat), 1'000'000)),
@@ -80,13 +83,15 @@ PeerTransport::~PeerTransport() {
   }
 }
 
-// ---- Interface ----------------------------------------------------------------------------------------------
+// ---- Interface
+// ----------------------------------------------------------------------------------------------
 
 absl::Status PeerTransport::Connect(NodeId id, std::string_view address) {
   if (id.value == 0 || id == identity_.node_id) {
     return absl::InvalidArgumentError(StrCat("connect: expected another node's id, found ", ToString(id)));
   }
-  MK_ASSIGN_OR_RETURN(std::string resolved, driver_->Resolve(address));  // may look up a name: outside the lock
+  MK_ASSIGN_OR_RETURN(std::string resolved,
+                      driver_->Resolve(address));  // may look up a name: outside the lock
 
   const absl::MutexLock lock(&mutex_);
   now_ns_ = NowNs();
@@ -102,7 +107,8 @@ absl::Status PeerTransport::Connect(NodeId id, std::string_view address) {
   peer.wanted = true;
   peer.resolved_address = std::move(resolved);
   if (!inbound) {
-    if (absl::Status status = OpenLane(peer, wire::TrafficClass::kDecode); !status.ok()) LosePeer(&peer, status);
+    if (absl::Status status = OpenLane(peer, wire::TrafficClass::kDecode); !status.ok())
+      LosePeer(&peer, status);
   }
   return absl::OkStatus();
 }
@@ -181,8 +187,8 @@ int PeerTransport::Poll(absl::FunctionRef<void(Event&)> handler) {
   int events = 0;
   Event event{};
   for (bool more = true; more;) {
-    const uint64_t limit = delivery_.control.empty() ? std::numeric_limits<uint64_t>::max()
-                                                     : delivery_.control.front().sequence;
+    const uint64_t limit =
+        delivery_.control.empty() ? std::numeric_limits<uint64_t>::max() : delivery_.control.front().sequence;
     for (Ring<Received>& frames : delivery_.frames) {
       while (!frames.empty() && frames.front().sequence < limit) {
         Received received = frames.pop_front();
@@ -217,9 +223,14 @@ void PeerTransport::Wait(absl::Duration timeout) {
   const int64_t deadline_ns = timeout_ns > kNever - begin_ns ? kNever : begin_ns + timeout_ns;
   int64_t spin_until_ns = deadline_ns;
   switch (options_.poll) {
-    case PollMode::kAdaptive: spin_until_ns = begin_ns + absl::ToInt64Nanoseconds(options_.spin); break;
-    case PollMode::kSpin: break;
-    case PollMode::kBlock: spin_until_ns = begin_ns; break;
+    case PollMode::kAdaptive:
+      spin_until_ns = begin_ns + absl::ToInt64Nanoseconds(options_.spin);
+      break;
+    case PollMode::kSpin:
+      break;
+    case PollMode::kBlock:
+      spin_until_ns = begin_ns;
+      break;
   }
 
   engine_waits_.store(true, std::memory_order_relaxed);
@@ -254,7 +265,8 @@ std::vector<PeerStatistics> PeerTransport::statistics() const {
   return all;
 }
 
-// ---- Progress and time --------------------------------------------------------------------------------------
+// ---- Progress and time
+// --------------------------------------------------------------------------------------
 
 void PeerTransport::ProgressLocked() {
   now_ns_ = NowNs();
@@ -275,8 +287,9 @@ void PeerTransport::KeepaliveLoop() {
 }
 
 void PeerTransport::RunTimers() {
-  // Whoever looks (engine or keepalive) does so twice per heartbeat. If nobody did for longer than one, this process
-  // was stopped or starved, and its peers' silence proves nothing: they get a full measure of time again.
+  // Whoever looks (engine or keepalive) does so twice per heartbeat. If nobody did for longer than one, this
+  // process was stopped or starved, and its peers' silence proves nothing: they get a full measure of time
+  // again.
   const bool was_frozen = now_ns_ - last_timers_ns_ > heartbeat_ns_;
   last_timers_ns_ = now_ns_;
   next_timer_ns_ = now_ns_ + heartbeat_ns_ / 2;
@@ -291,7 +304,8 @@ void PeerTransport::RunTimers() {
     }
   }
   for (Lane* lane : late_lanes) {
-    if (lane->stage == Lane::Stage::kHandshake && lane->peer != nullptr) continue;  // the peer's deadline is the same
+    if (lane->stage == Lane::Stage::kHandshake && lane->peer != nullptr)
+      continue;  // the peer's deadline is the same
     if (lane->stage == Lane::Stage::kHandshake) {
       log::Warning("transport", StrCat("a connecting node did not finish its handshake in ",
                                        absl::FormatDuration(options_.handshake_timeout)));
@@ -304,8 +318,9 @@ void PeerTransport::RunTimers() {
     Peer& peer = *owner;
     if (peer.stage != Peer::Stage::kUp) {
       if (now_ns_ >= peer.deadline_ns) {
-        lost.emplace_back(&peer, absl::DeadlineExceededError(StrCat(
-                                     "not connected within ", absl::FormatDuration(options_.handshake_timeout))));
+        lost.emplace_back(
+            &peer, absl::DeadlineExceededError(
+                       StrCat("not connected within ", absl::FormatDuration(options_.handshake_timeout))));
       } else {
         AtLatest(peer.deadline_ns);
       }
@@ -314,7 +329,8 @@ void PeerTransport::RunTimers() {
     if (was_frozen) peer.last_heard_ns = now_ns_;
     const int64_t silence_ns = now_ns_ - peer.last_heard_ns;
     if (silence_ns >= peer.silence_max_ns) {
-      lost.emplace_back(&peer, absl::DeadlineExceededError(StrCat("silent for ", silence_ns / 1'000'000, " ms")));
+      lost.emplace_back(&peer,
+                        absl::DeadlineExceededError(StrCat("silent for ", silence_ns / 1'000'000, " ms")));
       continue;
     }
     AtLatest(peer.last_heard_ns + peer.silence_max_ns);
@@ -326,8 +342,9 @@ void PeerTransport::RunTimers() {
       AtLatest(oldest_ns + send_timeout_ns_);
     }
     if (send_late) {
-      lost.emplace_back(&peer, absl::DeadlineExceededError(StrCat("a send did not complete within ",
-                                                                  absl::FormatDuration(options_.send_timeout))));
+      lost.emplace_back(
+          &peer, absl::DeadlineExceededError(
+                     StrCat("a send did not complete within ", absl::FormatDuration(options_.send_timeout))));
       continue;
     }
     if (peer.return_by_ns != 0) {
@@ -345,7 +362,8 @@ void PeerTransport::RunTimers() {
   for (auto& [peer, status] : lost) LosePeer(peer, std::move(status));
 }
 
-// ---- Lanes and peers ----------------------------------------------------------------------------------------
+// ---- Lanes and peers
+// ----------------------------------------------------------------------------------------
 
 PeerTransport::Peer* PeerTransport::Find(NodeId id) {
   const auto found = peers_.find(id);
@@ -419,8 +437,8 @@ void PeerTransport::Leave(Peer* peer) {
 
 void PeerTransport::LosePeer(Peer* peer, absl::Status reason) {
   const bool was_up = peer->stage == Peer::Stage::kUp;
-  const std::string line = StrCat(was_up ? "peer lost" : "not connected", " node=", ToString(peer->id), ": ",
-                                  reason.ToString());
+  const std::string line =
+      StrCat(was_up ? "peer lost" : "not connected", " node=", ToString(peer->id), ": ", reason.ToString());
   if (absl::IsCancelled(reason)) {
     log::Info("transport", line);
   } else {
@@ -470,7 +488,8 @@ void PeerTransport::Inbox::Forget(NodeId peer) {
   }
 }
 
-// ---- Handshake ----------------------------------------------------------------------------------------------
+// ---- Handshake
+// ----------------------------------------------------------------------------------------------
 
 void PeerTransport::OnAccept(Link* link) {
   mutex_.AssertHeld();
@@ -480,14 +499,15 @@ void PeerTransport::OnAccept(Link* link) {
     link->Close();
     return;
   }
-  AddLane(link,
-          Handshake(Handshake::Side::kResponder, identity_, options_, wire::TrafficClass::kDecode), nullptr);
+  AddLane(link, Handshake(Handshake::Side::kResponder, identity_, options_, wire::TrafficClass::kDecode),
+          nullptr);
 }
 
 void PeerTransport::HandleHandshake(Lane* lane, const FrameRef& frame) {
   Handshake& handshake = lane->handshake;
   const wire::FrameHeader& header = frame.header();
-  if (header.kind == wire::Kind::kHello && !lane->initiator()) handshake.set_traffic_class(header.traffic_class);
+  if (header.kind == wire::Kind::kHello && !lane->initiator())
+    handshake.set_traffic_class(header.traffic_class);
   Handshake::Step step = handshake.Receive(header.kind, frame.payload_span());
   if (step.answer.has_value()) SendMessage(*lane, *step.answer);
   if (!step.status.ok()) return HandshakeFailed(lane, std::move(step.status), step.answer.has_value());
@@ -507,8 +527,8 @@ void PeerTransport::HandshakeFailed(Lane* lane, absl::Status status, bool answer
   if (peer != nullptr) peer->lanes[static_cast<size_t>(lane->handshake.traffic_class())] = nullptr;
   const bool duplicate = absl::IsAlreadyExists(status);
   if (peer == nullptr && !duplicate) {
-    log::Warning("transport", StrCat("connection refused node=", ToString(lane->claimed_id()), ": ",
-                                     status.ToString()));
+    log::Warning("transport",
+                 StrCat("connection refused node=", ToString(lane->claimed_id()), ": ", status.ToString()));
   }
   const bool use_theirs = peer != nullptr && duplicate && lane->handshake.refused_by_peer() &&
                           peer->stage == Peer::Stage::kConnecting;
@@ -527,8 +547,9 @@ void PeerTransport::HandshakeFailed(Lane* lane, absl::Status status, bool answer
   }
 }
 
-// When both nodes connect at once, the connection of the smaller id wins. The node with the smaller id never has two:
-// it refuses the other's while its own is under way, and does not begin its own while the other's is (Connect).
+// When both nodes connect at once, the connection of the smaller id wins. The node with the smaller id never
+// has two: it refuses the other's while its own is under way, and does not begin its own while the other's is
+// (Connect).
 absl::Status PeerTransport::DecideOnHello(Lane* lane) {
   const NodeId id = lane->claimed_id();
   if (id == identity_.node_id) return absl::InvalidArgumentError("a node cannot connect to itself");
@@ -589,11 +610,13 @@ void PeerTransport::LaneReady(Lane* lane) {
     peer.credit[i] = CreditAccount(hello.credit_rows[i], absl::ToInt64Nanoseconds(options_.credit_ttl));
   }
   if (peer.initiator) {
-    if (absl::Status status = OpenLane(peer, wire::TrafficClass::kPrefill); !status.ok()) LosePeer(&peer, status);
+    if (absl::Status status = OpenLane(peer, wire::TrafficClass::kPrefill); !status.ok())
+      LosePeer(&peer, status);
   }
 }
 
-// ---- Frames -------------------------------------------------------------------------------------------------
+// ---- Frames
+// -------------------------------------------------------------------------------------------------
 
 void PeerTransport::OnFrame(Link* link, FrameRef frame, uint32_t credits) {
   mutex_.AssertHeld();
@@ -615,7 +638,8 @@ void PeerTransport::OnFrame(Link* link, FrameRef frame, uint32_t credits) {
         return;
       }
       return OnBadFrame(link, absl::InvalidArgumentError("frames before both lanes were ready"));
-    case Lane::Stage::kLingering: return;
+    case Lane::Stage::kLingering:
+      return;
   }
 }
 
@@ -623,10 +647,10 @@ void PeerTransport::HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) {
   Peer& peer = *lane->peer;
   const wire::FrameHeader& header = frame.header();
   if (header.traffic_class != lane->handshake.traffic_class() || wire::IsHandshakeKind(header.kind)) {
-    return OnBadFrame(lane->link, absl::InvalidArgumentError(
-                                      StrCat(ToString(header.kind), " class ", static_cast<int>(header.traffic_class),
-                                             " on a ready lane of class ",
-                                             static_cast<int>(lane->handshake.traffic_class()))));
+    return OnBadFrame(lane->link,
+                      absl::InvalidArgumentError(StrCat(
+                          ToString(header.kind), " class ", static_cast<int>(header.traffic_class),
+                          " on a ready lane of class ", static_cast<int>(lane->handshake.traffic_class()))));
   }
   peer.last_heard_ns = now_ns_;
   ++peer.statistics.received_frames;

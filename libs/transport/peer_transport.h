@@ -1,5 +1,5 @@
-// The part of a transport that is the same over UCX and in process: peers, handshakes, lanes, credits, heartbeats,
-// deadlines, the inbox, and the keepalive thread that makes progress while the engine computes.
+// The part of a transport that is the same over UCX and in process: peers, handshakes, lanes, credits,
+// heartbeats, deadlines, the inbox, and the keepalive thread that makes progress while the engine computes.
 #pragma once
 
 #include <atomic>
@@ -23,8 +23,8 @@
 
 namespace minke::transport::internal {
 
-// Threads: as Transport says. One mutex serialises the driver; the engine thread holds it for a call, the keepalive
-// thread takes it only when it is free and the engine has not looked for a quarter of a heartbeat.
+// Threads: as Transport says. One mutex serialises the driver; the engine thread holds it for a call, the
+// keepalive thread takes it only when it is free and the engine has not looked for a quarter of a heartbeat.
 class PeerTransport final : public Transport, private DriverSink {
  public:
   // `pool` is the one the driver receives into.
@@ -55,12 +55,14 @@ class PeerTransport final : public Transport, private DriverSink {
   struct Lane {
     Link* link = nullptr;
     Handshake handshake;
-    // kLingering: nothing more is sent or listened to, the other side is given time to read what was sent and close.
+    // kLingering: nothing more is sent or listened to, the other side is given time to read what was sent and
+    // close.
     enum class Stage { kHandshake, kReady, kLingering } stage = Stage::kHandshake;
-    int64_t deadline_ns = 0;  // of the handshake, of lingering
+    int64_t deadline_ns = 0;    // of the handshake, of lingering
     bool said_goodbye = false;  // the other side
-    Peer* peer = nullptr;     // initiator: from the beginning; responder: once the handshake is done
-    std::vector<std::pair<FrameRef, uint32_t>> early;  // frames and credits that came before the peer was up here
+    Peer* peer = nullptr;       // initiator: from the beginning; responder: once the handshake is done
+    std::vector<std::pair<FrameRef, uint32_t>>
+        early;  // frames and credits that came before the peer was up here
 
     explicit Lane(Handshake made) : handshake(std::move(made)) {}
     bool initiator() const { return handshake.side() == Handshake::Side::kInitiator; }
@@ -70,11 +72,11 @@ class PeerTransport final : public Transport, private DriverSink {
   struct Peer {
     NodeId id;
     std::string resolved_address;  // if this node connects
-    // kConnecting: the decode lane's handshake is under way, begun here. kAwaiting: the other side's connection is
-    // to be used. kHalf: the decode lane is ready, the prefill lane is not. kUp: both are.
+    // kConnecting: the decode lane's handshake is under way, begun here. kAwaiting: the other side's
+    // connection is to be used. kHalf: the decode lane is ready, the prefill lane is not. kUp: both are.
     enum class Stage { kConnecting, kAwaiting, kHalf, kUp } stage = Stage::kConnecting;
-    bool wanted = false;     // Connect() was called: failing before it was up is an event, too
-    bool initiator = false;  // of the connection
+    bool wanted = false;      // Connect() was called: failing before it was up is an event, too
+    bool initiator = false;   // of the connection
     int64_t deadline_ns = 0;  // for being up
     Lane* lanes[wire::kNumTrafficClasses] = {};
     uint8_t version = wire::kVersion;
@@ -103,8 +105,8 @@ class PeerTransport final : public Transport, private DriverSink {
     absl::Status reason;
     uint64_t sequence = 0;
   };
-  // What arrived, in three queues so that decode frames overtake; sequences keep frames and the coming and going of
-  // their peers in order.
+  // What arrived, in three queues so that decode frames overtake; sequences keep frames and the coming and
+  // going of their peers in order.
   struct Inbox {
     Ring<Received> frames[wire::kNumTrafficClasses];
     Ring<Control> control;
@@ -171,13 +173,13 @@ class PeerTransport final : public Transport, private DriverSink {
   int64_t next_timer_ns_ ABSL_GUARDED_BY(mutex_);
   int64_t last_timers_ns_ ABSL_GUARDED_BY(mutex_);
 
-  Inbox delivery_;  // engine thread only: what Poll() is handing over
+  Inbox delivery_;        // engine thread only: what Poll() is handing over
   bool polling_ = false;  // engine thread only
 
   std::atomic<uint64_t> bad_frames_{0};
   std::atomic<bool> wake_{false};
-  std::atomic<bool> engine_waits_{false};      // it makes progress itself, in Wait()
-  std::atomic<int64_t> engine_looked_ns_{0};   // when it last did
+  std::atomic<bool> engine_waits_{false};     // it makes progress itself, in Wait()
+  std::atomic<int64_t> engine_looked_ns_{0};  // when it last did
 
   absl::Mutex stop_mutex_;
   bool stop_ ABSL_GUARDED_BY(stop_mutex_) = false;

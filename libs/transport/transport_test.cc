@@ -50,8 +50,12 @@ struct Node {
             frames.push_back(event.frame);
           }
           break;
-        case Event::Kind::kPeerUp: up.push_back(event.peer); break;
-        case Event::Kind::kPeerLost: lost.emplace_back(event.peer, event.reason); break;
+        case Event::Kind::kPeerUp:
+          up.push_back(event.peer);
+          break;
+        case Event::Kind::kPeerLost:
+          lost.emplace_back(event.peer, event.reason);
+          break;
       }
     });
   }
@@ -73,7 +77,8 @@ bool Pump(std::initializer_list<Node*> nodes, const std::function<bool()>& done,
 }
 
 void PumpFor(std::initializer_list<Node*> nodes, absl::Duration duration) {
-  Pump(nodes, [end = absl::Now() + duration] { return absl::Now() > end; }, absl::InfiniteDuration());
+  Pump(
+      nodes, [end = absl::Now() + duration] { return absl::Now() > end; }, absl::InfiniteDuration());
 }
 
 FrameRef MakeFrame(Transport& transport, uint32_t bytes, TrafficClass traffic_class, uint32_t seed) {
@@ -97,7 +102,8 @@ void ExpectIntact(const FrameRef& frame, NodeId from) {
   EXPECT_EQ(reinterpret_cast<uintptr_t>(frame.payload()) % 64, 0u);
   std::mt19937 random(header.rows);
   for (uint32_t i = 0; i < header.payload_bytes; ++i) {
-    ASSERT_EQ(frame.payload()[i], static_cast<std::byte>(random())) << "byte " << i << " of " << header.payload_bytes;
+    ASSERT_EQ(frame.payload()[i], static_cast<std::byte>(random()))
+        << "byte " << i << " of " << header.payload_bytes;
   }
 }
 
@@ -117,7 +123,9 @@ class TransportTest : public ::testing::TestWithParam<Which> {
     Node node;
     switch (GetParam()) {
       case Which::kInproc:
-      case Which::kFaultyInproc: node.transport = CreateInproc(hub_, identity, options); break;
+      case Which::kFaultyInproc:
+        node.transport = CreateInproc(hub_, identity, options);
+        break;
       case Which::kUcxShm:
       case Which::kUcxTcp:
       case Which::kFaultyUcx: {
@@ -147,20 +155,26 @@ class TransportTest : public ::testing::TestWithParam<Which> {
 };
 
 INSTANTIATE_TEST_SUITE_P(All, TransportTest,
-                         ::testing::Values(Which::kInproc, Which::kUcxShm, Which::kUcxTcp, Which::kFaultyInproc,
-                                           Which::kFaultyUcx),
+                         ::testing::Values(Which::kInproc, Which::kUcxShm, Which::kUcxTcp,
+                                           Which::kFaultyInproc, Which::kFaultyUcx),
                          [](const auto& info) -> std::string {
                            switch (info.param) {
-                             case Which::kInproc: return "Inproc";
-                             case Which::kUcxShm: return "UcxShm";
-                             case Which::kUcxTcp: return "UcxTcp";
-                             case Which::kFaultyInproc: return "FaultyInproc";
-                             case Which::kFaultyUcx: return "FaultyUcx";
+                             case Which::kInproc:
+                               return "Inproc";
+                             case Which::kUcxShm:
+                               return "UcxShm";
+                             case Which::kUcxTcp:
+                               return "UcxTcp";
+                             case Which::kFaultyInproc:
+                               return "FaultyInproc";
+                             case Which::kFaultyUcx:
+                               return "FaultyUcx";
                            }
                            return "";
                          });
 
-// ---- Connecting -----------------------------------------------------------------------------------------------
+// ---- Connecting
+// -----------------------------------------------------------------------------------------------
 
 TEST_P(TransportTest, OtherModelPrecisionOrSecretIsRefusedWithTheReason) {
   const Identity good = MakeIdentity();
@@ -219,7 +233,8 @@ TEST_P(TransportTest, UnreachableAddressIsALostPeer) {
 
 TEST_P(TransportTest, MalformedAddressAndOwnIdAreErrors) {
   Node node = Make();
-  for (const char* address : {"", "nowhere", "inproc:xyz", "host:", ":1", "127.0.0.1:0", "127.0.0.1:70000", "::1:5"}) {
+  for (const char* address :
+       {"", "nowhere", "inproc:xyz", "host:", ":1", "127.0.0.1:0", "127.0.0.1:70000", "::1:5"}) {
     EXPECT_EQ(node->Connect(RandomNodeId(), address).code(), absl::StatusCode::kInvalidArgument) << address;
   }
   EXPECT_EQ(node->Connect(node.id(), node->address()).code(), absl::StatusCode::kInvalidArgument);
@@ -297,7 +312,8 @@ TEST_P(TransportTest, ManyNodesConnectToOne) {
   }
 }
 
-// ---- Frames ---------------------------------------------------------------------------------------------------
+// ---- Frames
+// ---------------------------------------------------------------------------------------------------
 
 TEST_P(TransportTest, SendingToAStrangerIsUnavailable) {
   Node node = Make();
@@ -313,8 +329,8 @@ TEST_P(TransportTest, FramesOfEverySizeArriveIntactInBothClasses) {
   Node a = Make(), b = Make();
   ConnectAndWait(a, b);
   uint32_t seed = 0;
-  for (uint32_t bytes : {0u, 1u, 63u, 64u, 127u, 1000u, 1024u, 4096u, 8191u, 10240u, 61440u, 65536u, 65537u, 81920u,
-                         131072u, 262143u, 262144u}) {
+  for (uint32_t bytes : {0u, 1u, 63u, 64u, 127u, 1000u, 1024u, 4096u, 8191u, 10240u, 61440u, 65536u, 65537u,
+                         81920u, 131072u, 262143u, 262144u}) {
     for (TrafficClass traffic_class : {TrafficClass::kDecode, TrafficClass::kPrefill}) {
       ASSERT_TRUE(a->Send(b.id(), MakeFrame(*a.transport, bytes, traffic_class, ++seed)).ok());
       ASSERT_TRUE(Pump({&a, &b}, [&] { return !b.frames.empty(); })) << bytes;
@@ -324,7 +340,8 @@ TEST_P(TransportTest, FramesOfEverySizeArriveIntactInBothClasses) {
       b.frames.clear();
     }
   }
-  EXPECT_TRUE(Pump({&a, &b}, [&] { return a->frames().frames_in_use() == 0 && b->frames().frames_in_use() == 0; }));
+  EXPECT_TRUE(
+      Pump({&a, &b}, [&] { return a->frames().frames_in_use() == 0 && b->frames().frames_in_use() == 0; }));
   EXPECT_EQ(a->bad_frames() + b->bad_frames(), 0u);
 }
 
@@ -356,13 +373,17 @@ TEST_P(TransportTest, RandomTrafficBothWaysArrivesIntactAndLeavesNoFrameBehind) 
       const uint32_t bytes = random() % 50 == 0 ? random() % 262145 : random() % 5000;
       const auto traffic_class = static_cast<TrafficClass>(random() % 2);
       bytes_sent += bytes;
-      ASSERT_TRUE((*node)->Send(node == &a ? b.id() : a.id(), MakeFrame(*node->transport, bytes, traffic_class, i)).ok());
+      ASSERT_TRUE(
+          (*node)
+              ->Send(node == &a ? b.id() : a.id(), MakeFrame(*node->transport, bytes, traffic_class, i))
+              .ok());
     }
     if (i % 7 == 0) a.Poll();
     if (i % 11 == 0) b.Poll();
   }
   ASSERT_TRUE(Pump({&a, &b}, all_seen));
-  EXPECT_TRUE(Pump({&a, &b}, [&] { return a->frames().frames_in_use() == 0 && b->frames().frames_in_use() == 0; }));
+  EXPECT_TRUE(
+      Pump({&a, &b}, [&] { return a->frames().frames_in_use() == 0 && b->frames().frames_in_use() == 0; }));
   const PeerStatistics sa = a->statistics()[0], sb = b->statistics()[0];
   EXPECT_GE(static_cast<int64_t>(sa.sent_bytes + sb.sent_bytes), bytes_sent);
   EXPECT_GE(sa.received_frames, kFrames);
@@ -402,7 +423,8 @@ TEST_P(TransportTest, SenderOfTooMuchIsCutOff) {
   EXPECT_LE(b.frames.size(), 10u);
 }
 
-// ---- Credits --------------------------------------------------------------------------------------------------
+// ---- Credits
+// --------------------------------------------------------------------------------------------------
 
 TEST_P(TransportTest, CreditsRunOutAndComeBack) {
   Node a = Make();
@@ -446,7 +468,8 @@ TEST_P(TransportTest, CreditOfLostMessagesIsForgiven) {
   EXPECT_GE(absl::Now() - begin, absl::Milliseconds(100));
 }
 
-// ---- Leaving --------------------------------------------------------------------------------------------------
+// ---- Leaving
+// --------------------------------------------------------------------------------------------------
 
 TEST_P(TransportTest, DisconnectIsAGoodbyeToTheOtherAndSilentHere) {
   Node a = Make(), b = Make();
@@ -524,7 +547,8 @@ TEST_P(TransportTest, FramesMayOutliveTheTransport) {
   EXPECT_EQ(kept.payload()[0], static_cast<std::byte>(random()));
 }
 
-// ---- Time -----------------------------------------------------------------------------------------------------
+// ---- Time
+// -----------------------------------------------------------------------------------------------------
 
 TEST_P(TransportTest, AComputingEngineIsNotLost) {
   // 40 periods without a poll: only the keepalive thread speaks.
@@ -607,7 +631,9 @@ TEST_P(TransportTest, NoArrivalIsSleptThrough) {
       node.on_frame = [&](Event& event) {
         next = event.frame.header().rows + 1;
         if (next < kRounds) {
-          EXPECT_TRUE(node->Send(other, MakeFrame(*node.transport, next * 37 % 3000, TrafficClass::kDecode, next)).ok());
+          EXPECT_TRUE(
+              node->Send(other, MakeFrame(*node.transport, next * 37 % 3000, TrafficClass::kDecode, next))
+                  .ok());
         }
       };
       if (first) {
@@ -628,7 +654,8 @@ TEST_P(TransportTest, NoArrivalIsSleptThrough) {
   }
 }
 
-// ---- Faults ---------------------------------------------------------------------------------------------------
+// ---- Faults
+// ---------------------------------------------------------------------------------------------------
 
 struct Fates {
   FaultCounts counts;
@@ -715,9 +742,9 @@ TEST(Faulty, OnlyTheNamedKindsAreAffected) {
 TEST(Faulty, CreditOfDroppedFramesComesBackByItsTimeToLive) {
   InprocHub hub;
   Node a, b;
-  a.transport = CreateFaulty(
-      CreateInproc(hub, Identity{.node_id = NodeId{1}}, TransportOptions{.credit_ttl = absl::Milliseconds(50)}),
-      {.drop_probability = 1});
+  a.transport = CreateFaulty(CreateInproc(hub, Identity{.node_id = NodeId{1}},
+                                          TransportOptions{.credit_ttl = absl::Milliseconds(50)}),
+                             {.drop_probability = 1});
   b.transport = CreateInproc(hub, Identity{.node_id = NodeId{2}}, TransportOptions{.credit_rows = {4, 4}});
   ASSERT_TRUE(a->Connect(b.id(), b->address()).ok());
   ASSERT_TRUE(Pump({&a, &b}, [&] { return !a.up.empty() && !b.up.empty(); }));

@@ -14,7 +14,8 @@ namespace minke::wire {
 
 inline constexpr uint32_t kMagic = 0x314b4e4d;  // "MNK1"
 // The version this build speaks, and the oldest it still understands (N and N-1 talk to each other). The
-// handshake agrees on one; its own frames always say kHandshakeVersion, so that strangers can be told why not.
+// handshake agrees on one; its own frames always say kHandshakeVersion, so that strangers can be told why
+// not.
 inline constexpr uint8_t kVersion = 1;
 inline constexpr uint8_t kVersionOldest = 1;
 inline constexpr uint8_t kHandshakeVersion = 1;
@@ -26,19 +27,19 @@ inline constexpr uint32_t kPayloadBytesMax = 256 * 1024;
 inline constexpr uint32_t kRowAlignment = 64;
 
 enum class Kind : uint8_t {
-  kHello = 1,       // handshake, first message each way           (transport)
-  kAuth = 2,        // handshake, proof of the cluster secret      (transport)
-  kAck = 3,         // handshake done; or refused, with a reason   (transport)
-  kHeartbeat = 4,   //                                             (transport)
-  kCredit = 5,      // only returns credits                        (transport)
-  kGoodbye = 6,     // the sender leaves in good order             (transport)
-  kDispatch = 16,   // attention -> router: rows to route
-  kRoutePlan = 17,  // router -> attention: experts, weights and servers of each row
-  kExpertWork = 18, // router or attention -> expert server: rows and their (expert, weight) pairs
-  kPartial = 19,    // expert server -> attention: sums per (row, group)
-  kNack = 20,       // expert server -> attention: units it does not host
-  kBusy = 21,       // router -> attention: rows it could not take now
-  kReject = 22,     // expert server -> attention: (row, group) whose sum is not finite
+  kHello = 1,        // handshake, first message each way           (transport)
+  kAuth = 2,         // handshake, proof of the cluster secret      (transport)
+  kAck = 3,          // handshake done; or refused, with a reason   (transport)
+  kHeartbeat = 4,    //                                             (transport)
+  kCredit = 5,       // only returns credits                        (transport)
+  kGoodbye = 6,      // the sender leaves in good order             (transport)
+  kDispatch = 16,    // attention -> router: rows to route
+  kRoutePlan = 17,   // router -> attention: experts, weights and servers of each row
+  kExpertWork = 18,  // router or attention -> expert server: rows and their (expert, weight) pairs
+  kPartial = 19,     // expert server -> attention: sums per (row, group)
+  kNack = 20,        // expert server -> attention: units it does not host
+  kBusy = 21,        // router -> attention: rows it could not take now
+  kReject = 22,      // expert server -> attention: (row, group) whose sum is not finite
 };
 
 // Decode comes before prefill everywhere; the two have separate lanes and credits.
@@ -52,19 +53,19 @@ struct FrameHeader {
   uint8_t version = kVersion;
   Kind kind{};
   TrafficClass traffic_class{};
-  uint8_t flags = 0;           // none is defined in version 1
-  uint32_t epoch_term = 0;     // placement table the sender used or knows
+  uint8_t flags = 0;        // none is defined in version 1
+  uint32_t epoch_term = 0;  // placement table the sender used or knows
   uint32_t epoch_counter = 0;
-  uint64_t origin = 0;         // NodeId of the attention node that owns the exchange
-  uint64_t step = 0;           // of the origin's engine
+  uint64_t origin = 0;  // NodeId of the attention node that owns the exchange
+  uint64_t step = 0;    // of the origin's engine
   uint16_t layer = 0;
   uint16_t microbatch = 0;
   uint32_t attempt = 0;
-  uint32_t rows = 0;           // row descriptors in this message
-  uint32_t pairs = 0;          // kind-specific second count
+  uint32_t rows = 0;   // row descriptors in this message
+  uint32_t pairs = 0;  // kind-specific second count
   uint32_t payload_bytes = 0;
-  uint32_t credits = 0;        // rows of credit of this class given back to the receiver (filled by the transport)
-  uint32_t row_begin = 0;      // index in the exchange of the message's first row (Dispatch, RoutePlan)
+  uint32_t credits = 0;  // rows of credit of this class given back to the receiver (filled by the transport)
+  uint32_t row_begin = 0;  // index in the exchange of the message's first row (Dispatch, RoutePlan)
   uint32_t reserved = 0;
 
   Epoch epoch() const { return Epoch{epoch_term, epoch_counter}; }

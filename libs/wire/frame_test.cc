@@ -95,9 +95,10 @@ TEST(FrameHeader, LittleEndianLayoutIsTheDocumentedOne) {
   header.row_begin = 17;
   unsigned char bytes[64];
   std::memcpy(bytes, &header, 64);
-  const unsigned char expected[64] = {'M', 'N', 'K', '1', 1, 16, 1, 1, 2,  0, 0, 0, 3,  0, 0, 0, 8, 7, 6, 5, 4, 3,
-                                      2,   1,   9,   0,   0, 0,  0, 0, 0,  0, 10, 0, 11, 0, 12, 0, 0, 0, 13, 0, 0, 0,
-                                      14,  0,   0,   0,   15, 0, 0, 0, 16, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0};
+  const unsigned char expected[64] = {'M', 'N', 'K', '1', 1,  16, 1, 1, 2,  0, 0, 0, 3,  0, 0, 0,
+                                      8,   7,   6,   5,   4,  3,  2, 1, 9,  0, 0, 0, 0,  0, 0, 0,
+                                      10,  0,   11,  0,   12, 0,  0, 0, 13, 0, 0, 0, 14, 0, 0, 0,
+                                      15,  0,   0,   0,   16, 0,  0, 0, 17, 0, 0, 0, 0,  0, 0, 0};
   EXPECT_EQ(std::memcmp(bytes, expected, 64), 0);
 }
 

@@ -48,8 +48,8 @@ absl::Status Malformed(const FrameHeader& header, std::string_view what, uint64_
 
 absl::Status OutOfRange(const FrameHeader& header, std::string_view what, size_t index, uint64_t limit,
                         uint64_t found) {
-  return absl::InvalidArgumentError(StrCat(ToString(header.kind), ": ", what, " [", index,
-                                                 "]: expected below ", limit, ", found ", found));
+  return absl::InvalidArgumentError(
+      StrCat(ToString(header.kind), ": ", what, " [", index, "]: expected below ", limit, ", found ", found));
 }
 
 // No kind has flags.
@@ -73,8 +73,8 @@ absl::Status CheckSize(const FrameHeader& header, std::span<const std::byte> pay
   }
   if (payload.size() != expected) {
     return absl::InvalidArgumentError(StrCat(ToString(header.kind), ": payload bytes: expected ", expected,
-                                                   " for rows=", header.rows, " pairs=", header.pairs, ", found ",
-                                                   payload.size()));
+                                             " for rows=", header.rows, " pairs=", header.pairs, ", found ",
+                                             payload.size()));
   }
   MK_CHECK(reinterpret_cast<uintptr_t>(payload.data()) % alignof(uint64_t) == 0);
   return absl::OkStatus();
@@ -138,7 +138,9 @@ int32_t RoutePlanRowsMax(const RowShape& shape) {
 uint32_t WorkPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t pairs) {
   return Narrow(WorkBytes(shape, rows, pairs));
 }
-uint32_t PartialPayloadBytes(const RowShape& shape, uint32_t rows) { return Narrow(PartialBytes(shape, rows)); }
+uint32_t PartialPayloadBytes(const RowShape& shape, uint32_t rows) {
+  return Narrow(PartialBytes(shape, rows));
+}
 uint32_t RoutePlanPayloadBytes(const RowShape& shape, uint32_t rows, uint32_t servers) {
   return Narrow(RoutePlanBytes(shape, rows, servers));
 }
@@ -196,7 +198,8 @@ absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& head
     const WorkRow& row = view.rows[i];
     if (row.pairs_count == 0 || row.pairs_count > shape.top_k) {
       return absl::InvalidArgumentError(StrCat(ToString(header.kind), ": pairs of row [", i,
-                                                     "]: expected 1..", shape.top_k, ", found ", int{row.pairs_count}));
+                                               "]: expected 1..", shape.top_k, ", found ",
+                                               int{row.pairs_count}));
     }
     if (uint64_t{row.pairs_begin()} + row.pairs_count > header.pairs) {
       return OutOfRange(header, "end of the pairs of row", i, uint64_t{header.pairs} + 1,
@@ -206,7 +209,7 @@ absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& head
     for (const WorkPair& pair : view.pairs.subspan(row.pairs_begin(), row.pairs_count)) {
       if (pair.expert <= previous) {
         return absl::InvalidArgumentError(StrCat(ToString(header.kind), ": experts of row [", i,
-                                                       "] not ascending: ", pair.expert, " after ", previous));
+                                                 "] not ascending: ", pair.expert, " after ", previous));
       }
       previous = pair.expert;
     }
@@ -214,7 +217,8 @@ absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& head
   for (size_t i = 0; i < view.pairs.size(); ++i) {
     const WorkPair& pair = view.pairs[i];
     if (pair.reserved != 0) return Malformed(header, "reserved field of a pair", 0, pair.reserved);
-    if (pair.expert >= shape.num_experts) return OutOfRange(header, "expert", i, shape.num_experts, pair.expert);
+    if (pair.expert >= shape.num_experts)
+      return OutOfRange(header, "expert", i, shape.num_experts, pair.expert);
     if (!std::isfinite(pair.weight)) {
       return absl::InvalidArgumentError(
           StrCat(ToString(header.kind), ": weight [", i, "]: expected a finite number, found ", pair.weight));
@@ -285,15 +289,15 @@ absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHe
   for (size_t i = 0; i < choices; ++i) {
     const bool rejected_row = i % top_k == 0 && view.weights[i] == kRejectedRowWeight;
     if (!std::isfinite(view.weights[i]) || (view.weights[i] < 0 && !rejected_row)) {
-      return absl::InvalidArgumentError(StrCat("RoutePlan: weight [", i, "]: expected a finite number of at least 0, found ",
-                                               view.weights[i]));
+      return absl::InvalidArgumentError(StrCat(
+          "RoutePlan: weight [", i, "]: expected a finite number of at least 0, found ", view.weights[i]));
     }
     if (view.experts[i] >= shape.num_experts) {
       return OutOfRange(header, "expert", i, shape.num_experts, view.experts[i]);
     }
     if (i % top_k != 0 && view.experts[i] <= view.experts[i - 1]) {
       return absl::InvalidArgumentError(StrCat("RoutePlan: experts of row [", i / top_k, "] not ascending: ",
-                                                     view.experts[i], " after ", view.experts[i - 1]));
+                                               view.experts[i], " after ", view.experts[i - 1]));
     }
     if (view.server_index[i] >= view.servers.size() && view.server_index[i] != kNoServer) {
       return OutOfRange(header, "server index", i, view.servers.size(), view.server_index[i]);

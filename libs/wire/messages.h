@@ -17,32 +17,35 @@ namespace minke::wire {
 // Shapes both sides know from the model; never sent.
 struct RowShape {
   int32_t hidden = 0;
-  int32_t top_k = 0;          // num_experts_per_tok
+  int32_t top_k = 0;  // num_experts_per_tok
   int32_t num_experts = 0;
-  int32_t num_groups = 0;     // placement groups
+  int32_t num_groups = 0;        // placement groups
   int32_t activation_bytes = 2;  // 4: f32, 2: bf16
   int64_t row_bytes() const { return int64_t{hidden} * activation_bytes; }
 };
 
-// ---- Dispatch -----------------------------------------------------------------------------------------------
-// payload = row data [rows, hidden]; row i of the message is row_begin + i. The epoch in the header is the least the
+// ---- Dispatch
+// ----------------------------------------------------------------------------------------------- payload =
+// row data [rows, hidden]; row i of the message is row_begin + i. The epoch in the header is the least the
 // router must have.
 
-// ---- RoutePlan ----------------------------------------------------------------------------------------------
-// payload = uint64 servers[header.pairs] (NodeIds), float weights[rows][k], uint16 experts[rows][k] (ascending
-// in a row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
+// ---- RoutePlan
+// ---------------------------------------------------------------------------------------------- payload =
+// uint64 servers[header.pairs] (NodeIds), float weights[rows][k], uint16 experts[rows][k] (ascending in a
+// row), uint16 server_index[rows][k] (into servers; kNoServer: no server hosts the expert's group now, its
 // rows were not sent). Rows are row_begin ... row_begin + rows - 1.
 inline constexpr uint16_t kNoServer = 0xffff;
-// First weight of a row that the gate rejected because its scores are not finite: the row can never be done, nothing
-// of it was sent, and its other weights mean nothing. Gate weights are never negative.
+// First weight of a row that the gate rejected because its scores are not finite: the row can never be done,
+// nothing of it was sent, and its other weights mean nothing. Gate weights are never negative.
 inline constexpr float kRejectedRowWeight = -1.0f;
 
-// ---- ExpertWork ---------------------------------------------------------------------------------------------
-// payload = WorkRow[rows], WorkPair[header.pairs], padding, row data. Only pairs of the receiver.
-// One row and its (expert, weight) pairs: pairs[pairs_begin, pairs_begin + pairs_count), experts ascending.
+// ---- ExpertWork
+// --------------------------------------------------------------------------------------------- payload =
+// WorkRow[rows], WorkPair[header.pairs], padding, row data. Only pairs of the receiver. One row and its
+// (expert, weight) pairs: pairs[pairs_begin, pairs_begin + pairs_count), experts ascending.
 struct WorkRow {
   uint32_t row = 0;
-  uint16_t pairs_begin_low = 0;   // pairs_begin = low | high << 16
+  uint16_t pairs_begin_low = 0;  // pairs_begin = low | high << 16
   uint8_t pairs_begin_high = 0;
   uint8_t pairs_count = 0;
   uint32_t pairs_begin() const { return pairs_begin_low | uint32_t{pairs_begin_high} << 16; }
@@ -60,8 +63,9 @@ struct WorkPair {
 };
 static_assert(sizeof(WorkPair) == 8);
 
-// ---- Partial ------------------------------------------------------------------------------------------------
-// payload = PartialRow[rows], padding, row data: the weighted sum of the row's experts in `group`.
+// ---- Partial
+// ------------------------------------------------------------------------------------------------ payload =
+// PartialRow[rows], padding, row data: the weighted sum of the row's experts in `group`.
 struct PartialRow {
   uint32_t row = 0;
   uint16_t group = 0;
@@ -69,8 +73,9 @@ struct PartialRow {
 };
 static_assert(sizeof(PartialRow) == 8);
 
-// ---- Nack, Busy, Reject -------------------------------------------------------------------------------------
-// payload = PartialRow[rows] (row, group) without data. Nack and Reject come from expert servers; Nack's epoch is the
+// ---- Nack, Busy, Reject
+// ------------------------------------------------------------------------------------- payload =
+// PartialRow[rows] (row, group) without data. Nack and Reject come from expert servers; Nack's epoch is the
 // one the server knows. Busy comes from routers; its group is kWholeRow when the row was not routed at all.
 inline constexpr uint16_t kWholeRow = 0xffff;
 
@@ -80,7 +85,7 @@ inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
 }
 // Rows of a message of each kind that fit into kPayloadBytesMax, at least 1 for every supported shape.
 int32_t DispatchRowsMax(const RowShape& shape);
-int32_t WorkRowsMax(const RowShape& shape);      // ExpertWork, top_k pairs each
+int32_t WorkRowsMax(const RowShape& shape);  // ExpertWork, top_k pairs each
 int32_t PartialRowsMax(const RowShape& shape);
 int32_t RoutePlanRowsMax(const RowShape& shape);
 
@@ -118,11 +123,11 @@ std::span<PartialRow> LayOutRowList(uint32_t rows, std::span<std::byte> payload)
 struct WorkView {
   std::span<const WorkRow> rows;
   std::span<const WorkPair> pairs;
-  const std::byte* data = nullptr;   // [rows, hidden]
+  const std::byte* data = nullptr;  // [rows, hidden]
 };
 struct PartialView {
   std::span<const PartialRow> rows;
-  const std::byte* data = nullptr;   // [rows, hidden]; null for Nack, Busy, Reject
+  const std::byte* data = nullptr;  // [rows, hidden]; null for Nack, Busy, Reject
 };
 struct RoutePlanView {
   std::span<const uint64_t> servers;
@@ -133,7 +138,8 @@ struct RoutePlanView {
 
 // REQUIRES (all): ValidateHeader passed; payload is 8-byte aligned (frames are).
 // ExpertWork. Every row has 1 ... top_k pairs with ascending experts and finite weights.
-absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header, std::span<const std::byte> payload);
+absl::StatusOr<WorkView> ReadWork(const RowShape& shape, const FrameHeader& header,
+                                  std::span<const std::byte> payload);
 // The row data.
 absl::StatusOr<const std::byte*> ReadDispatch(const RowShape& shape, const FrameHeader& header,
                                               std::span<const std::byte> payload);

@@ -17,7 +17,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr RowShape kShape{.hidden = 24, .top_k = 3, .num_experts = 20, .num_groups = 5, .activation_bytes = 2};
+constexpr RowShape kShape{
+    .hidden = 24, .top_k = 3, .num_experts = 20, .num_groups = 5, .activation_bytes = 2};
 
 // A message in memory of exactly its size, so that asan sees the first byte read behind it.
 struct Message {
@@ -76,7 +77,8 @@ Message RandomPartial(std::mt19937& random) {
   message.header.rows = rows;
   const PartialSpans spans = LayOutPartial(kShape, rows, message.payload());
   for (PartialRow& row : spans.rows) {
-    row = {.row = static_cast<uint32_t>(random()), .group = static_cast<uint16_t>(random() % kShape.num_groups)};
+    row = {.row = static_cast<uint32_t>(random()),
+           .group = static_cast<uint16_t>(random() % kShape.num_groups)};
   }
   FillRandom(random, spans.data, rows * kShape.row_bytes());
   return message;
@@ -88,7 +90,8 @@ Message RandomRowList(std::mt19937& random, Kind kind) {
   message.header.kind = kind;
   message.header.rows = rows;
   for (PartialRow& row : LayOutRowList(rows, message.payload())) {
-    row = {.row = static_cast<uint32_t>(random()), .group = static_cast<uint16_t>(random() % kShape.num_groups)};
+    row = {.row = static_cast<uint32_t>(random()),
+           .group = static_cast<uint16_t>(random() % kShape.num_groups)};
   }
   return message;
 }
@@ -172,7 +175,8 @@ bool ReadAll(Message& message, uint64_t& sum) {
       for (float weight : view->weights) EXPECT_TRUE(std::isfinite(weight));
       return true;
     }
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -192,7 +196,8 @@ TEST(ReadWork, ReadsBackWhatWasWritten) {
     EXPECT_EQ(view->rows.size(), message.header.rows);
     EXPECT_EQ(view->pairs.size(), message.header.pairs);
     EXPECT_EQ((view->data - message.payload().data()) % kRowAlignment, 0);
-    EXPECT_EQ(view->data + message.header.rows * kShape.row_bytes(), message.payload().data() + message.bytes);
+    EXPECT_EQ(view->data + message.header.rows * kShape.row_bytes(),
+              message.payload().data() + message.bytes);
   }
 }
 
@@ -216,7 +221,8 @@ TEST(ReadWork, RefusesCountsThatDoNotMatchTheBytes) {
   Message message = RandomWork(random);
   ExpectRefused(ReadWork(kShape, message.header, message.payload().first(message.bytes - 1)), "received");
   message.header.payload_bytes -= 64;
-  ExpectRefused(ReadWork(kShape, message.header, message.payload().first(message.bytes - 64)), "payload bytes");
+  ExpectRefused(ReadWork(kShape, message.header, message.payload().first(message.bytes - 64)),
+                "payload bytes");
 }
 
 TEST(ReadWork, RefusesBadDescriptors) {
@@ -337,7 +343,8 @@ TEST(ReadRoutePlan, RefusesBadTables) {
 TEST(ReadRoutePlan, ARejectedRowIsMarkedByItsFirstWeight) {
   std::mt19937 random(10);
   Message message = RandomRoutePlan(random);
-  const RoutePlanSpans spans = LayOutRoutePlan(kShape, message.header.rows, message.header.pairs, message.payload());
+  const RoutePlanSpans spans =
+      LayOutRoutePlan(kShape, message.header.rows, message.header.pairs, message.payload());
   spans.weights[0] = kRejectedRowWeight;
   for (int k = 0; k < kShape.top_k; ++k) spans.server_index[k] = kNoServer;
   const auto view = ReadRoutePlan(kShape, message.header, message.payload());
@@ -358,11 +365,16 @@ TEST(Readers, FlippedBytesNeverReadOutOfBounds) {
   for (int round = 0; round < 20000; ++round) {
     Message message = [&] {
       switch (random() % 5) {
-        case 0: return RandomWork(random);
-        case 1: return RandomPartial(random);
-        case 2: return RandomRowList(random, static_cast<Kind>(20 + random() % 3));
-        case 3: return RandomRoutePlan(random);
-        default: return RandomDispatch(random);
+        case 0:
+          return RandomWork(random);
+        case 1:
+          return RandomPartial(random);
+        case 2:
+          return RandomRowList(random, static_cast<Kind>(20 + random() % 3));
+        case 3:
+          return RandomRoutePlan(random);
+        default:
+          return RandomDispatch(random);
       }
     }();
     const int flips = 1 + static_cast<int>(random() % 3);
@@ -407,7 +419,8 @@ TEST(RowsMax, LargestMessageFitsAndOneRowMoreDoesNot) {
         const RowShape shape{hidden, top_k, 160, 8, activation_bytes};
         const auto fits = [](uint64_t bytes) { return bytes <= kPayloadBytesMax; };
         const uint32_t dispatch = DispatchRowsMax(shape);
-        EXPECT_TRUE(dispatch >= 1 && fits(dispatch * shape.row_bytes()) && !fits((dispatch + 1) * shape.row_bytes()));
+        EXPECT_TRUE(dispatch >= 1 && fits(dispatch * shape.row_bytes()) &&
+                    !fits((dispatch + 1) * shape.row_bytes()));
         const uint32_t work = WorkRowsMax(shape);
         EXPECT_TRUE(work >= 1 && fits(WorkPayloadBytes(shape, work, work * top_k)) &&
                     !fits(WorkPayloadBytes(shape, work + 1, (work + 1) * top_k)));

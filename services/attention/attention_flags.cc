@@ -1,8 +1,7 @@
 #include "services/attention/attention_flags.h"
 
-#include <charconv>
-
 #include <CLI/CLI.hpp>
+#include <charconv>
 
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -12,22 +11,34 @@ namespace minke::attention {
 
 void AddAttentionFlags(CLI::App& app, AttentionFlags& flags) {
   app.add_option("--routing", flags.routing, "who gates rows: the router, or the attention node itself")
-      ->check(CLI::IsMember({"remote", "local"}))->capture_default_str();
+      ->check(CLI::IsMember({"remote", "local"}))
+      ->capture_default_str();
   app.add_option("--microbatches", flags.microbatches, "parts of a step in flight at once: auto, or 1 to 8")
-      ->check(CLI::IsMember({"auto", "1", "2", "3", "4", "5", "6", "7", "8"}))->capture_default_str();
+      ->check(CLI::IsMember({"auto", "1", "2", "3", "4", "5", "6", "7", "8"}))
+      ->capture_default_str();
   app.add_option("--mla", flags.mla, "form of attention; auto: naive for long prompt chunks")
-      ->check(CLI::IsMember({"auto", "absorbed", "naive"}))->capture_default_str();
-  app.add_option("--cache-mib", flags.cache_mib, "size of the latent cache")->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  app.add_option("--step-tokens", flags.step_tokens, "rows of one step")->check(CLI::Range(1, 65536))->capture_default_str();
-  app.add_option("--sequences", flags.sequences, "sequences running at once")->check(CLI::Range(1, 65536))->capture_default_str();
-  app.add_option("--waiting", flags.waiting, "requests waiting for admission")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+      ->check(CLI::IsMember({"auto", "absorbed", "naive"}))
+      ->capture_default_str();
+  app.add_option("--cache-mib", flags.cache_mib, "size of the latent cache")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--step-tokens", flags.step_tokens, "rows of one step")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--sequences", flags.sequences, "sequences running at once")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--waiting", flags.waiting, "requests waiting for admission")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   app.add_option("--unavailable-after-s", flags.unavailable_after_s,
                  "how long a request waits for experts that nobody can reach before it fails")
-      ->check(CLI::Range(1, 3600))->capture_default_str();
+      ->check(CLI::Range(1, 3600))
+      ->capture_default_str();
 }
 
-absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& flags, const Checkpoint& checkpoint,
-                                                         Precision precision) {
+absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& flags,
+                                                         const Checkpoint& checkpoint, Precision precision) {
   AttentionServiceOptions options;
   options.precision = precision;
   options.local_routing = flags.routing == "local";
@@ -38,8 +49,10 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
                        : flags.mla == "absorbed" ? MlaChoice::kAbsorbed
                                                  : MlaChoice::kAuto;
   options.engine.exchange.total_timeout = absl::Seconds(flags.unavailable_after_s);
-  absl::StatusOr<std::unique_ptr<tokenizer::Tokenizer>> tokenizer = tokenizer::Tokenizer::Load(checkpoint.directory());
-  if (absl::IsNotFound(tokenizer.status())) return options;   // token ids only: every row of the head may be sampled
+  absl::StatusOr<std::unique_ptr<tokenizer::Tokenizer>> tokenizer =
+      tokenizer::Tokenizer::Load(checkpoint.directory());
+  if (absl::IsNotFound(tokenizer.status()))
+    return options;  // token ids only: every row of the head may be sampled
   if (!tokenizer.ok()) return tokenizer.status();
   options.allowed_tokens.resize(checkpoint.config().vocab_size);
   for (size_t id = 0; id < options.allowed_tokens.size(); ++id) {
@@ -57,18 +70,20 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
   const auto gauge = [](const char* name, const char* help, int64_t value) {
     return Sample{name, help, Sample::Type::kGauge, {}, static_cast<double>(value)};
   };
-  return {counter("attention_steps_total", "Engine steps", s.steps),
-          counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
-          counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
-          counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
-          counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
-          counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),
-          counter("attention_duplicate_rows_total", "(row, group) answers that were there already", s.duplicate_rows),
-          counter("attention_bad_frames_total", "Malformed messages", s.bad_frames),
-          gauge("attention_sequences_running", "Sequences running", s.running),
-          gauge("attention_sequences_waiting", "Requests waiting for admission", s.waiting),
-          gauge("attention_cache_pages", "Pages of the latent cache", s.pages_total),
-          gauge("attention_cache_pages_used", "Pages in use", s.pages_used)};
+  return {
+      counter("attention_steps_total", "Engine steps", s.steps),
+      counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
+      counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
+      counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
+      counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
+      counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),
+      counter("attention_duplicate_rows_total", "(row, group) answers that were there already",
+              s.duplicate_rows),
+      counter("attention_bad_frames_total", "Malformed messages", s.bad_frames),
+      gauge("attention_sequences_running", "Sequences running", s.running),
+      gauge("attention_sequences_waiting", "Requests waiting for admission", s.waiting),
+      gauge("attention_cache_pages", "Pages of the latent cache", s.pages_total),
+      gauge("attention_cache_pages_used", "Pages in use", s.pages_used)};
 }
 
 }  // namespace minke::attention

@@ -15,20 +15,20 @@ class App;
 namespace minke::attention {
 
 struct AttentionFlags {
-  std::string routing = "remote";        // remote | local
-  std::string microbatches = "auto";     // auto | 1 ... 8
-  std::string mla = "auto";              // auto | absorbed | naive
-  int64_t cache_mib = 1024;              // latent cache
+  std::string routing = "remote";     // remote | local
+  std::string microbatches = "auto";  // auto | 1 ... 8
+  std::string mla = "auto";           // auto | absorbed | naive
+  int64_t cache_mib = 1024;           // latent cache
   int64_t step_tokens = 512;
   int64_t sequences = 256;
   int64_t waiting = 1024;
-  int unavailable_after_s = 60;          // wait for unreachable experts before a request fails
+  int unavailable_after_s = 60;  // wait for unreachable experts before a request fails
 };
 
 void AddAttentionFlags(CLI::App& app, AttentionFlags& flags);
 // Also reads the checkpoint's tokenizer, if it has one, for the ids that may be sampled.
-absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& flags, const Checkpoint& checkpoint,
-                                                         Precision precision);
+absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& flags,
+                                                         const Checkpoint& checkpoint, Precision precision);
 std::vector<telemetry::Sample> CollectMetrics(const Engine& engine);
 
 }  // namespace minke::attention

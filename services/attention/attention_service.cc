@@ -9,16 +9,17 @@
 
 namespace minke::attention {
 
-absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(std::shared_ptr<const Checkpoint> checkpoint,
-                                                                          std::unique_ptr<transport::Transport> transport,
-                                                                          AttentionServiceOptions options) {
+absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
+    std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
+    AttentionServiceOptions options) {
   std::unique_ptr<AttentionService> service(new AttentionService);
   service->options_ = std::move(options);
   AttentionServiceOptions& o = service->options_;
   service->pool_ = std::make_unique<ThreadPool>(o.threads);
   const int32_t layers = checkpoint->config().num_hidden_layers;
   absl::Time last = absl::Now();
-  MK_ASSIGN_OR_RETURN(auto model, AttentionModel::Load(checkpoint, o.precision, *service->pool_, [&](int32_t layer) {
+  MK_ASSIGN_OR_RETURN(auto model,
+                      AttentionModel::Load(checkpoint, o.precision, *service->pool_, [&](int32_t layer) {
                         if (absl::Now() - last < absl::Seconds(1)) return;
                         last = absl::Now();
                         log::Info("attention", StrCat("loading layers: ", layer + 1, " of ", layers));
@@ -49,10 +50,10 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(std::s
   report.mutable_member()->set_detail("connecting to the data plane");
   const auto on_update = [raw = service.get()](const cluster::v1::ClusterUpdate& update) {
     const cluster::v1::ClusterView& view = update.view();
-    raw->engine_->UpdateCluster(
-        {.routers = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER),
-         .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
-         .placement = std::make_shared<router::PlacementTable>(cluster::EpochOf(view), cluster::Replicas(view))});
+    raw->engine_->UpdateCluster({.routers = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER),
+                                 .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
+                                 .placement = std::make_shared<router::PlacementTable>(
+                                     cluster::EpochOf(view), cluster::Replicas(view))});
   };
   service->client_ = rpc::MembershipClient::Start(o.router, report, on_update, o.on_refused);
   service->watch_thread_ = std::thread([raw = service.get(), report]() mutable {
@@ -65,7 +66,8 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(std::s
       absl::SleepFor(absl::Milliseconds(20));
     }
   });
-  log::Info("attention", StrCat("serving rpc=", service->self_.rpc_address(), " cache_pages=", service->engine_->status().pages_total));
+  log::Info("attention", StrCat("serving rpc=", service->self_.rpc_address(),
+                                " cache_pages=", service->engine_->status().pages_total));
   return service;
 }
 

@@ -16,23 +16,23 @@
 namespace minke::attention {
 
 struct AttentionServiceOptions {
-  std::string router;                   // host:port of the router's gRPC server
-  std::string listen = "127.0.0.1:0";   // gRPC
-  std::string advertise_host;           // as others reach this host; empty: the host of `listen`
+  std::string router;                  // host:port of the router's gRPC server
+  std::string listen = "127.0.0.1:0";  // gRPC
+  std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
   bool local_routing = false;
   int threads = 1;
   EngineOptions engine;
-  std::vector<uint8_t> allowed_tokens;  // [vocab] 0/1: ids that have a token; empty: all
-  router::Gate::Override gate_override; // tests only, with local_routing
+  std::vector<uint8_t> allowed_tokens;   // [vocab] 0/1: ids that have a token; empty: all
+  router::Gate::Override gate_override;  // tests only, with local_routing
   rpc::MembershipClient::OnRefused on_refused;
 };
 
 class AttentionService {
  public:
-  static absl::StatusOr<std::unique_ptr<AttentionService>> Start(std::shared_ptr<const Checkpoint> checkpoint,
-                                                                 std::unique_ptr<transport::Transport> transport,
-                                                                 AttentionServiceOptions options);
+  static absl::StatusOr<std::unique_ptr<AttentionService>> Start(
+      std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
+      AttentionServiceOptions options);
   ~AttentionService();
   Engine& engine() { return *engine_; }
   const std::string& rpc_address() const { return self_.rpc_address(); }

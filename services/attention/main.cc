@@ -36,9 +36,10 @@ int main(int argc, char** argv) {
   options->threads = flags.Threads();
   options->on_refused = [](const absl::Status& status) {
     node::Fail("attention", status);
-    ::_exit(1);   // refused for good: nothing here is worth an orderly end
+    ::_exit(1);  // refused for good: nothing here is worth an orderly end
   };
-  auto service = attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
+  auto service =
+      attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(flags, [&] { return attention::CollectMetrics((*service)->engine()); });
   if (!metrics.ok()) return fail(metrics.status());

@@ -9,9 +9,9 @@
 
 namespace minke::experts {
 
-absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(std::shared_ptr<const Checkpoint> checkpoint,
-                                                                    std::unique_ptr<transport::Transport> transport,
-                                                                    ExpertServiceOptions options) {
+absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
+    std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
+    ExpertServiceOptions options) {
   std::unique_ptr<ExpertService> service(new ExpertService);
   service->checkpoint_ = std::move(checkpoint);
   service->options_ = std::move(options);
@@ -21,8 +21,8 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(std::shared_
   service->self_.set_node_id(transport->self().value);
   service->self_.set_role(cluster::v1::ROLE_EXPERT);
   service->self_.set_data_address(transport->address());
-  service->engine_ = std::make_unique<ExpertEngine>(service->checkpoint_->config(), o.precision, std::move(transport),
-                                                    *service->pool_, o.engine);
+  service->engine_ = std::make_unique<ExpertEngine>(service->checkpoint_->config(), o.precision,
+                                                    std::move(transport), *service->pool_, o.engine);
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
@@ -35,7 +35,8 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(std::shared_
     report = service->ReportLocked();
   }
   service->client_ = rpc::MembershipClient::Start(
-      o.router, report, [raw = service.get()](const cluster::v1::ClusterUpdate& update) { raw->OnUpdate(update); },
+      o.router, report,
+      [raw = service.get()](const cluster::v1::ClusterUpdate& update) { raw->OnUpdate(update); },
       o.on_refused);
   return service;
 }
@@ -45,7 +46,8 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
   *report.mutable_member() = self_;
   report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty());
   if (!to_load_.empty()) {
-    report.mutable_member()->set_detail(StrCat("loading units: ", assigned_.size() - to_load_.size(), " of ", assigned_.size()));
+    report.mutable_member()->set_detail(
+        StrCat("loading units: ", assigned_.size() - to_load_.size(), " of ", assigned_.size()));
   }
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint_->fingerprint()));
   report.set_precision(std::string(ToString(options_.precision)));
@@ -61,7 +63,8 @@ void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   engine_->SetEpoch(cluster::EpochOf(update.view()));
   absl::MutexLock lock(&mutex_);
   for (const cluster::v1::Unit& unit : update.assigned()) {
-    if (assigned_.insert({unit.layer(), unit.group()}).second) to_load_.push_back({unit.layer(), unit.group()});
+    if (assigned_.insert({unit.layer(), unit.group()}).second)
+      to_load_.push_back({unit.layer(), unit.group()});
   }
 }
 
@@ -77,8 +80,9 @@ void ExpertService::LoadLoop() {
       unit = to_load_.front();
     }
     auto weights = LoadUnit(*checkpoint_, unit, options_.precision, *load_pool_);
-    if (!weights.ok()) {   // checked when the checkpoint was opened; a file that changes under us ends here
-      log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ", weights.status().message()));
+    if (!weights.ok()) {  // checked when the checkpoint was opened; a file that changes under us ends here
+      log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ",
+                                   weights.status().message()));
       absl::MutexLock lock(&mutex_);
       to_load_.pop_front();
       assigned_.erase(unit);

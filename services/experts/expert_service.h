@@ -1,5 +1,5 @@
-// A whole expert server: engine thread, loader thread, membership, gRPC health. One per process, or one of the roles
-// of `minke serve`.
+// A whole expert server: engine thread, loader thread, membership, gRPC health. One per process, or one of
+// the roles of `minke serve`.
 #pragma once
 
 #include <atomic>
@@ -21,9 +21,9 @@
 namespace minke::experts {
 
 struct ExpertServiceOptions {
-  std::string router;                   // host:port of the router's gRPC server
-  std::string listen = "127.0.0.1:0";   // gRPC (health, reflection)
-  std::string advertise_host;           // as others reach this host; empty: the host of `listen`
+  std::string router;                  // host:port of the router's gRPC server
+  std::string listen = "127.0.0.1:0";  // gRPC (health, reflection)
+  std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
   int threads = 1;
   ExpertEngineOptions engine;
@@ -44,7 +44,7 @@ class ExpertService {
   void LoadLoop();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  std::shared_ptr<const Checkpoint> checkpoint_;   // shared with the process's other roles
+  std::shared_ptr<const Checkpoint> checkpoint_;  // shared with the process's other roles
   ExpertServiceOptions options_;
   cluster::v1::Member self_;
   std::unique_ptr<ThreadPool> pool_, load_pool_;

@@ -1,9 +1,8 @@
 // minke-expert: hosts (layer, group) shards of the routed experts and computes the rows it is sent.
 #include <unistd.h>
 
-#include <iostream>
-
 #include <CLI/CLI.hpp>
+#include <iostream>
 
 #include "libs/base/log.h"
 #include "libs/node/node.h"
@@ -32,7 +31,7 @@ int main(int argc, char** argv) {
   options.threads = flags.Threads();
   options.on_refused = [](const absl::Status& status) {
     node::Fail("expert", status);
-    ::_exit(1);   // refused for good: nothing here is worth an orderly end
+    ::_exit(1);  // refused for good: nothing here is worth an orderly end
   };
   auto service = experts::ExpertService::Start(*std::move(checkpoint), *std::move(transport), options);
   if (!service.ok()) return fail(service.status());
@@ -42,12 +41,13 @@ int main(int argc, char** argv) {
     const auto counter = [](const char* name, const char* help, uint64_t value) {
       return Sample{name, help, Sample::Type::kCounter, {}, static_cast<double>(value)};
     };
-    return std::vector<Sample>{counter("expert_launches_total", "Grouped launches", s.launches),
-                               counter("expert_rows_received_total", "Rows received", s.rows),
-                               counter("expert_nacked_rows_total", "(row, group) pairs not hosted here", s.nacked_rows),
-                               counter("expert_rejected_rows_total", "(row, group) sums that were not finite", s.rejected_rows),
-                               counter("expert_bad_frames_total", "Malformed messages", s.bad_frames),
-                               {"expert_queued_rows", "Rows waiting", Sample::Type::kGauge, {}, static_cast<double>(s.queued_rows)}};
+    return std::vector<Sample>{
+        counter("expert_launches_total", "Grouped launches", s.launches),
+        counter("expert_rows_received_total", "Rows received", s.rows),
+        counter("expert_nacked_rows_total", "(row, group) pairs not hosted here", s.nacked_rows),
+        counter("expert_rejected_rows_total", "(row, group) sums that were not finite", s.rejected_rows),
+        counter("expert_bad_frames_total", "Malformed messages", s.bad_frames),
+        {"expert_queued_rows", "Rows waiting", Sample::Type::kGauge, {}, static_cast<double>(s.queued_rows)}};
   });
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, "");

@@ -38,17 +38,18 @@ absl::Status ChooseChatTemplate(const std::string& directory, std::string_view n
     model->chat_template = *detected;
     return absl::OkStatus();
   }
-  model->no_chat_reason = absl::IsNotFound(detected.status())
-                              ? "this checkpoint has no chat template: use /v1/completions, or serve it with --chat-template"
-                              : "this checkpoint's chat template is not known: serve it with --chat-template";
+  model->no_chat_reason =
+      absl::IsNotFound(detected.status())
+          ? "this checkpoint has no chat template: use /v1/completions, or serve it with --chat-template"
+          : "this checkpoint's chat template is not known: serve it with --chat-template";
   if (!absl::IsNotFound(detected.status())) log::Warning(kTag, StdView(detected.status().message()));
   return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory, std::string_view model_name,
-                                              std::string_view chat_template) {
+absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory,
+                                              std::string_view model_name, std::string_view chat_template) {
   MK_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Load(checkpoint_directory));
   GatewayModel model;
   model.name = model_name.empty() ? FolderName(checkpoint_directory) : std::string(model_name);
@@ -63,7 +64,8 @@ absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_dire
   if (!loaded.ok()) return loaded.status();
   model.tokenizer = *std::move(loaded);
   if (const auto eos = model.tokenizer->eos_id();
-      eos && *eos < model.vocab_size && std::count(model.eos_token_ids.begin(), model.eos_token_ids.end(), *eos) == 0) {
+      eos && *eos < model.vocab_size &&
+      std::count(model.eos_token_ids.begin(), model.eos_token_ids.end(), *eos) == 0) {
     model.eos_token_ids.push_back(*eos);
   }
   MK_RETURN_IF_ERROR(ChooseChatTemplate(checkpoint_directory, chat_template, &model));
@@ -98,7 +100,8 @@ class Gateway::Impl {
         context, &admission_, keys, not_ready_reason, static_cast<int64_t>(std::time(nullptr))});
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
-      MK_ASSIGN_OR_RETURN(grpc, GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, not_ready_reason}));
+      MK_ASSIGN_OR_RETURN(
+          grpc, GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, not_ready_reason}));
     }
     MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, handler_.get()));
     {
@@ -112,7 +115,8 @@ class Gateway::Impl {
   void UpdateView(const cluster::v1::ClusterView& view) {
     std::vector<AttentionNode> nodes;
     for (const cluster::v1::Member& member : view.members()) {
-      if (member.role() == cluster::v1::ROLE_ATTENTION) nodes.push_back({member.node_id(), member.rpc_address(), member.ready()});
+      if (member.role() == cluster::v1::ROLE_ATTENTION)
+        nodes.push_back({member.node_id(), member.rpc_address(), member.ready()});
     }
     {
       const std::lock_guard lock(mutex_);
@@ -133,7 +137,8 @@ class Gateway::Impl {
     if (http_ != nullptr) http_->Shutdown(grace);
     if (grpc_ != nullptr) {
       const auto left = deadline - std::chrono::steady_clock::now();
-      grpc_->Shutdown(std::max(std::chrono::duration_cast<std::chrono::milliseconds>(left), std::chrono::milliseconds(0)));
+      grpc_->Shutdown(std::max(std::chrono::duration_cast<std::chrono::milliseconds>(left),
+                               std::chrono::milliseconds(0)));
     }
   }
 
@@ -151,7 +156,8 @@ class Gateway::Impl {
     if (grpc_ != nullptr) grpc_->SetServing(ready);
     if (std::exchange(ready_, ready) == ready) return;
     if (ready) {
-      log::Info(kTag, StrCat("ready http://", HostOf(options_.http.listen), ":", http_ == nullptr ? 0 : http_->port()));
+      log::Info(kTag, StrCat("ready http://", HostOf(options_.http.listen), ":",
+                             http_ == nullptr ? 0 : http_->port()));
     } else {
       log::Warning(kTag, StrCat("not ready: ", reason_));
     }
@@ -165,15 +171,15 @@ class Gateway::Impl {
   Admission admission_;
   std::atomic<bool> pool_connected_{false};
   mutable std::mutex mutex_;
-  bool view_ready_ = false;                                          // guarded by mutex_
-  std::string view_reason_ = "waiting for the router";               // guarded by mutex_
-  bool ready_ = false;                                               // guarded by mutex_
-  std::string reason_ = "waiting for the router";                    // guarded by mutex_
+  bool view_ready_ = false;                             // guarded by mutex_
+  std::string view_reason_ = "waiting for the router";  // guarded by mutex_
+  bool ready_ = false;                                  // guarded by mutex_
+  std::string reason_ = "waiting for the router";       // guarded by mutex_
   // Destroyed bottom up: the servers first, then the pool they use.
   std::unique_ptr<AttentionPool> pool_;
   std::unique_ptr<OpenAiHandler> handler_;
   std::unique_ptr<HttpServer> http_;
-  std::unique_ptr<GrpcApi> grpc_;                                    // set once, under mutex_
+  std::unique_ptr<GrpcApi> grpc_;  // set once, under mutex_
 };
 
 Gateway::Gateway(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

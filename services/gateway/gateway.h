@@ -22,9 +22,9 @@ namespace minke::gateway {
 
 struct GatewayOptions {
   HttpServerOptions http;
-  std::string grpc_listen = "127.0.0.1:0";       // HOST:PORT; port 0: any free one; empty: no gRPC API
-  std::string api_key_file;                      // one key per line, # comments; empty: everybody may call
-  int64_t sequences_max = 4096;                  // running and waiting at once (choices count); above: 429
+  std::string grpc_listen = "127.0.0.1:0";         // HOST:PORT; port 0: any free one; empty: no gRPC API
+  std::string api_key_file;                        // one key per line, # comments; empty: everybody may call
+  int64_t sequences_max = 4096;                    // running and waiting at once (choices count); above: 429
   std::chrono::milliseconds silence_max{600'000};  // a request none of whose sequences moves for so long: 503
   AttentionPoolOptions attention;
 };
@@ -32,8 +32,8 @@ struct GatewayOptions {
 // The checkpoint as a gateway needs it: config.json, and the tokenizer where there is one.
 //   model_name     what /v1/models lists; empty: the folder's name
 //   chat_template  "auto" or empty: as tokenizer_config.json says; else v2-chat, v2-chat-0628, v2.5
-absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory, std::string_view model_name,
-                                              std::string_view chat_template);
+absl::StatusOr<GatewayModel> LoadGatewayModel(const std::string& checkpoint_directory,
+                                              std::string_view model_name, std::string_view chat_template);
 
 class Gateway {
  public:

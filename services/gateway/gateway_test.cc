@@ -1,5 +1,5 @@
-// The gateway's pure parts: parsing, validation, stop strings, errors, keys. Its sockets are tested with whole clusters
-// (tests/e2e).
+// The gateway's pure parts: parsing, validation, stop strings, errors, keys. Its sockets are tested with
+// whole clusters (tests/e2e).
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -28,7 +28,8 @@ GatewayModel IdsOnly() {
   return model;
 }
 
-std::variant<GenerateRequest, ApiError> Parse(const json& change, Endpoint endpoint = Endpoint::kCompletions) {
+std::variant<GenerateRequest, ApiError> Parse(const json& change,
+                                              Endpoint endpoint = Endpoint::kCompletions) {
   json body = {{"prompt", {5, 6, 7}}, {"max_tokens", 4}};
   for (const auto& [key, value] : change.items()) body[key] = value;
   return ParseRequest(endpoint, body.dump(), IdsOnly());
@@ -41,22 +42,37 @@ struct Refusal {
 
 TEST(ParseRequest, EveryBadFieldIsNamed) {
   const std::vector<Refusal> refusals = {
-      {{{"prompt", json::array()}}, "prompt"},        {{{"prompt", ""}}, "prompt"},
-      {{{"prompt", "text"}}, "prompt"},               {{{"prompt", {512}}}, "prompt"},
-      {{{"prompt", {-1}}}, "prompt"},                 {{{"prompt", {1.5}}}, "prompt"},
-      {{{"prompt", {{5}, json::array()}}}, "prompt"}, {{{"prompt", json::object()}}, "prompt"},
-      {{{"prompt", nullptr}}, "prompt"},              {{{"max_tokens", -1}}, "max_tokens"},
-      {{{"max_tokens", "4"}}, "max_tokens"},          {{{"max_tokens", 98}}, "max_tokens"},
-      {{{"max_tokens", 1e30}}, "max_tokens"},         {{{"temperature", 2.1}}, "temperature"},
-      {{{"temperature", -0.1}}, "temperature"},       {{{"temperature", "hot"}}, "temperature"},
-      {{{"top_p", 0}}, "top_p"},                      {{{"top_p", 1.01}}, "top_p"},
-      {{{"n", 0}}, "n"},                              {{{"n", 1.5}}, "n"},
-      {{{"n", 100000}}, "n"},                         {{{"logprobs", 21}}, "logprobs"},
-      {{{"logprobs", -1}}, "logprobs"},               {{{"stop", 5}}, "stop"},
-      {{{"stop", {"a", 1}}}, "stop"},                 {{{"logit_bias", {{"512", 1}}}}, "logit_bias"},
-      {{{"logit_bias", {{"x", 1}}}}, "logit_bias"},   {{{"tools", {{{"type", "function"}}}}}, "tools"},
+      {{{"prompt", json::array()}}, "prompt"},
+      {{{"prompt", ""}}, "prompt"},
+      {{{"prompt", "text"}}, "prompt"},
+      {{{"prompt", {512}}}, "prompt"},
+      {{{"prompt", {-1}}}, "prompt"},
+      {{{"prompt", {1.5}}}, "prompt"},
+      {{{"prompt", {{5}, json::array()}}}, "prompt"},
+      {{{"prompt", json::object()}}, "prompt"},
+      {{{"prompt", nullptr}}, "prompt"},
+      {{{"max_tokens", -1}}, "max_tokens"},
+      {{{"max_tokens", "4"}}, "max_tokens"},
+      {{{"max_tokens", 98}}, "max_tokens"},
+      {{{"max_tokens", 1e30}}, "max_tokens"},
+      {{{"temperature", 2.1}}, "temperature"},
+      {{{"temperature", -0.1}}, "temperature"},
+      {{{"temperature", "hot"}}, "temperature"},
+      {{{"top_p", 0}}, "top_p"},
+      {{{"top_p", 1.01}}, "top_p"},
+      {{{"n", 0}}, "n"},
+      {{{"n", 1.5}}, "n"},
+      {{{"n", 100000}}, "n"},
+      {{{"logprobs", 21}}, "logprobs"},
+      {{{"logprobs", -1}}, "logprobs"},
+      {{{"stop", 5}}, "stop"},
+      {{{"stop", {"a", 1}}}, "stop"},
+      {{{"logit_bias", {{"512", 1}}}}, "logit_bias"},
+      {{{"logit_bias", {{"x", 1}}}}, "logit_bias"},
+      {{{"tools", {{{"type", "function"}}}}}, "tools"},
       {{{"response_format", {{"type", "json_object"}}}}, "response_format"},
-      {{{"best_of", 3}}, "best_of"},                  {{{"stream", "yes"}}, "stream"},
+      {{{"best_of", 3}}, "best_of"},
+      {{{"stream", "yes"}}, "stream"},
       {{{"presence_penalty", "x"}}, "presence_penalty"}};
   for (const Refusal& refusal : refusals) {
     const auto parsed = Parse(refusal.change);
@@ -69,16 +85,20 @@ TEST(ParseRequest, EveryBadFieldIsNamed) {
 }
 
 TEST(ParseRequest, BodiesThatAreNoObjectAreRefused) {
-  for (const std::string body : {"", "{", "[]", "3", "null", "{\"prompt\": [5], }", "{\"prompt\": [5], \"max_tokens\": 1e999}",
-                                 "{\"prompt\": \"\xff\xfe\"}", "\x00"}) {
-    EXPECT_TRUE(std::holds_alternative<ApiError>(ParseRequest(Endpoint::kCompletions, body, IdsOnly()))) << body;
+  for (const std::string body :
+       {"", "{", "[]", "3", "null", "{\"prompt\": [5], }", "{\"prompt\": [5], \"max_tokens\": 1e999}",
+        "{\"prompt\": \"\xff\xfe\"}", "\x00"}) {
+    EXPECT_TRUE(std::holds_alternative<ApiError>(ParseRequest(Endpoint::kCompletions, body, IdsOnly())))
+        << body;
   }
-  EXPECT_TRUE(std::holds_alternative<ApiError>(ParseRequest(Endpoint::kCompletions, std::string(1 << 20, '['), IdsOnly())));
+  EXPECT_TRUE(std::holds_alternative<ApiError>(
+      ParseRequest(Endpoint::kCompletions, std::string(1 << 20, '['), IdsOnly())));
 }
 
 TEST(ParseRequest, RandomDamageNeverCrashes) {
   std::mt19937 rng(1);
-  const std::string good = R"({"prompt": [[5, 6], [7]], "max_tokens": 4, "stop": ["a", "é"], "logit_bias": {"3": -1.5}})";
+  const std::string good =
+      R"({"prompt": [[5, 6], [7]], "max_tokens": 4, "stop": ["a", "é"], "logit_bias": {"3": -1.5}})";
   for (int i = 0; i < 20000; ++i) {
     std::string body = good;
     for (int k = 1 + rng() % 4; k > 0; --k) body[rng() % body.size()] = static_cast<char>(rng());
@@ -87,20 +107,32 @@ TEST(ParseRequest, RandomDamageNeverCrashes) {
 }
 
 TEST(ParseRequest, ChatAndTextNeedATokenizer) {
-  const auto chat = ParseRequest(Endpoint::kChat, R"({"messages": [{"role": "user", "content": "x"}]})", IdsOnly());
+  const auto chat =
+      ParseRequest(Endpoint::kChat, R"({"messages": [{"role": "user", "content": "x"}]})", IdsOnly());
   ASSERT_TRUE(std::holds_alternative<ApiError>(chat));
   EXPECT_EQ(std::get<ApiError>(chat).http_status, 400);
 }
 
 TEST(ParseRequest, ReadsWhatClientsSend) {
-  const auto parsed = Parse({{"prompt", {{5, 6}, {7}}}, {"n", 3}, {"stream", true}, {"stream_options", {{"include_usage", true}}},
-                             {"seed", 11}, {"temperature", 0.5}, {"top_p", 0.9}, {"top_k", 40}, {"min_p", 0.05},
-                             {"logit_bias", {{"7", -100}}}, {"logprobs", 2}, {"echo", true}, {"return_token_ids", true},
-                             {"user", "someone"}, {"unknown", {{"nested", {1, 2}}}}});
+  const auto parsed = Parse({{"prompt", {{5, 6}, {7}}},
+                             {"n", 3},
+                             {"stream", true},
+                             {"stream_options", {{"include_usage", true}}},
+                             {"seed", 11},
+                             {"temperature", 0.5},
+                             {"top_p", 0.9},
+                             {"top_k", 40},
+                             {"min_p", 0.05},
+                             {"logit_bias", {{"7", -100}}},
+                             {"logprobs", 2},
+                             {"echo", true},
+                             {"return_token_ids", true},
+                             {"user", "someone"},
+                             {"unknown", {{"nested", {1, 2}}}}});
   ASSERT_TRUE(std::holds_alternative<GenerateRequest>(parsed)) << std::get<ApiError>(parsed).message;
   const GenerateRequest& r = std::get<GenerateRequest>(parsed);
   EXPECT_EQ(r.num_sequences(), 6u);
-  EXPECT_EQ(*r.prompts[0].ids, (TokenIds{5, 6}));   // as given, no BOS
+  EXPECT_EQ(*r.prompts[0].ids, (TokenIds{5, 6}));  // as given, no BOS
   EXPECT_TRUE(r.stream && r.include_usage && r.echo && r.return_token_ids);
   EXPECT_EQ(r.sampling.seed, 11u);
   EXPECT_EQ(r.sampling.max_tokens, 4u);
@@ -140,12 +172,13 @@ TEST(StopMatcher, AgreesWithASearchOfTheWholeTextHoweverItIsCut) {
       for (int i = 2 + rng() % 5; i > 0; --i) stop += "ab"[rng() % 2];
       stops.push_back(stop);
     }
-    size_t end = std::string::npos;   // of the text before the stop string that is complete first
+    size_t end = std::string::npos;  // of the text before the stop string that is complete first
     size_t complete = std::string::npos;
     for (const std::string& stop : stops) {
       const size_t at = text.find(stop);
       if (at == std::string::npos) continue;
-      if (at + stop.size() < complete || (at + stop.size() == complete && at < end)) complete = at + stop.size(), end = at;
+      if (at + stop.size() < complete || (at + stop.size() == complete && at < end))
+        complete = at + stop.size(), end = at;
     }
     StopMatcher matcher(stops);
     std::string shown;
@@ -160,7 +193,8 @@ TEST(StopMatcher, AgreesWithASearchOfTheWholeTextHoweverItIsCut) {
     if (!matched) {
       EXPECT_EQ(shown, text);
     }
-    for (const std::string& stop : stops) EXPECT_EQ(shown.find(stop), std::string::npos) << text << " " << stop;
+    for (const std::string& stop : stops)
+      EXPECT_EQ(shown.find(stop), std::string::npos) << text << " " << stop;
     EXPECT_EQ(text.substr(0, shown.size()), shown);
   }
 }
@@ -181,13 +215,15 @@ TEST(ApiError, FollowsTheClustersStatus) {
 }
 
 TEST(ApiKeys, OnlyTheKeysOfTheFileAreAllowed) {
-  const std::string path = (std::filesystem::temp_directory_path() / ("minke-keys-" + std::to_string(::getpid()))).string();
+  const std::string path =
+      (std::filesystem::temp_directory_path() / ("minke-keys-" + std::to_string(::getpid()))).string();
   std::ofstream(path) << "# team a\nsk-one\n\nsk-two\r\n";
   const auto keys = ApiKeys::Load(path);
   ASSERT_TRUE(keys.ok()) << keys.status();
   EXPECT_TRUE(keys->Allows("Bearer sk-one"));
   EXPECT_TRUE(keys->Allows("Bearer sk-two"));
-  for (const char* bad : {"", "Bearer ", "sk-one", "Bearer sk-on", "Bearer sk-one2", "Bearer # team a", "Basic sk-one"}) {
+  for (const char* bad :
+       {"", "Bearer ", "sk-one", "Bearer sk-on", "Bearer sk-one2", "Bearer # team a", "Basic sk-one"}) {
     EXPECT_FALSE(keys->Allows(bad)) << bad;
   }
   std::ofstream(path) << "# nobody\n";

@@ -19,12 +19,19 @@ int main(int argc, char** argv) {
   CLI::App app{"Minke's gateway: OpenAI-compatible API in front of the attention nodes."};
   node::AddCommonFlags(app, flags);
   app.add_option("--router", router, "HOST:PORT of the router's gRPC server")->required();
-  app.add_option("--http-listen", options.http.listen, "HOST:PORT of the HTTP API, port 0: a free one")->capture_default_str();
+  app.add_option("--http-listen", options.http.listen, "HOST:PORT of the HTTP API, port 0: a free one")
+      ->capture_default_str();
   app.add_option("--http-threads", options.http.io_threads)->check(CLI::Range(1, 256))->capture_default_str();
-  app.add_option("--body-max-bytes", options.http.body_bytes_max, "largest request body")->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))->capture_default_str();
-  app.add_option("--requests-max", options.sequences_max, "sequences held at once; above: 429")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  app.add_option("--body-max-bytes", options.http.body_bytes_max, "largest request body")
+      ->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))
+      ->capture_default_str();
+  app.add_option("--requests-max", options.sequences_max, "sequences held at once; above: 429")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   app.add_option("--model-name", model_name, "name in the API (default: the checkpoint folder's)");
-  app.add_option("--chat-template", chat_template)->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))->capture_default_str();
+  app.add_option("--chat-template", chat_template)
+      ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
+      ->capture_default_str();
   app.add_option("--api-key-file", options.api_key_file, "keys that may call the API, one per line");
   if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
@@ -47,7 +54,7 @@ int main(int argc, char** argv) {
       [&](const cluster::v1::ClusterUpdate& update) { (*gateway)->UpdateView(update.view()); },
       [](const absl::Status& status) {
         node::Fail("gateway", status);
-        ::_exit(1);   // refused for good: nothing here is worth an orderly end
+        ::_exit(1);  // refused for good: nothing here is worth an orderly end
       });
   node::ReportAddress(flags, StrCat((*gateway)->port()));
   node::WaitForSignal();

@@ -16,16 +16,21 @@ int main(int argc, char** argv) {
   CLI::App app{"Minke's router: gate, dispatch, and the cluster's registry."};
   node::AddCommonFlags(app, flags);
   node::AddDataPlaneFlags(app, flags);
-  app.add_option("--registry", registry, "where membership lives")->check(CLI::IsMember({"static"}))->capture_default_str();
+  app.add_option("--registry", registry, "where membership lives")
+      ->check(CLI::IsMember({"static"}))
+      ->capture_default_str();
   app.add_option("--experts", options.expert_servers, "expert servers to wait for before the first placement")
-      ->check(CLI::Range(1, 4096))->capture_default_str();
-  app.add_option("--replicas", options.replicas, "servers per (layer, group)")->check(CLI::Range(1, 64))->capture_default_str();
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app.add_option("--replicas", options.replicas, "servers per (layer, group)")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "router", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("router", status); };
 
   if (options.replicas > options.expert_servers) {
-    return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (", options.expert_servers,
-                                                  "), found ", options.replicas)));
+    return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (",
+                                                  options.expert_servers, "), found ", options.replicas)));
   }
   if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
   auto checkpoint = Checkpoint::Open(flags.checkpoint);

@@ -19,14 +19,18 @@ inline std::vector<telemetry::Sample> CollectMetrics(RouterService& service) {
       counter("router_dispatches_total", "Dispatch messages gated", status.dispatches),
       counter("router_rows_total", "Rows gated", status.rows),
       counter("router_rejected_rows_total", "Rows whose scores were not finite", status.rejected_rows),
-      counter("router_unplaced_rows_total", "(row, group) pairs that no server could take", status.unplaced_rows),
+      counter("router_unplaced_rows_total", "(row, group) pairs that no server could take",
+              status.unplaced_rows),
       counter("router_bad_frames_total", "Malformed messages", status.bad_frames)};
   const std::vector<int32_t> layers = engine.moe_layers();
   const auto counts = engine.ExpertCounts();
   for (size_t i = 0; i < layers.size(); ++i) {
     for (size_t e = 0; e < counts[i].size(); ++e) {
-      samples.push_back({"expert_selections_total", "Rows for which the gate chose the expert", Sample::Type::kCounter,
-                         {{"layer", std::to_string(layers[i])}, {"expert", std::to_string(e)}}, static_cast<double>(counts[i][e])});
+      samples.push_back({"expert_selections_total",
+                         "Rows for which the gate chose the expert",
+                         Sample::Type::kCounter,
+                         {{"layer", std::to_string(layers[i])}, {"expert", std::to_string(e)}},
+                         static_cast<double>(counts[i][e])});
     }
   }
   return samples;

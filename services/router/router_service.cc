@@ -9,9 +9,9 @@
 
 namespace minke::router {
 
-absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(std::shared_ptr<const Checkpoint> checkpoint,
-                                                                    std::unique_ptr<transport::Transport> transport,
-                                                                    RouterServiceOptions options) {
+absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
+    std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
+    RouterServiceOptions options) {
   std::unique_ptr<RouterService> service(new RouterService);
   service->pool_ = std::make_unique<ThreadPool>(options.threads);
   MK_ASSIGN_OR_RETURN(Gate gate, Gate::Load(*checkpoint, options.precision, *service->pool_));
@@ -22,26 +22,30 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(std::shared_
   self.set_role(cluster::v1::ROLE_ROUTER);
   self.set_data_address(transport->address());
   self.set_detail("connecting to expert servers");
-  service->engine_ = std::make_unique<RouterEngine>(std::move(gate), options.precision, std::move(transport), *service->pool_);
+  service->engine_ = std::make_unique<RouterEngine>(std::move(gate), options.precision, std::move(transport),
+                                                    *service->pool_);
   MembershipOptions membership{.config = checkpoint->config(),
                                .model_fingerprint = absl::StrFormat("%016x", checkpoint->fingerprint()),
                                .precision = std::string(ToString(options.precision)),
                                .replicas = options.replicas,
                                .expert_servers = options.expert_servers};
   service->membership_ = std::make_unique<MembershipService>(
-      std::move(membership), self, [raw = service.get()](const cluster::v1::ClusterView& view) { raw->OnView(view); });
+      std::move(membership), self,
+      [raw = service.get()](const cluster::v1::ClusterView& view) { raw->OnView(view); });
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(options.listen, {service->membership_.get()}));
-  const std::string host = options.advertise_host.empty() ? rpc::HostOf(options.listen) : options.advertise_host;
+  const std::string host =
+      options.advertise_host.empty() ? rpc::HostOf(options.listen) : options.advertise_host;
   service->rpc_address_ = StrCat(host, ":", service->server_->port());
   service->engine_thread_ = std::thread([raw = service.get()] { raw->engine_->Run(); });
-  service->watch_thread_ = std::thread([raw = service.get(), dense = checkpoint->config().n_routed_experts == 0] {
-    while (!raw->stop_.load()) {
-      const bool ready = dense || raw->engine_->status().connected;
-      raw->membership_->SetSelf(ready, ready ? "" : "connecting to expert servers");
-      raw->server_->SetServing(ready);
-      absl::SleepFor(absl::Milliseconds(20));
-    }
-  });
+  service->watch_thread_ =
+      std::thread([raw = service.get(), dense = checkpoint->config().n_routed_experts == 0] {
+        while (!raw->stop_.load()) {
+          const bool ready = dense || raw->engine_->status().connected;
+          raw->membership_->SetSelf(ready, ready ? "" : "connecting to expert servers");
+          raw->server_->SetServing(ready);
+          absl::SleepFor(absl::Milliseconds(20));
+        }
+      });
   log::Info("router", StrCat("serving rpc=", service->rpc_address_));
   return service;
 }

@@ -1,4 +1,5 @@
-// A whole router: engine thread, registry, gRPC server. One per process, or one of the roles of `minke serve`.
+// A whole router: engine thread, registry, gRPC server. One per process, or one of the roles of `minke
+// serve`.
 #pragma once
 
 #include <memory>
@@ -16,13 +17,13 @@
 namespace minke::router {
 
 struct RouterServiceOptions {
-  std::string listen = "127.0.0.1:0";   // gRPC
-  std::string advertise_host;           // as others reach this host; empty: the host of `listen`
+  std::string listen = "127.0.0.1:0";  // gRPC
+  std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
   int replicas = 1;
   int expert_servers = 1;
   int threads = 1;
-  Gate::Override gate_override;         // tests only
+  Gate::Override gate_override;  // tests only
 };
 
 class RouterService {

@@ -1,5 +1,5 @@
 """The four programs started by hand on four "hosts" (network namespaces), UCX over TCP between them."""
-import http.client, json, os, subprocess, sys, time, unittest
+import http.client, json, os, subprocess, sys, threading, time, unittest
 import harness
 from harness import BIN, checkpoint, golden, wait_until
 
@@ -97,6 +97,29 @@ class Hosts(unittest.TestCase):
         error = sum((a - b) ** 2 for a, b in zip(got, g["token_logprobs"])) / sum(b * b for b in g["token_logprobs"])
         self.assertLess(error ** 0.5, 1e-4)
         self.assertIn("transport=tcp", self.logs())
+
+    def test_router_that_restarts_on_its_port_rebuilds_the_table(self):
+        router = "--router=%s:7000" % address("router")
+        self.start("router", "minke-router", "--experts=2")
+        self.start("attention", "minke-attention", router)
+        self.start("expert0", "minke-expert", router)
+        self.start("expert1", "minke-expert", router)
+        self.start("gateway", "minke-gateway", router, "--http-listen=%s:8000" % address("gateway"))
+        self.assertTrue(wait_until(self.healthy, 30), self.logs())
+        body = dict(prompt=golden("v2")["greedy_prompt"], max_tokens=500, temperature=0, ignore_eos=True, return_token_ids=True)
+        want = self.get("/v1/completions", body)[1]["choices"][0]["token_ids"]
+        result = {}
+        request = threading.Thread(target=lambda: result.update(answer=self.get("/v1/completions", body)))
+        request.start()
+        time.sleep(0.2)
+        self.processes["router"].kill()
+        self.processes["router"].wait()
+        self.start("router", "minke-router", "--experts=2")
+        request.join()
+        status, answer = result["answer"]
+        self.assertEqual(status, 200, answer)
+        self.assertEqual(answer["choices"][0]["token_ids"], want)
+        self.assertTrue(wait_until(self.healthy, 20), self.logs())
 
     def test_wrong_secret_is_refused(self):
         router = "--router=%s:7000" % address("router")

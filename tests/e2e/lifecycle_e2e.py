@@ -89,6 +89,25 @@ class Lifecycle(unittest.TestCase):
             thread.join()
             self.assertEqual(result["answer"]["choices"][0]["token_ids"], want)
 
+    def test_killed_attention_node_hands_its_streams_to_another(self):
+        g = golden("v2")
+        request = dict(prompt=g["greedy_prompt"], max_tokens=400, temperature=0.9, seed=3, ignore_eos=True, return_token_ids=True,
+                       frequency_penalty=0.3)
+        with Cluster(checkpoint("v2"), "--precision=exact", "--attention=2") as cluster:
+            want = cluster.complete(**request)["choices"][0]["token_ids"]
+            streams = [{} for _ in range(4)]   # spread over both nodes
+            threads = [threading.Thread(target=lambda s=s: s.update(events=cluster.stream("/v1/completions", request))) for s in streams]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.2)
+            os.kill(cluster.pids("attention")[0], signal.SIGKILL)
+            for thread in threads:
+                thread.join()
+            for stream in streams:
+                events, done = stream["events"]
+                self.assertTrue(done)
+                self.assertEqual([t for e in events for c in e["choices"] for t in c["token_ids"]], want)
+
     def test_checkpoint_that_disappears_is_not_needed_any_more(self):
         directory = tempfile.mkdtemp(prefix="minke-e2e-")
         path = checkpoint("lite", directory=os.path.join(directory, "gone"))

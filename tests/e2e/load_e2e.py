@@ -1,5 +1,5 @@
 """Many clients at once, bad input, and clients that misbehave, against a real cluster."""
-import http.client, json, os, random, socket, threading, time, unittest
+import http.client, json, os, random, socket, struct, threading, time, unittest
 import harness
 from harness import Cluster, checkpoint, golden, wait_until
 
@@ -77,6 +77,45 @@ class Load(unittest.TestCase):
             self.assertNotIn(1, prompt)            # user text does not become an end token
             status, answer = cluster.post("/v1/completions", dict(model="other", prompt="x"))
             self.assertEqual((status, answer["error"]["code"]), (404, "model_not_found"))
+
+    def test_api_keys_close_everything_but_health(self):
+        keys = os.path.join(harness._scratch, "keys")
+        with open(keys, "w") as f:
+            f.write("sk-right\n")
+        with Cluster(checkpoint("v2"), "--api-key-file", keys) as cluster:
+            body = dict(prompt=[5], max_tokens=1)
+            self.assertEqual(cluster.request("POST", "/v1/completions", body)[0], 401)
+            status, _, text = cluster.request("POST", "/v1/completions", body, headers={"authorization": "Bearer sk-wrong"})
+            self.assertEqual((status, json.loads(text)["error"]["code"]), (401, "invalid_api_key"))
+            self.assertEqual(cluster.request("POST", "/v1/completions", body, headers={"authorization": "Bearer sk-right"})[0], 200)
+            self.assertEqual(cluster.request("GET", "/health")[0], 200)
+
+    def test_values_that_are_not_finite_fail_their_own_request_only(self):
+        path = checkpoint("v2", directory=os.path.join(harness._scratch, "poisoned"))
+        name = path + "/model.safetensors"
+        with open(name, "r+b") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            header = json.loads(f.read(size))
+            for expert in range(0, 160, 8):   # one expert in eight answers NaN, in the last layer
+                begin, end = header["model.layers.3.mlp.experts.%d.down_proj.weight" % expert]["data_offsets"]
+                f.seek(8 + size + begin)
+                f.write(b"\xc0\x7f" * ((end - begin) // 2))
+        with Cluster(path) as cluster:
+            ask = lambda i: cluster.post("/v1/completions", dict(prompt=[i], max_tokens=0, echo=True, logprobs=0))
+            answers = [ask(i) for i in range(2, 42)]
+            good = [i for i, (status, _) in enumerate(answers) if status == 200]
+            bad = [i for i, (status, _) in enumerate(answers) if status == 500]
+            self.assertEqual(len(good) + len(bad), 40, [a for a in answers if a[0] not in (200, 500)])
+            self.assertTrue(good and bad, (good, bad))
+            for i in bad[:3]:
+                self.assertIn("not finite", answers[i][1]["error"]["message"])
+            results = [None] * 40   # all together: those in the same batch as a bad one still succeed
+            threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, ask(i + 2)[0])) for i in range(40)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+            self.assertEqual(results, [status for status, _ in answers])
 
 
 class BadInput(unittest.TestCase):

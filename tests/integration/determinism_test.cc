@@ -1,5 +1,6 @@
-// Exact mode: a row's result is a pure function of its token prefix. The same request must give the same bits on any
-// placement, in any batch, by any chunking, over any transport, and after anything that was lost on the way.
+// Exact mode: a row's result is a pure function of its token prefix. The same request must give the same bits
+// on any placement, in any batch, by any chunking, over any transport, and after anything that was lost on
+// the way.
 #include <random>
 
 #include "gtest/gtest.h"
@@ -35,9 +36,12 @@ class Determinism : public testing::TestWithParam<const char*> {
     LocalCluster cluster(std::move(options));
     return BitsOf(cluster.Run(Request()));
   }
-  static inference::v1::Submit Request() { return Greedy(Golden::Get(GetParam()).input_ids, kNewTokens, true); }
+  static inference::v1::Submit Request() {
+    return Greedy(Golden::Get(GetParam()).input_ids, kNewTokens, true);
+  }
 };
-INSTANTIATE_TEST_SUITE_P(Shapes, Determinism, testing::Values("v2", "lite", "plain"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Shapes, Determinism, testing::Values("v2", "lite", "plain"),
+                         [](const auto& info) { return info.param; });
 
 TEST_P(Determinism, SameBitsOnAnyPlacementRoutingTransportAndMicrobatching) {
   const Bits want = Run(Options(GetParam()));
@@ -50,7 +54,8 @@ TEST_P(Determinism, SameBitsOnAnyPlacementRoutingTransportAndMicrobatching) {
         options.local_routing = local;
         options.microbatches = microbatches;
         options.threads = 1 + experts % 2;
-        EXPECT_EQ(Run(options), want) << experts << " servers, local routing " << local << ", microbatches " << microbatches;
+        EXPECT_EQ(Run(options), want)
+            << experts << " servers, local routing " << local << ", microbatches " << microbatches;
       }
     }
   }
@@ -112,7 +117,8 @@ TEST_P(Determinism, SameBitsWhenPagesRunOutAndSequencesAreRecomputed) {
   const ModelConfig config = ModelConfig::Load(golden.checkpoint).value();
   options.cache_bytes = 5 * 64 * int64_t{config.num_hidden_layers} * config.latent_dim() * 4;
   LocalCluster cluster(options);
-  const std::vector<Generation> results = cluster.Run(std::vector{Greedy(prompt, 60, true), Greedy(prompt, 60, true), Greedy(prompt, 60, true)});
+  const std::vector<Generation> results =
+      cluster.Run(std::vector{Greedy(prompt, 60, true), Greedy(prompt, 60, true), Greedy(prompt, 60, true)});
   for (const Generation& result : results) EXPECT_EQ(BitsOf(result), want);
   EXPECT_GT(cluster.engine().status().preemptions, 0u);
   EXPECT_EQ(cluster.engine().status().pages_used, 0);
@@ -146,7 +152,8 @@ TEST_P(Determinism, SameBitsOverAFaultyTransport) {
       LocalCluster cluster(options);
       const std::vector<Generation> results =
           cluster.Run(std::vector{Greedy(prompt, 8, true), Greedy(prompt, 8, true), Greedy(prompt, 8, true)});
-      for (const Generation& result : results) EXPECT_EQ(BitsOf(result), want) << "local " << local << " mb " << microbatches;
+      for (const Generation& result : results)
+        EXPECT_EQ(BitsOf(result), want) << "local " << local << " mb " << microbatches;
       const transport::FaultCounts faults = cluster.fault_counts();
       EXPECT_GT(faults.dropped, 0u);
       EXPECT_GT(faults.duplicated, 0u);

@@ -29,9 +29,12 @@ double RelativeError(const std::vector<float>& got, const std::vector<float>& wa
 class Parity : public testing::TestWithParam<const char*> {
  protected:
   const Golden& golden() { return Golden::Get(GetParam()); }
-  ClusterOptions Options(Precision precision) { return {.checkpoint = golden().checkpoint, .precision = precision}; }
+  ClusterOptions Options(Precision precision) {
+    return {.checkpoint = golden().checkpoint, .precision = precision};
+  }
 };
-INSTANTIATE_TEST_SUITE_P(Shapes, Parity, testing::Values("v2", "lite", "plain", "mscale"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Shapes, Parity, testing::Values("v2", "lite", "plain", "mscale"),
+                         [](const auto& info) { return info.param; });
 
 TEST_P(Parity, ExactPromptLogprobsMatchTheOracle) {
   LocalCluster cluster(Options(Precision::kExact));
@@ -44,7 +47,8 @@ TEST_P(Parity, ExactPromptLogprobsMatchTheOracle) {
 
 TEST_P(Parity, GreedyContinuationIsTheOraclesUpToANearTie) {
   LocalCluster cluster(Options(Precision::kExact));
-  const Generation result = cluster.Run(Greedy(golden().greedy_prompt, static_cast<uint32_t>(golden().greedy_ids.size()), false));
+  const Generation result =
+      cluster.Run(Greedy(golden().greedy_prompt, static_cast<uint32_t>(golden().greedy_ids.size()), false));
   ASSERT_TRUE(result.error.ok()) << result.error;
   ASSERT_EQ(result.tokens.size(), golden().greedy_ids.size());
   for (size_t i = 0; i < result.tokens.size() && golden().greedy_gaps[i] >= 0.002; ++i) {
@@ -54,10 +58,12 @@ TEST_P(Parity, GreedyContinuationIsTheOraclesUpToANearTie) {
 
 TEST_P(Parity, RoutedExpertsAreTheOracles) {
   const ModelConfig config = ModelConfig::Load(golden().checkpoint).value();
-  const int64_t layers = std::ssize(config.MoeLayers()), tokens = std::ssize(golden().input_ids), k = config.num_experts_per_tok;
+  const int64_t layers = std::ssize(config.MoeLayers()), tokens = std::ssize(golden().input_ids),
+                k = config.num_experts_per_tok;
   LocalCluster cluster(Options(Precision::kExact));
   ASSERT_TRUE(cluster.Run(Greedy(golden().input_ids, 0, false)).error.ok());
-  // The router's counters are sums over the tokens: equal, layer by layer, wherever no margin is too small to decide.
+  // The router's counters are sums over the tokens: equal, layer by layer, wherever no margin is too small to
+  // decide.
   const auto counts = cluster.router_engine().ExpertCounts();
   for (int64_t layer = 0; layer < layers; ++layer) {
     std::vector<uint64_t> want(config.n_routed_experts);
@@ -77,7 +83,8 @@ TEST_P(Parity, Bf16WithFreeRoutingStaysClose) {
   ASSERT_TRUE(result.error.ok()) << result.error;
   std::vector<double> errors;
   for (size_t i = 0; i < result.prompt_logprobs.size(); ++i) {
-    errors.push_back(std::abs(result.prompt_logprobs[i] - golden().token_logprobs[i]) / std::abs(golden().token_logprobs[i]));
+    errors.push_back(std::abs(result.prompt_logprobs[i] - golden().token_logprobs[i]) /
+                     std::abs(golden().token_logprobs[i]));
   }
   ASSERT_EQ(errors.size(), golden().token_logprobs.size());
   std::sort(errors.begin(), errors.end());
@@ -93,7 +100,8 @@ TEST_P(Parity, Bf16WithForcedRoutingIsAsGoodAsRoundingAllows) {
   // One request in one step: a row's index in the exchange is its position.
   options.gate_override = [&](int32_t layer, uint32_t row, std::span<uint16_t> experts) {
     const int64_t index = std::find(moe_layers.begin(), moe_layers.end(), layer) - moe_layers.begin();
-    for (int64_t i = 0; i < k; ++i) experts[i] = static_cast<uint16_t>(golden().routing[(index * tokens + row) * k + i]);
+    for (int64_t i = 0; i < k; ++i)
+      experts[i] = static_cast<uint16_t>(golden().routing[(index * tokens + row) * k + i]);
     return true;
   };
   LocalCluster cluster(options);

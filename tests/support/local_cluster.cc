@@ -45,12 +45,13 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
     log::Error("test", status.ToString());
     MK_CHECK(false);
   };
-  auto router = router::RouterService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
-                                             {.precision = options_.precision,
-                                              .replicas = options_.replicas,
-                                              .expert_servers = options_.experts,
-                                              .threads = options_.threads,
-                                              .gate_override = options_.local_routing ? nullptr : options_.gate_override});
+  auto router = router::RouterService::Start(
+      checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
+      {.precision = options_.precision,
+       .replicas = options_.replicas,
+       .expert_servers = options_.experts,
+       .threads = options_.threads,
+       .gate_override = options_.local_routing ? nullptr : options_.gate_override});
   MK_CHECK(router.ok());
   router_ = *std::move(router);
   for (int i = 0; i < options_.experts; ++i) {
@@ -68,20 +69,22 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   engine.microbatches = options_.microbatches;
   engine.mla = options_.mla;
   engine.exchange = options_.exchange;
-  auto attention = attention::AttentionService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
-                                                      {.router = router_->rpc_address(),
-                                                       .precision = options_.precision,
-                                                       .local_routing = options_.local_routing,
-                                                       .threads = options_.threads,
-                                                       .engine = engine,
-                                                       .gate_override = options_.local_routing ? options_.gate_override : nullptr,
-                                                       .on_refused = refused});
+  auto attention = attention::AttentionService::Start(
+      checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
+      {.router = router_->rpc_address(),
+       .precision = options_.precision,
+       .local_routing = options_.local_routing,
+       .threads = options_.threads,
+       .engine = engine,
+       .gate_override = options_.local_routing ? options_.gate_override : nullptr,
+       .on_refused = refused});
   if (!attention.ok()) log::Error("test", attention.status().ToString());
   MK_CHECK(attention.ok());
   attention_ = *std::move(attention);
   const absl::Time limit = absl::Now() + absl::Seconds(30);
   while (!router_->membership().view().ready()) {
-    if (absl::Now() > limit) log::Error("test", "not ready: " + router_->membership().view().not_ready_reason());
+    if (absl::Now() > limit)
+      log::Error("test", "not ready: " + router_->membership().view().not_ready_reason());
     MK_CHECK(absl::Now() < limit);
     absl::SleepFor(absl::Milliseconds(5));
   }
@@ -126,11 +129,13 @@ std::vector<Generation> LocalCluster::Run(const std::vector<inference::v1::Submi
       Generation& result = results[event.request_id() - 1];
       for (const uint32_t token : event.token_ids()) result.tokens.push_back(token);
       for (const auto& logprobs : event.logprobs()) result.logprobs.push_back(logprobs.logprob());
-      for (const auto& logprobs : event.prompt_logprobs()) result.prompt_logprobs.push_back(logprobs.logprob());
+      for (const auto& logprobs : event.prompt_logprobs())
+        result.prompt_logprobs.push_back(logprobs.logprob());
       result.finish = event.finish_reason();
       if (event.finish_reason() == inference::v1::FINISH_REASON_NONE) continue;
       --open;
-      result.error = event.has_error() ? absl::Status(static_cast<absl::StatusCode>(event.error().code()), event.error().message())
+      result.error = event.has_error() ? absl::Status(static_cast<absl::StatusCode>(event.error().code()),
+                                                      event.error().message())
                                        : absl::OkStatus();
     }
   }

@@ -1,5 +1,5 @@
-// Router, expert servers and an attention node inside the test's process, over inproc or UCX, each transport optionally
-// faulty; and a client that speaks the gateway's protocol to the attention node.
+// Router, expert servers and an attention node inside the test's process, over inproc or UCX, each transport
+// optionally faulty; and a client that speaks the gateway's protocol to the attention node.
 #pragma once
 
 #include <functional>
@@ -28,15 +28,15 @@ struct ClusterOptions {
   int64_t step_tokens_max = 512;
   int64_t cache_bytes = 64 << 20;
   int threads = 2;
-  std::optional<transport::FaultOptions> faults;   // around every transport
+  std::optional<transport::FaultOptions> faults;  // around every transport
   attention::ExchangeOptions exchange;
   router::Gate::Override gate_override;
 };
 
 struct Generation {
   std::vector<uint32_t> tokens;
-  std::vector<float> logprobs;          // of tokens, when wanted
-  std::vector<float> prompt_logprobs;   // of prompt tokens 1...
+  std::vector<float> logprobs;         // of tokens, when wanted
+  std::vector<float> prompt_logprobs;  // of prompt tokens 1...
   inference::v1::FinishReason finish = inference::v1::FINISH_REASON_NONE;
   absl::Status error;
 };
@@ -63,7 +63,7 @@ class LocalCluster {
   std::unique_ptr<transport::Transport> MakeTransport(uint8_t role);
 
   const ClusterOptions options_;
-  std::shared_ptr<const Checkpoint> checkpoint_;   // shared by the services
+  std::shared_ptr<const Checkpoint> checkpoint_;  // shared by the services
   transport::InprocHub hub_;
   std::vector<transport::FaultyTransport*> faulty_;
   std::unique_ptr<router::RouterService> router_;

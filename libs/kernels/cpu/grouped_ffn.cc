@@ -29,8 +29,9 @@ const std::vector<Strip>& PlanStrips(std::span<const FfnRows> items) {
 
 }  // namespace
 
-absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const std::string& prefix, int64_t hidden,
-                                            int64_t inner, Precision precision, ThreadPool& pool) {
+absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const std::string& prefix,
+                                            int64_t hidden, int64_t inner, Precision precision,
+                                            ThreadPool& pool) {
   const int64_t wide[] = {inner, hidden}, tall[] = {hidden, inner};
   MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint.Find(prefix + "gate_proj.weight", wide));
   MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint.Find(prefix + "up_proj.weight", wide));
@@ -53,7 +54,8 @@ absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const 
   return weights;
 }
 
-void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, FfnScratch& scratch, ThreadPool& pool) {
+void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, FfnScratch& scratch,
+                ThreadPool& pool) {
   const std::vector<Strip>& strips = PlanStrips(items);
   if (strips.empty()) return;
   const FfnWeights& first = *strips.front().weights;
@@ -67,7 +69,7 @@ void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, Ff
   std::byte* activated = scratch.inner.Resize(rows_end * inner * element);
 
   const int64_t half_blocks = first.gate_up().blocks() / 2;
-  const auto* const strip_data = strips.data();   // thread_local: workers must not look it up themselves
+  const auto* const strip_data = strips.data();  // thread_local: workers must not look it up themselves
   pool.ParallelFor(static_cast<int64_t>(strips.size()) * half_blocks, [&](int64_t task) {
     const Strip& strip = strip_data[task / half_blocks];
     const int64_t block = task % half_blocks, column = block * kBlockColumns;

@@ -12,14 +12,15 @@
 
 namespace minke::kernels {
 
-// Weights of one expert or dense layer. gate and up are packed alternately by blocks of 64 columns, so that one task
-// makes both halves of the same columns and multiplies them while they are in cache.
+// Weights of one expert or dense layer. gate and up are packed alternately by blocks of 64 columns, so that
+// one task makes both halves of the same columns and multiplies them while they are in cache.
 class FfnWeights {
  public:
   // Reads `prefix`{gate,up,down}_proj.weight of shapes [inner, hidden] and [hidden, inner] and releases the
   // mapped pages.
-  static absl::StatusOr<FfnWeights> Load(const Checkpoint& checkpoint, const std::string& prefix, int64_t hidden,
-                                         int64_t inner, Precision precision, ThreadPool& pool);
+  static absl::StatusOr<FfnWeights> Load(const Checkpoint& checkpoint, const std::string& prefix,
+                                         int64_t hidden, int64_t inner, Precision precision,
+                                         ThreadPool& pool);
   int64_t hidden() const { return down_.n(); }
   int64_t inner() const { return down_.k(); }
   int64_t bytes() const { return gate_up_.bytes() + down_.bytes(); }
@@ -27,7 +28,7 @@ class FfnWeights {
   const PackedMatrix& down() const { return down_; }
 
  private:
-  PackedMatrix gate_up_;   // blocks: gate 0, up 0, gate 1, up 1 ...
+  PackedMatrix gate_up_;  // blocks: gate 0, up 0, gate 1, up 1 ...
   PackedMatrix down_;
 };
 
@@ -39,12 +40,13 @@ struct FfnRows {
 };
 
 struct FfnScratch {
-  Scratch<std::byte> inner;   // [rows, inner] Act
+  Scratch<std::byte> inner;  // [rows, inner] Act
 };
 
 // y [rows, hidden] f32 = FFN of x [rows, hidden] Act, row stride hidden; every row in exactly one item.
 // Items with no rows are fine. All weights share hidden, inner and precision. Work is split by expert, column
 // block and row strip, so one hot expert does not leave cores idle.
-void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, FfnScratch& scratch, ThreadPool& pool);
+void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, FfnScratch& scratch,
+                ThreadPool& pool);
 
 }  // namespace minke::kernels

@@ -14,10 +14,14 @@ bool IsaSupported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
-    case Isa::kPortable: return true;
-    case Isa::kAvx2: return avx2;
-    case Isa::kAvx512: return avx512;
-    case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 }
@@ -25,10 +29,14 @@ bool IsaSupported(Isa isa) {
 const TileKernels& TileKernelsFor(Isa isa) {
   MK_CHECK(IsaSupported(isa));
   switch (isa) {
-    case Isa::kPortable: return k_tiles_portable;
-    case Isa::kAvx2: return k_tiles_avx2;
-    case Isa::kAvx512: return k_tiles_avx512;
-    case Isa::kAvx512Bf16: return k_tiles_avx512bf16;
+    case Isa::kPortable:
+      return k_tiles_portable;
+    case Isa::kAvx2:
+      return k_tiles_avx2;
+    case Isa::kAvx512:
+      return k_tiles_avx512;
+    case Isa::kAvx512Bf16:
+      return k_tiles_avx512bf16;
   }
   return k_tiles_portable;
 }

@@ -12,18 +12,21 @@ constexpr int64_t kTaskRows = 96;
 
 }  // namespace
 
-void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc) {
+void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64_t lda, int64_t m, float* c,
+                 int64_t ldc) {
   const TileKernels& tiles = Tiles();
   if (w.precision() == Precision::kExact) {
     tiles.gemm_f32(w.block_f32(block), kBlockColumns, reinterpret_cast<const float*>(a), lda, c, ldc, m,
                    BlockWidth(w, block), w.k(), /*accumulate=*/false);
   } else {
-    tiles.gemm_bf16(w.block_bf16(block), reinterpret_cast<const bf16*>(a), lda, c, ldc, m, BlockWidth(w, block), w.k(),
+    tiles.gemm_bf16(w.block_bf16(block), reinterpret_cast<const bf16*>(a), lda, c, ldc, m,
+                    BlockWidth(w, block), w.k(),
                     /*accumulate=*/false);
   }
 }
 
-void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc, ThreadPool& pool) {
+void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc,
+            ThreadPool& pool) {
   if (m == 0) return;
   const int64_t element = ActivationBytes(w.precision());
   const int64_t block_bytes = kBlockColumns * w.k() * element;

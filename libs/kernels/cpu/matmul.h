@@ -1,7 +1,7 @@
 // Products of activations with packed weights.
 //
-// Activations ("Act" below) are rows of f32 in exact mode and bf16 otherwise; pointers to them are std::byte* and
-// strides count elements. Products and sums are f32. A row's result never depends on the rows beside it.
+// Activations ("Act" below) are rows of f32 in exact mode and bf16 otherwise; pointers to them are std::byte*
+// and strides count elements. Products and sums are f32. A row's result never depends on the rows beside it.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,12 @@
 namespace minke::kernels {
 
 // c [m, w.n()] f32 = a [m, w.k()] Act x w^T.
-void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc, ThreadPool& pool);
+void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc,
+            ThreadPool& pool);
 
 // Columns [block * 64, +64) of the same, on this thread; `columns` of them are written.
-void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc);
+void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64_t lda, int64_t m, float* c,
+                 int64_t ldc);
 inline int64_t BlockWidth(const PackedMatrix& w, int64_t block) {
   return std::min(kBlockColumns, w.n() - block * kBlockColumns);
 }

@@ -9,31 +9,35 @@
 namespace minke::kernels {
 namespace {
 
-constexpr int64_t kTileRowsMax = 64;   // query rows (token, head) that share one pass over the pages
+constexpr int64_t kTileRowsMax = 64;  // query rows (token, head) that share one pass over the pages
 
 int64_t HeadBlocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockColumns; }
 
 // c [m, width] = a x (head's rows of w)^T, where each head takes HeadBlocks(width) blocks of w.
-void HeadMatMul(const PackedMatrix& w, int64_t head, int64_t width, const std::byte* a, int64_t lda, int64_t m, float* c,
-                int64_t ldc) {
+void HeadMatMul(const PackedMatrix& w, int64_t head, int64_t width, const std::byte* a, int64_t lda,
+                int64_t m, float* c, int64_t ldc) {
   const TileKernels& tiles = Tiles();
   const int64_t blocks = HeadBlocks(width);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n = std::min(kBlockColumns, width - b * kBlockColumns), block = head * blocks + b;
     float* out = c + b * kBlockColumns;
     if (w.precision() == Precision::kExact) {
-      tiles.gemm_f32(w.block_f32(block), kBlockColumns, reinterpret_cast<const float*>(a), lda, out, ldc, m, n, w.k(), false);
+      tiles.gemm_f32(w.block_f32(block), kBlockColumns, reinterpret_cast<const float*>(a), lda, out, ldc, m,
+                     n, w.k(), false);
     } else {
-      tiles.gemm_bf16(w.block_bf16(block), reinterpret_cast<const bf16*>(a), lda, out, ldc, m, n, w.k(), false);
+      tiles.gemm_bf16(w.block_bf16(block), reinterpret_cast<const bf16*>(a), lda, out, ldc, m, n, w.k(),
+                      false);
     }
   }
 }
 
-// out [m, n] (+)= p [m, keys] x values [keys, n], values row-major with stride ldv and 64 readable columns past n.
-void ValueProduct(const float* p, const float* values, int64_t ldv, int64_t m, int64_t n, int64_t keys, float* out,
-                  int64_t ldo) {
+// out [m, n] (+)= p [m, keys] x values [keys, n], values row-major with stride ldv and 64 readable columns
+// past n.
+void ValueProduct(const float* p, const float* values, int64_t ldv, int64_t m, int64_t n, int64_t keys,
+                  float* out, int64_t ldo) {
   for (int64_t j = 0; j < n; j += kBlockColumns) {
-    Tiles().gemm_f32(values + j, ldv, p, kPageTokens, out + j, ldo, m, std::min(kBlockColumns, n - j), keys, true);
+    Tiles().gemm_f32(values + j, ldv, p, kPageTokens, out + j, ldo, m, std::min(kBlockColumns, n - j), keys,
+                     true);
   }
 }
 
@@ -47,8 +51,10 @@ ThreadScratch& LocalScratch() {
   return scratch;
 }
 
-// One page's scores of one query row, 64 wide, become probabilities against the row's running maximum; `out` is rescaled to it.
-void SoftmaxStep(float* scores, int64_t valid, float softmax_scale, float& maximum, float& sum, float* out, int64_t out_dim) {
+// One page's scores of one query row, 64 wide, become probabilities against the row's running maximum; `out`
+// is rescaled to it.
+void SoftmaxStep(float* scores, int64_t valid, float softmax_scale, float& maximum, float& sum, float* out,
+                 int64_t out_dim) {
   const TileKernels& tiles = Tiles();
   if (valid <= 0) {
     std::fill(scores, scores + kPageTokens, 0.0f);
@@ -73,10 +79,10 @@ struct Context {
   const MlaShape& shape;
   const MlaWeights& weights;
   Precision precision;
-  const float* q;              // [rows, heads, q_dim]
-  const std::byte* q_act;      // the same, Act
+  const float* q;          // [rows, heads, q_dim]
+  const std::byte* q_act;  // the same, Act
   const std::byte* cache;
-  std::byte* out;              // [rows, heads, v] Act
+  std::byte* out;  // [rows, heads, v] Act
   int64_t element() const { return ActivationBytes(precision); }
   const std::byte* page(uint32_t index) const {
     return cache + int64_t{index} * kPageTokens * shape.latent_dim() * element();
@@ -84,7 +90,8 @@ struct Context {
 };
 
 // Rounds o [m, dim] / sum to Act.
-const std::byte* Normalised(const Context& context, float* o, const float* sum, int64_t m, int64_t dim, Scratch<std::byte>& act) {
+const std::byte* Normalised(const Context& context, float* o, const float* sum, int64_t m, int64_t dim,
+                            Scratch<std::byte>& act) {
   std::byte* rounded = act.Resize(m * dim * context.element());
   for (int64_t i = 0; i < m; ++i) {
     Tiles().scale(o + i * dim, 1.0f / sum[i], dim);
@@ -93,17 +100,20 @@ const std::byte* Normalised(const Context& context, float* o, const float* sum, 
   return rounded;
 }
 
-// Tokens [token, token + tokens) of a chunk, heads [head, head + heads). Query rows are ordered [head, token].
-void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t head, int64_t heads) {
+// Tokens [token, token + tokens) of a chunk, heads [head, head + heads). Query rows are ordered [head,
+// token].
+void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t head,
+              int64_t heads) {
   const MlaShape& s = context.shape;
   ThreadScratch& scratch = LocalScratch();
-  const int64_t m = tokens * heads, latent = s.latent_dim(), rank = s.kv_lora_rank, q_stride = s.heads * s.q_dim();
+  const int64_t m = tokens * heads, latent = s.latent_dim(), rank = s.kv_lora_rank,
+                q_stride = s.heads * s.q_dim();
   const int64_t row = chunk.row_begin + token;
   float* query = scratch.query.Resize(m * latent);
   for (int64_t h = 0; h < heads; ++h) {
     const int64_t offset = row * q_stride + (head + h) * s.q_dim();
-    HeadMatMul(context.weights.absorb_k(), head + h, rank, context.q_act + offset * context.element(), q_stride, tokens,
-               query + h * tokens * latent, latent);
+    HeadMatMul(context.weights.absorb_k(), head + h, rank, context.q_act + offset * context.element(),
+               q_stride, tokens, query + h * tokens * latent, latent);
     for (int64_t t = 0; t < tokens; ++t) {
       std::memcpy(query + (h * tokens + t) * latent + rank, context.q + offset + t * q_stride + s.nope_dim,
                   s.rope_dim * sizeof(float));
@@ -125,16 +135,16 @@ void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int6
     Tiles().transpose_64(page, latent, keys, latent, keys_t);
     Tiles().gemm_f32(keys_t, kPageTokens, query, latent, scores, kPageTokens, m, kPageTokens, latent, false);
     for (int64_t i = 0; i < m; ++i) {
-      SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key), s.softmax_scale,
-                  maximum[i], sum[i], o + i * rank, rank);
+      SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key),
+                  s.softmax_scale, maximum[i], sum[i], o + i * rank, rank);
     }
     ValueProduct(scores, page, latent, m, rank, keys, o, rank);
   }
   const std::byte* o_act = Normalised(context, o, sum, m, rank, scratch.act);
   float* value = scratch.values.Resize(tokens * s.v_dim);
   for (int64_t h = 0; h < heads; ++h) {
-    HeadMatMul(context.weights.expand_v(), head + h, s.v_dim, o_act + h * tokens * rank * context.element(), rank, tokens,
-               value, s.v_dim);
+    HeadMatMul(context.weights.expand_v(), head + h, s.v_dim, o_act + h * tokens * rank * context.element(),
+               rank, tokens, value, s.v_dim);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t at = ((row + t) * s.heads + head + h) * s.v_dim;
       ToActivation(context.precision, value + t * s.v_dim, context.out + at * context.element(), s.v_dim);
@@ -146,7 +156,8 @@ void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int6
 void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
   const MlaShape& s = context.shape;
   ThreadScratch& scratch = LocalScratch();
-  const int64_t m = chunk.rows, latent = s.latent_dim(), rank = s.kv_lora_rank, q_dim = s.q_dim(), v_dim = s.v_dim;
+  const int64_t m = chunk.rows, latent = s.latent_dim(), rank = s.kv_lora_rank, q_dim = s.q_dim(),
+                v_dim = s.v_dim;
   const int64_t q_stride = s.heads * q_dim;
   const float* query = context.q + chunk.row_begin * q_stride + head * q_dim;
   float* keys_rows = scratch.page.Resize(kPageTokens * q_dim);
@@ -167,17 +178,19 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
     HeadMatMul(context.weights.expand_k(), head, s.nope_dim, page, latent, keys, keys_rows, q_dim);
     HeadMatMul(context.weights.expand_v(), head, v_dim, page, latent, keys, values, v_dim);
     for (int64_t i = 0; i < keys; ++i) {
-      FromActivation(context.precision, page + (i * latent + rank) * context.element(), latent_row, s.rope_dim);
+      FromActivation(context.precision, page + (i * latent + rank) * context.element(), latent_row,
+                     s.rope_dim);
       std::memcpy(keys_rows + i * q_dim + s.nope_dim, latent_row, s.rope_dim * sizeof(float));
     }
     Tiles().transpose_64(keys_rows, q_dim, keys, q_dim, keys_t);
     // Rows before this page's first key attend to nothing in it.
     for (int64_t t0 = std::max<int64_t>(0, key - chunk.position_begin); t0 < m; t0 += kTileRowsMax) {
       const int64_t tile = std::min(kTileRowsMax, m - t0);
-      Tiles().gemm_f32(keys_t, kPageTokens, query + t0 * q_stride, q_stride, scores, kPageTokens, tile, kPageTokens, q_dim, false);
+      Tiles().gemm_f32(keys_t, kPageTokens, query + t0 * q_stride, q_stride, scores, kPageTokens, tile,
+                       kPageTokens, q_dim, false);
       for (int64_t i = 0; i < tile; ++i) {
-        SoftmaxStep(scores + i * kPageTokens, std::min(keys, chunk.position_begin + t0 + i + 1 - key), s.softmax_scale,
-                    maximum[t0 + i], sum[t0 + i], o + (t0 + i) * v_dim, v_dim);
+        SoftmaxStep(scores + i * kPageTokens, std::min(keys, chunk.position_begin + t0 + i + 1 - key),
+                    s.softmax_scale, maximum[t0 + i], sum[t0 + i], o + (t0 + i) * v_dim, v_dim);
       }
       ValueProduct(scores, values, v_dim, tile, v_dim, keys, o + t0 * v_dim, v_dim);
     }
@@ -226,7 +239,8 @@ absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const 
   };
   MlaWeights weights;
   weights.absorb_k_ = pack(rank, s.nope_dim, [&](int64_t head, int64_t column, std::span<float> out) {
-    for (int64_t i = 0; i < s.nope_dim; ++i) kv_b.Read((head * head_rows + i) * rank + column, out.subspan(i, 1));
+    for (int64_t i = 0; i < s.nope_dim; ++i)
+      kv_b.Read((head * head_rows + i) * rank + column, out.subspan(i, 1));
   });
   weights.expand_k_ = pack(s.nope_dim, rank, [&](int64_t head, int64_t i, std::span<float> out) {
     kv_b.Read((head * head_rows + i) * rank, out);
@@ -239,8 +253,8 @@ absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const 
 }
 
 void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision precision,
-                  std::span<const MlaChunk> chunks, const float* q, int64_t total_rows, const std::byte* cache,
-                  std::byte* out, MlaScratch& scratch, ThreadPool& pool) {
+                  std::span<const MlaChunk> chunks, const float* q, int64_t total_rows,
+                  const std::byte* cache, std::byte* out, MlaScratch& scratch, ThreadPool& pool) {
   if (total_rows == 0) return;
   const int64_t q_elements = total_rows * shape.heads * shape.q_dim();
   const std::byte* q_act = reinterpret_cast<const std::byte*>(q);
@@ -253,7 +267,8 @@ void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision pr
   static thread_local std::vector<Item> items;
   items.clear();
   // Enough items for every thread: heads are split when there are few sequences.
-  const int64_t head_splits = std::clamp<int64_t>((pool.threads() + std::ssize(chunks) - 1) / std::ssize(chunks), 1, shape.heads);
+  const int64_t head_splits =
+      std::clamp<int64_t>((pool.threads() + std::ssize(chunks) - 1) / std::ssize(chunks), 1, shape.heads);
   const int64_t heads = (shape.heads + head_splits - 1) / head_splits;
   const int64_t tile_tokens = std::max<int64_t>(1, kTileRowsMax / heads);
   for (int32_t c = 0; c < std::ssize(chunks); ++c) {
@@ -263,7 +278,8 @@ void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision pr
     }
     for (int64_t token = 0; token < chunks[c].rows; token += tile_tokens) {
       for (int64_t head = 0; head < shape.heads; head += heads) {
-        items.push_back({c, token, std::min(tile_tokens, chunks[c].rows - token), head, std::min(heads, shape.heads - head)});
+        items.push_back({c, token, std::min(tile_tokens, chunks[c].rows - token), head,
+                         std::min(heads, shape.heads - head)});
       }
     }
   }

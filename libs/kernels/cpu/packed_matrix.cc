@@ -30,7 +30,8 @@ HugeBuffer::HugeBuffer(int64_t bytes) : bytes_(bytes) {
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   auto* begin = static_cast<std::byte*>(mapped);
   if (unit == kHugePage) {
-    auto* aligned = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) & ~(kHugePage - 1));
+    auto* aligned =
+        reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) & ~(kHugePage - 1));
     if (aligned != begin) ::munmap(begin, aligned - begin);
     if (aligned - begin != kHugePage) ::munmap(aligned + mapped_bytes_, kHugePage - (aligned - begin));
     begin = aligned;
@@ -55,7 +56,8 @@ HugeBuffer& HugeBuffer::operator=(HugeBuffer&& other) noexcept {
   return *this;
 }
 
-PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowReader read_row, ThreadPool& pool) {
+PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowReader read_row,
+                                ThreadPool& pool) {
   PackedMatrix packed;
   packed.precision_ = precision;
   packed.n_ = n;
@@ -81,7 +83,9 @@ PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowRe
 PackedMatrix PackedMatrix::Pack(Precision precision, const TensorView& tensor, ThreadPool& pool) {
   MK_CHECK(tensor.shape.size() == 2);
   const int64_t k = tensor.shape[1];
-  return Pack(precision, tensor.shape[0], k, [&](int64_t row, std::span<float> out) { tensor.Read(row * k, out); }, pool);
+  return Pack(
+      precision, tensor.shape[0], k, [&](int64_t row, std::span<float> out) { tensor.Read(row * k, out); },
+      pool);
 }
 
 const float* PackedMatrix::block_f32(int64_t block) const {

@@ -1,5 +1,6 @@
 // Weights packed once at load in the order the tile kernels read them.
-//   exact: f32 [n / 64][k][64];  bf16: [n / 64][ceil(k / 2)][64][2]; columns beyond n and an odd last k are zero.
+//   exact: f32 [n / 64][k][64];  bf16: [n / 64][ceil(k / 2)][64][2]; columns beyond n and an odd last k are
+//   zero.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ namespace minke::kernels {
 class HugeBuffer {
  public:
   HugeBuffer() = default;
-  explicit HugeBuffer(int64_t bytes);   // zero-filled
+  explicit HugeBuffer(int64_t bytes);  // zero-filled
   ~HugeBuffer();
   HugeBuffer(HugeBuffer&& other) noexcept;
   HugeBuffer& operator=(HugeBuffer&& other) noexcept;
@@ -34,8 +35,8 @@ class HugeBuffer {
 // Immutable after Pack; thread-safe. A linear layer y [n] = W x [k], W stored [n, k] in the checkpoint.
 class PackedMatrix {
  public:
-  // read_row(i, out): the i-th of n weight rows, widened to f32 (exact for every supported dtype). Called on the
-  // pool's threads.
+  // read_row(i, out): the i-th of n weight rows, widened to f32 (exact for every supported dtype). Called on
+  // the pool's threads.
   using RowReader = absl::FunctionRef<void(int64_t row, std::span<float> out)>;
 
   PackedMatrix() = default;

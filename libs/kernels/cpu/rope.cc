@@ -21,12 +21,13 @@ Rope::Rope(const ModelConfig& config) {
   const YarnConfig& yarn = *config.yarn;
   // Dimension whose wavelength makes `rotations` turns over the original context.
   const auto dimension = [&](double rotations) {
-    return dim * std::log(yarn.original_max_position_embeddings / (rotations * 2 * std::numbers::pi)) / (2 * std::log(base));
+    return dim * std::log(yarn.original_max_position_embeddings / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(base));
   };
   const double low = std::max(std::floor(dimension(yarn.beta_fast)), 0.0);
   const double high = std::min(std::ceil(dimension(yarn.beta_slow)), dim - 1.0);
   for (int32_t i = 0; i < dim / 2; ++i) {
-    const double ramp = std::clamp((i - low) / std::max(high - low, 0.001), 0.0, 1.0);   // 1: interpolate
+    const double ramp = std::clamp((i - low) / std::max(high - low, 0.001), 0.0, 1.0);  // 1: interpolate
     inv_freq_[i] = inv_freq_[i] / yarn.factor * ramp + inv_freq_[i] * (1 - ramp);
   }
   magnitude_ = YarnMagnitude(yarn.factor, yarn.mscale) / YarnMagnitude(yarn.factor, yarn.mscale_all_dim);

@@ -1,5 +1,5 @@
-// The inner loops that exist once per instruction set. Everything above them (packing, threading, MLA, experts)
-// is written once and calls through this table.
+// The inner loops that exist once per instruction set. Everything above them (packing, threading, MLA,
+// experts) is written once and calls through this table.
 //
 // Determinism: each output element is one chain of fused multiply-adds over k = 0, 1, 2 ... from its own
 // accumulator, so it does not depend on how many rows or columns are computed beside it.
@@ -18,12 +18,13 @@ struct TileKernels {
   const char* name;
 
   // c[i][j] (+)= sum_k a[i][k] * w[k][j] for i < m, j < n <= 64.
-  //   a [m, k] f32, row stride lda; w [k, 64] f32, row stride ldw, all 64 columns readable; c [m, n] f32, stride ldc
+  //   a [m, k] f32, row stride lda; w [k, 64] f32, row stride ldw, all 64 columns readable; c [m, n] f32,
+  //   stride ldc
   void (*gemm_f32)(const float* w, int64_t ldw, const float* a, int64_t lda, float* c, int64_t ldc, int64_t m,
                    int64_t n, int64_t k, bool accumulate);
   // The same with bf16 operands and f32 accumulation; w is packed in pairs, [ceil(k / 2), 64, 2].
-  void (*gemm_bf16)(const bf16* w, const bf16* a, int64_t lda, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
-                    bool accumulate);
+  void (*gemm_bf16)(const bf16* w, const bf16* a, int64_t lda, float* c, int64_t ldc, int64_t m, int64_t n,
+                    int64_t k, bool accumulate);
 
   // out = x * rsqrt(mean(x^2) + eps) * weight, n values, f32.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t n);
@@ -37,7 +38,8 @@ struct TileKernels {
   void (*scale)(float* x, float factor, int64_t n);
   void (*to_bf16)(const float* x, bf16* out, int64_t n);
   void (*to_f32)(const bf16* x, float* out, int64_t n);
-  // out [columns, 64] = transpose of x [rows <= 64, columns], row stride ldx; the missing rows become zero columns.
+  // out [columns, 64] = transpose of x [rows <= 64, columns], row stride ldx; the missing rows become zero
+  // columns.
   void (*transpose_64)(const float* x, int64_t ldx, int64_t rows, int64_t columns, float* out);
 };
 

@@ -12,7 +12,8 @@ namespace {
 absl::Status CheckFinite(const ModelConfig& config, const float* logits) {
   for (int32_t e = 0; e < config.n_routed_experts; ++e) {
     if (!std::isfinite(logits[e])) {
-      return absl::InvalidArgumentError(StrCat("gate logit of expert ", e, ": expected finite, found ", logits[e]));
+      return absl::InvalidArgumentError(
+          StrCat("gate logit of expert ", e, ": expected finite, found ", logits[e]));
     }
   }
   return absl::OkStatus();
@@ -37,12 +38,14 @@ absl::Status WeighExperts(const ModelConfig& config, const float* logits, float*
     for (int32_t i = 0; i < k; ++i) total += p[experts[i]];
     for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] / (total + 1e-20f);
   } else {
-    for (int32_t i = 0; i < k; ++i) weights[i] = p[experts[i]] * static_cast<float>(config.routed_scaling_factor);
+    for (int32_t i = 0; i < k; ++i)
+      weights[i] = p[experts[i]] * static_cast<float>(config.routed_scaling_factor);
   }
   return absl::OkStatus();
 }
 
-absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p, uint16_t* experts, float* weights) {
+absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p, uint16_t* experts,
+                        float* weights) {
   const int32_t num_experts = config.n_routed_experts, k = config.num_experts_per_tok;
   MK_RETURN_IF_ERROR(CheckFinite(config, logits));
   // Candidates are ordered by logit, which underflow cannot tie; equal logits keep the lower index.
@@ -63,7 +66,7 @@ absl::Status RouteToken(const ModelConfig& config, const float* logits, float* p
     }
   }
   int32_t count = 0;
-  for (int32_t e = 0; e < num_experts; ++e) {   // insertion into the best k so far, descending
+  for (int32_t e = 0; e < num_experts; ++e) {  // insertion into the best k so far, descending
     if (!(kept_groups >> (e / group_size) & 1)) continue;
     int32_t at = std::min(count, k - 1);
     if (count == k && logits[e] <= logits[experts[at]]) continue;

@@ -6,7 +6,8 @@
 
 namespace minke::kernels::reference {
 
-std::vector<double> MatMul(const std::vector<double>& a, const std::vector<double>& w, int64_t m, int64_t n, int64_t k) {
+std::vector<double> MatMul(const std::vector<double>& a, const std::vector<double>& w, int64_t m, int64_t n,
+                           int64_t k) {
   std::vector<double> c(m * n, 0.0);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
@@ -25,8 +26,9 @@ std::vector<double> RmsNorm(const std::vector<double>& x, const std::vector<doub
   return out;
 }
 
-std::vector<double> SwiGlu(const std::vector<double>& x, const std::vector<double>& gate, const std::vector<double>& up,
-                           const std::vector<double>& down, int64_t m, int64_t hidden, int64_t inner) {
+std::vector<double> SwiGlu(const std::vector<double>& x, const std::vector<double>& gate,
+                           const std::vector<double>& up, const std::vector<double>& down, int64_t m,
+                           int64_t hidden, int64_t inner) {
   std::vector<double> g = MatMul(x, gate, m, inner, hidden);
   const std::vector<double> u = MatMul(x, up, m, inner, hidden);
   for (size_t i = 0; i < g.size(); ++i) g[i] = g[i] / (1 + std::exp(-g[i])) * u[i];
@@ -39,14 +41,16 @@ std::vector<double> Mla(const MlaShape& s, const std::vector<double>& q, const s
   const int64_t head_rows = s.nope_dim + s.v_dim;
   const auto project = [&](int64_t key, int64_t kv_row) {
     double sum = 0;
-    for (int64_t r = 0; r < s.kv_lora_rank; ++r) sum += kv_b[kv_row * s.kv_lora_rank + r] * latent[key * s.latent_dim() + r];
+    for (int64_t r = 0; r < s.kv_lora_rank; ++r)
+      sum += kv_b[kv_row * s.kv_lora_rank + r] * latent[key * s.latent_dim() + r];
     return sum;
   };
   for (int64_t h = 0; h < s.heads; ++h) {
     std::vector<double> k_nope(keys * s.nope_dim), v(keys * s.v_dim);
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t i = 0; i < s.nope_dim; ++i) k_nope[key * s.nope_dim + i] = project(key, h * head_rows + i);
-      for (int64_t i = 0; i < s.v_dim; ++i) v[key * s.v_dim + i] = project(key, h * head_rows + s.nope_dim + i);
+      for (int64_t i = 0; i < s.v_dim; ++i)
+        v[key * s.v_dim + i] = project(key, h * head_rows + s.nope_dim + i);
     }
     for (int64_t t = 0; t < rows; ++t) {
       const double* query = &q[(t * s.heads + h) * s.q_dim()];
@@ -56,13 +60,15 @@ std::vector<double> Mla(const MlaShape& s, const std::vector<double>& q, const s
       for (int64_t key = 0; key < visible; ++key) {
         double score = 0;
         for (int64_t i = 0; i < s.nope_dim; ++i) score += query[i] * k_nope[key * s.nope_dim + i];
-        for (int64_t i = 0; i < s.rope_dim; ++i) score += query[s.nope_dim + i] * latent[key * s.latent_dim() + s.kv_lora_rank + i];
+        for (int64_t i = 0; i < s.rope_dim; ++i)
+          score += query[s.nope_dim + i] * latent[key * s.latent_dim() + s.kv_lora_rank + i];
         p[key] = score * s.softmax_scale;
         maximum = std::max(maximum, p[key]);
       }
       for (double& value : p) sum += value = std::exp(value - maximum);
       for (int64_t key = 0; key < visible; ++key) {
-        for (int64_t i = 0; i < s.v_dim; ++i) out[(t * s.heads + h) * s.v_dim + i] += p[key] / sum * v[key * s.v_dim + i];
+        for (int64_t i = 0; i < s.v_dim; ++i)
+          out[(t * s.heads + h) * s.v_dim + i] += p[key] / sum * v[key * s.v_dim + i];
       }
     }
   }
@@ -83,10 +89,13 @@ Route RouteToken(const ModelConfig& config, const std::vector<double>& logits) {
     const int size = n / config.n_group;
     std::vector<int> groups(config.n_group);
     std::iota(groups.begin(), groups.end(), 0);
-    const auto best_of = [&](int g) { return *std::max_element(logits.begin() + g * size, logits.begin() + (g + 1) * size); };
+    const auto best_of = [&](int g) {
+      return *std::max_element(logits.begin() + g * size, logits.begin() + (g + 1) * size);
+    };
     std::stable_sort(groups.begin(), groups.end(), [&](int a, int b) { return best_of(a) > best_of(b); });
     groups.resize(config.topk_group);
-    std::erase_if(candidates, [&](int e) { return std::find(groups.begin(), groups.end(), e / size) == groups.end(); });
+    std::erase_if(candidates,
+                  [&](int e) { return std::find(groups.begin(), groups.end(), e / size) == groups.end(); });
   }
   std::stable_sort(candidates.begin(), candidates.end(), better);
   candidates.resize(config.num_experts_per_tok);
@@ -95,8 +104,9 @@ Route RouteToken(const ModelConfig& config, const std::vector<double>& logits) {
   double total = 0;
   for (const int e : candidates) total += p[e];
   for (const int e : candidates) {
-    route.weights.push_back(config.norm_topk_prob && candidates.size() > 1 ? p[e] / (total + 1e-20)
-                                                                           : p[e] * config.routed_scaling_factor);
+    route.weights.push_back(config.norm_topk_prob && candidates.size() > 1
+                                ? p[e] / (total + 1e-20)
+                                : p[e] * config.routed_scaling_factor);
   }
   return route;
 }

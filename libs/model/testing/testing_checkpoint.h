@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
-#include "libs/base/strings.h"
 #include "absl/strings/str_join.h"
 #include "libs/base/dtype.h"
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
 #include "libs/model/checkpoint.h"
 
 namespace minke::testing_support {
@@ -36,7 +36,7 @@ inline ModelConfig TinyConfig() { return ModelConfig::Parse(TinyConfigJson()).va
 struct Tensor {
   std::string name;
   std::vector<int64_t> shape;
-  std::vector<float> values;   // representable in bf16
+  std::vector<float> values;  // representable in bf16
 };
 
 // One tensor of normal values, rounded to bf16, times `scale`.
@@ -83,7 +83,7 @@ inline std::string SafetensorsText(const std::vector<Tensor>& tensors) {
       data.append(reinterpret_cast<const char*>(&bits), 2);
     }
     StrAppend(&header, header.size() > 1 ? "," : "", "\"", tensor.name, "\":{\"dtype\":\"BF16\",\"shape\":[",
-                    absl::StrJoin(tensor.shape, ","), "],\"data_offsets\":[", begin, ",", data.size(), "]}");
+              absl::StrJoin(tensor.shape, ","), "],\"data_offsets\":[", begin, ",", data.size(), "]}");
   }
   header += "}";
   const uint64_t bytes = header.size();

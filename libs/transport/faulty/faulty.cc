@@ -95,9 +95,14 @@ int FaultyTransport::Poll(absl::FunctionRef<void(Event&)> handler) {
   if (!held_.empty()) ReleaseDue(/*look_at_clock=*/true);
   return inner_->Poll([&](Event& event) {
     switch (event.kind) {
-      case Event::Kind::kFrame: break;
-      case Event::Kind::kPeerUp: up_.insert(event.peer); break;
-      case Event::Kind::kPeerLost: ForgetPeer(event.peer); break;
+      case Event::Kind::kFrame:
+        break;
+      case Event::Kind::kPeerUp:
+        up_.insert(event.peer);
+        break;
+      case Event::Kind::kPeerLost:
+        ForgetPeer(event.peer);
+        break;
     }
     handler(event);
   });

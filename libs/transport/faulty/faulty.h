@@ -1,6 +1,6 @@
-// A transport that loses, repeats, delays and reorders frames, for tests. Deterministic: the n-th frame sent meets the
-// same fate under the same seed. Only the application's frames are affected; credit of lost ones comes back by its
-// time to live.
+// A transport that loses, repeats, delays and reorders frames, for tests. Deterministic: the n-th frame sent
+// meets the same fate under the same seed. Only the application's frames are affected; credit of lost ones
+// comes back by its time to live.
 #pragma once
 
 #include <atomic>
@@ -18,14 +18,15 @@ namespace minke::transport {
 
 struct FaultOptions {
   uint64_t seed = 1;
-  // Drawn independently for each frame. A dropped frame meets nothing else; a duplicated one is sent once more at
-  // once, whatever happens to the first.
+  // Drawn independently for each frame. A dropped frame meets nothing else; a duplicated one is sent once
+  // more at once, whatever happens to the first.
   double drop_probability = 0;
   double duplicate_probability = 0;
   double delay_probability = 0;
   absl::Duration delay_max = absl::Milliseconds(10);  // uniform up to this
   double reorder_probability = 0;
-  uint32_t reorder_span_max = 8;  // held back until 1 ... this many later frames were sent, or delay_max is over
+  uint32_t reorder_span_max =
+      8;  // held back until 1 ... this many later frames were sent, or delay_max is over
   uint32_t held_frames_max = 4096;  // beyond it frames are sent at once
   // Bit k: frames of kind k are affected. Drawing does not depend on it.
   uint64_t kinds = ~uint64_t{0};
@@ -46,7 +47,9 @@ class FaultyTransport final : public Transport {
   NodeId self() const override { return inner_->self(); }
   std::string address() const override { return inner_->address(); }
   FramePool& frames() override { return inner_->frames(); }
-  absl::Status Connect(NodeId peer, std::string_view address) override { return inner_->Connect(peer, address); }
+  absl::Status Connect(NodeId peer, std::string_view address) override {
+    return inner_->Connect(peer, address);
+  }
   void Disconnect(NodeId peer) override;
   absl::Status Send(NodeId peer, FrameRef frame) override;
   bool TakeCredit(NodeId peer, wire::TrafficClass traffic_class, uint32_t rows) override {

@@ -34,8 +34,8 @@ struct Parcel {
 
 }  // namespace
 
-// What others sent to one node. Thread-safe. Shared by the node and by the links that send to it, so that a link can
-// find out that its other end is gone.
+// What others sent to one node. Thread-safe. Shared by the node and by the links that send to it, so that a
+// link can find out that its other end is gone.
 class InprocMailbox {
  public:
   explicit InprocMailbox(size_t parcels_max) : parcels_max_(parcels_max) {}
@@ -46,7 +46,8 @@ class InprocMailbox {
       const std::lock_guard lock(mutex_);
       if (closed_) return absl::UnavailableError("the other node is gone");
       if (parcel.kind == Parcel::Kind::kFrame && parcels_.size() >= parcels_max_) {
-        return absl::ResourceExhaustedError(StrCat("the other node's inbox_frames_max=", parcels_max_, " reached"));
+        return absl::ResourceExhaustedError(
+            StrCat("the other node's inbox_frames_max=", parcels_max_, " reached"));
       }
       parcels_.push_back(std::move(parcel));
       wake = std::exchange(sleeping_, false);
@@ -70,7 +71,8 @@ class InprocMailbox {
     std::unique_lock lock(mutex_);
     sleeping_ = true;
     // A year at most: now + timeout must not overflow.
-    const auto limit = std::chrono::nanoseconds(std::min<int64_t>(timeout_ns, int64_t{365} * 86400 * 1'000'000'000));
+    const auto limit =
+        std::chrono::nanoseconds(std::min<int64_t>(timeout_ns, int64_t{365} * 86400 * 1'000'000'000));
     arrival_.wait_for(lock, limit, [&] { return !parcels_.empty() || signalled_; });
     sleeping_ = false;
     signalled_ = false;
@@ -159,7 +161,9 @@ class InprocLink final : public Link {
 class InprocDriver final : public Driver {
  public:
   InprocDriver(std::shared_ptr<InprocDirectory> directory, NodeId self, size_t parcels_max)
-      : directory_(std::move(directory)), self_(self), mailbox_(std::make_shared<InprocMailbox>(parcels_max)) {
+      : directory_(std::move(directory)),
+        self_(self),
+        mailbox_(std::make_shared<InprocMailbox>(parcels_max)) {
     directory_->Add(self_, mailbox_);
   }
 
@@ -188,8 +192,7 @@ class InprocDriver final : public Driver {
     std::shared_ptr<InprocMailbox> remote = directory_->Find(NodeId{id});
     if (remote == nullptr) return absl::UnavailableError(StrCat("no node ", resolved, " in this process"));
     const uint64_t link_id = directory_->NewLinkId();
-    MK_RETURN_IF_ERROR(
-        remote->Push({.kind = Parcel::Kind::kOpen, .link_id = link_id, .sender = mailbox_}));
+    MK_RETURN_IF_ERROR(remote->Push({.kind = Parcel::Kind::kOpen, .link_id = link_id, .sender = mailbox_}));
     return AddLink(link_id, std::move(remote));
   }
 
@@ -235,7 +238,8 @@ class InprocDriver final : public Driver {
 
  private:
   static bool ParseId(std::string_view text, uint64_t& id) {
-    if (text.size() != 16 || text.find_first_not_of("0123456789abcdef") != std::string_view::npos) return false;
+    if (text.size() != 16 || text.find_first_not_of("0123456789abcdef") != std::string_view::npos)
+      return false;
     id = std::strtoull(std::string(text).c_str(), nullptr, 16);
     return true;
   }
@@ -256,10 +260,8 @@ class InprocDriver final : public Driver {
 void InprocLink::Send(FrameRef frame, uint8_t /*version*/, uint32_t credits, int64_t /*now_ns*/) {
   if (closed_ || lost_) return;
   // Both ends are this build, so the version of the frame is the agreed one.
-  if (absl::Status status = remote_->Push({.kind = Parcel::Kind::kFrame,
-                                           .link_id = id_,
-                                           .frame = std::move(frame),
-                                           .credits = credits});
+  if (absl::Status status = remote_->Push(
+          {.kind = Parcel::Kind::kFrame, .link_id = id_, .frame = std::move(frame), .credits = credits});
       !status.ok()) {
     lost_ = true;
     driver_->Failed(this, std::move(status));
@@ -268,7 +270,8 @@ void InprocLink::Send(FrameRef frame, uint8_t /*version*/, uint32_t credits, int
 
 void InprocLink::Close() {
   if (std::exchange(closed_, true)) return;
-  remote_->Push({.kind = Parcel::Kind::kClosed, .link_id = id_}).IgnoreError();  // gone already: the same to us
+  remote_->Push({.kind = Parcel::Kind::kClosed, .link_id = id_})
+      .IgnoreError();  // gone already: the same to us
   driver_->Closed(id_);
 }
 
@@ -279,7 +282,8 @@ InprocHub::InprocHub() : directory_(std::make_shared<internal::InprocDirectory>(
 InprocHub::~InprocHub() = default;
 
 std::unique_ptr<Transport> CreateInproc(InprocHub& hub, Identity identity, TransportOptions options) {
-  auto driver = std::make_unique<internal::InprocDriver>(hub.directory_, identity.node_id, options.inbox_frames_max);
+  auto driver =
+      std::make_unique<internal::InprocDriver>(hub.directory_, identity.node_id, options.inbox_frames_max);
   return std::make_unique<internal::PeerTransport>(std::make_unique<FramePool>(), std::move(driver),
                                                    std::move(identity), options);
 }

@@ -1,5 +1,5 @@
-// Transport between the roles of one process: frames are handed over by reference, everything else (handshake, lanes,
-// credits, heartbeats) is as between processes.
+// Transport between the roles of one process: frames are handed over by reference, everything else
+// (handshake, lanes, credits, heartbeats) is as between processes.
 #pragma once
 
 #include <memory>
@@ -12,8 +12,8 @@ namespace internal {
 class InprocDirectory;
 }
 
-// Where the transports of one process find each other. Thread-safe. Its transports keep what they need of it, so it
-// may go first.
+// Where the transports of one process find each other. Thread-safe. Its transports keep what they need of it,
+// so it may go first.
 class InprocHub {
  public:
   InprocHub();

@@ -63,11 +63,13 @@ absl::StatusOr<Interface> FindInterface(std::string_view name_or_address) {
     const int family = entry->ifa_addr->sa_family;
     if (family != AF_INET && family != AF_INET6) continue;
     const SocketAddress address = Copy(entry->ifa_addr);
-    StrAppend(&known, known.empty() ? "" : ", ", std::string_view(entry->ifa_name), " (", address.host(), ")");
+    StrAppend(&known, known.empty() ? "" : ", ", std::string_view(entry->ifa_name), " (", address.host(),
+              ")");
     const bool by_name = name_or_address == entry->ifa_name;
     const bool by_address = name_or_address == address.host();
     // By name: the first IPv4 address, or else the first.
-    const bool better = found.name.empty() || (family == AF_INET && found.address.storage.ss_family != AF_INET);
+    const bool better =
+        found.name.empty() || (family == AF_INET && found.address.storage.ss_family != AF_INET);
     if (by_address || (by_name && better)) {
       found = {entry->ifa_name, address, (entry->ifa_flags & IFF_LOOPBACK) != 0};
       if (by_address) break;

@@ -31,7 +31,8 @@ struct Interface {
 // By name or by address. INVALID_ARGUMENT lists what there is.
 absl::StatusOr<Interface> FindInterface(std::string_view name_or_address);
 
-// "host:port" to a socket address; host may be a name. INVALID_ARGUMENT: malformed. UNAVAILABLE: does not resolve.
+// "host:port" to a socket address; host may be a name. INVALID_ARGUMENT: malformed. UNAVAILABLE: does not
+// resolve.
 absl::StatusOr<SocketAddress> ResolveHostPort(std::string_view address);
 
 void SetPort(SocketAddress& address, uint16_t port);

@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -81,19 +80,22 @@ bool RdmaDevicePresent() {
 
 absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
   // Users may well have UCX variables for other versions in their environment.
-  if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr) ucs_global_opts_set_value("WARN_UNUSED_ENV_VARS", "n");
+  if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr)
+    ucs_global_opts_set_value("WARN_UNUSED_ENV_VARS", "n");
   ucp_config_t* config = nullptr;
   if (ucs_status_t status = ucp_config_read(nullptr, nullptr, &config); status != UCS_OK) {
     return UcxError("ucp_config_read", status);
   }
-  const std::unique_ptr<ucp_config_t, decltype(&ucp_config_release)> config_owner(config, &ucp_config_release);
+  const std::unique_ptr<ucp_config_t, decltype(&ucp_config_release)> config_owner(config,
+                                                                                  &ucp_config_release);
   unsigned major = 0, minor = 0, release = 0;
   ucp_get_version(&major, &minor, &release);
   const bool old_names = major == 1 && minor <= 13;
   for (const UcxSetting& setting : settings) {
     if (std::getenv(StrCat("UCX_", setting.name).c_str()) != nullptr) continue;  // the user's own wins
     const std::string& name = old_names && !setting.name_1_13.empty() ? setting.name_1_13 : setting.name;
-    if (ucs_status_t status = ucp_config_modify(config, name.c_str(), setting.value.c_str()); status != UCS_OK) {
+    if (ucs_status_t status = ucp_config_modify(config, name.c_str(), setting.value.c_str());
+        status != UCS_OK) {
       return UcxError(StrCat("UCX_", setting.name, "=", setting.value), status);
     }
   }
@@ -111,7 +113,8 @@ absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
 absl::StatusOr<Worker> CreateWorker(ucp_context_h context) {
   ucp_worker_params_t parameters{};
   parameters.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
-  parameters.thread_mode = UCS_THREAD_MODE_SERIALIZED;  // engine and keepalive thread, under PeerTransport's mutex
+  parameters.thread_mode =
+      UCS_THREAD_MODE_SERIALIZED;  // engine and keepalive thread, under PeerTransport's mutex
   ucp_worker_h worker = nullptr;
   if (ucs_status_t status = ucp_worker_create(context, &parameters, &worker); status != UCS_OK) {
     return UcxError("ucp_worker_create", status);
@@ -119,7 +122,8 @@ absl::StatusOr<Worker> CreateWorker(ucp_context_h context) {
   return Worker(worker);
 }
 
-// The transports of an endpoint's lanes for active messages, as UCX names them. UCX 1.13 tells them only in print:
+// The transports of an endpoint's lanes for active messages, as UCX names them. UCX 1.13 tells them only in
+// print:
 //   #     lane[0]:  2:posix/memory.0 md[2]   -> md[2]/posix/sysdev[255] am am_bw#0
 std::string TransportName(ucp_ep_h ep) {
   char* text = nullptr;
@@ -203,7 +207,8 @@ class UcxLink final : public Link {
   SendOperation* newest_ = nullptr;
 };
 
-// Callbacks of UCX run inside ucp_worker_progress() and only record; Progress() acts on the records afterwards.
+// Callbacks of UCX run inside ucp_worker_progress() and only record; Progress() acts on the records
+// afterwards.
 class UcxDriver final : public Driver {
  public:
   static absl::StatusOr<std::unique_ptr<UcxDriver>> Create(FramePool* pool, const UcxOptions& options);
@@ -218,7 +223,9 @@ class UcxDriver final : public Driver {
   void Signal() override;
 
   // For links.
-  void Lost(UcxLink* link, absl::Status status) { records_.push_back({Record::Kind::kLost, link, {}, std::move(status)}); }
+  void Lost(UcxLink* link, absl::Status status) {
+    records_.push_back({Record::Kind::kLost, link, {}, std::move(status)});
+  }
   void Closing(UcxLink* link, ucp_ep_h ep);
   SendOperation* NewSend();
   void FreeSend(SendOperation* operation);
@@ -268,7 +275,8 @@ class UcxDriver final : public Driver {
   bool arm_failed_ = false;
 };
 
-// ---- Link ---------------------------------------------------------------------------------------------------
+// ---- Link
+// ---------------------------------------------------------------------------------------------------
 
 absl::Status UcxLink::Create(ucp_worker_h worker, ucp_ep_params_t parameters) {
   parameters.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
@@ -293,15 +301,15 @@ void UcxLink::Send(FrameRef frame, uint8_t version, uint32_t credits, int64_t no
   operation->queued_ns = now_ns;
 
   ucp_request_param_t parameters{};
-  parameters.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE | UCP_OP_ATTR_FIELD_CALLBACK |
-                            UCP_OP_ATTR_FIELD_USER_DATA;
+  parameters.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE |
+                            UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   parameters.flags = UCP_AM_SEND_FLAG_REPLY;  // tells the receiver which of its endpoints this came over
   parameters.memory_type = UCS_MEMORY_TYPE_HOST;
   parameters.cb.send = &UcxLink::OnSent;
   parameters.user_data = operation;
   void* const request =
-      ucp_am_send_nbx(ep_, kMessageId, &operation->header, sizeof(operation->header), operation->frame.payload(),
-                      operation->header.payload_bytes, &parameters);
+      ucp_am_send_nbx(ep_, kMessageId, &operation->header, sizeof(operation->header),
+                      operation->frame.payload(), operation->header.payload_bytes, &parameters);
   if (UCS_PTR_IS_PTR(request)) {
     Append(operation);
     return;
@@ -319,7 +327,9 @@ void UcxLink::OnSent(void* request, ucs_status_t status, void* arg) {
   if (status != UCS_OK) link->Fail(status);
 }
 
-void UcxLink::OnError(void* arg, ucp_ep_h /*ep*/, ucs_status_t status) { static_cast<UcxLink*>(arg)->Fail(status); }
+void UcxLink::OnError(void* arg, ucp_ep_h /*ep*/, ucs_status_t status) {
+  static_cast<UcxLink*>(arg)->Fail(status);
+}
 
 void UcxLink::Fail(ucs_status_t status) {
   if (!usable()) return;
@@ -361,7 +371,8 @@ void UcxLink::Remove(SendOperation* operation) {
   --sends_pending_;
 }
 
-// ---- Driver -------------------------------------------------------------------------------------------------
+// ---- Driver
+// -------------------------------------------------------------------------------------------------
 
 absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, const UcxOptions& options) {
   MK_ASSIGN_OR_RETURN(Interface interface, FindInterface(options.interface));
@@ -369,9 +380,8 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   if (options.selection == UcxSelection::kRdma && !rdma_present) {
     return absl::FailedPreconditionError("transport rdma: UCX sees no RDMA device on this host");
   }
-  MK_ASSIGN_OR_RETURN(
-      Context context,
-      CreateContext(SettingsFor(options.selection, interface.name, interface.loopback, rdma_present)));
+  MK_ASSIGN_OR_RETURN(Context context, CreateContext(SettingsFor(options.selection, interface.name,
+                                                                 interface.loopback, rdma_present)));
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
   int worker_fd = -1;
   if (ucs_status_t status = ucp_worker_get_efd(worker.get(), &worker_fd); status != UCS_OK) {
@@ -427,9 +437,11 @@ UcxDriver::~UcxDriver() {
     }
     ReapClosed();
     clock_gettime(CLOCK_MONOTONIC, &now);
-  } while (!closing_.empty() && (now.tv_sec - begin.tv_sec) * 1'000'000'000 + now.tv_nsec - begin.tv_nsec < kCloseNs);
+  } while (!closing_.empty() &&
+           (now.tv_sec - begin.tv_sec) * 1'000'000'000 + now.tv_nsec - begin.tv_nsec < kCloseNs);
   if (!closing_.empty()) {
-    log::Warning("transport", StrCat(closing_.size(), " UCX endpoints did not close; their memory is not reused"));
+    log::Warning("transport",
+                 StrCat(closing_.size(), " UCX endpoints did not close; their memory is not reused"));
     // UCX may still read from and write to these until the worker is gone, which is after this body.
     for (auto& link : closing_) link.release();
     for (auto& operation : sends_) operation.release();
@@ -469,8 +481,9 @@ void UcxDriver::Closing(UcxLink* /*link*/, ucp_ep_h ep) {
 }
 
 void UcxDriver::ReapClosed() {
-  closing_.erase(std::remove_if(closing_.begin(), closing_.end(), [](auto& link) { return link->Released(); }),
-                 closing_.end());
+  closing_.erase(
+      std::remove_if(closing_.begin(), closing_.end(), [](auto& link) { return link->Released(); }),
+      closing_.end());
 }
 
 void UcxDriver::Progress(DriverSink& sink) {
@@ -486,8 +499,12 @@ void UcxDriver::Progress(DriverSink& sink) {
         sink.OnFrame(record.link, std::move(record.frame), credits);
         break;
       }
-      case Record::Kind::kBad: sink.OnBadFrame(record.link, record.status); break;
-      case Record::Kind::kLost: sink.OnLost(record.link, record.status); break;
+      case Record::Kind::kBad:
+        sink.OnBadFrame(record.link, record.status);
+        break;
+      case Record::Kind::kLost:
+        sink.OnLost(record.link, record.status);
+        break;
     }
   }
   acting_on_.clear();
@@ -518,8 +535,8 @@ void UcxDriver::OnConnectionRequest(ucp_conn_request_h request, void* arg) {
   driver->requests_.push_back(request);
 }
 
-ucs_status_t UcxDriver::OnMessage(void* arg, const void* header, size_t header_bytes, void* data, size_t bytes,
-                                  const ucp_am_recv_param_t* parameters) {
+ucs_status_t UcxDriver::OnMessage(void* arg, const void* header, size_t header_bytes, void* data,
+                                  size_t bytes, const ucp_am_recv_param_t* parameters) {
   return static_cast<UcxDriver*>(arg)->Receive(header, header_bytes, data, bytes, parameters);
 }
 
@@ -533,9 +550,11 @@ ucs_status_t UcxDriver::Receive(const void* header_data, size_t header_bytes, vo
 
   wire::FrameHeader header;
   if (header_bytes != sizeof(header)) {
-    records_.push_back({Record::Kind::kBad, link, {},
-                        absl::InvalidArgumentError(
-                            StrCat("frame header: expected ", sizeof(header), " bytes, found ", header_bytes))});
+    records_.push_back({Record::Kind::kBad,
+                        link,
+                        {},
+                        absl::InvalidArgumentError(StrCat("frame header: expected ", sizeof(header),
+                                                          " bytes, found ", header_bytes))});
     return UCS_OK;
   }
   std::memcpy(&header, header_data, sizeof(header));
@@ -581,9 +600,12 @@ void UcxDriver::OnReceived(void* request, ucs_status_t status, size_t bytes, voi
     link->Fail(status);
   } else if (bytes != operation->frame.header().payload_bytes) {
     operation->driver->records_.push_back(
-        {Record::Kind::kBad, link, {},
-         absl::InvalidArgumentError(StrCat("frame payload: header says ", operation->frame.header().payload_bytes,
-                                           " bytes, received ", bytes))});
+        {Record::Kind::kBad,
+         link,
+         {},
+         absl::InvalidArgumentError(StrCat("frame payload: header says ",
+                                           operation->frame.header().payload_bytes, " bytes, received ",
+                                           bytes))});
   } else {
     operation->driver->records_.push_back(
         {Record::Kind::kFrame, link, std::move(operation->frame), absl::OkStatus()});
@@ -605,7 +627,8 @@ void UcxDriver::FreeSend(SendOperation* operation) {
   free_sends_ = operation;
 }
 
-// ---- Sleeping -----------------------------------------------------------------------------------------------
+// ---- Sleeping
+// -----------------------------------------------------------------------------------------------
 
 bool UcxDriver::PrepareToBlock() {
   if (!records_.empty() || !requests_.empty()) return false;
@@ -637,12 +660,14 @@ absl::StatusOr<UcxSelection> ParseUcxSelection(std::string_view text) {
   if (text == "shm") return UcxSelection::kShm;
   if (text == "tcp") return UcxSelection::kTcp;
   if (text == "rdma") return UcxSelection::kRdma;
-  return absl::InvalidArgumentError(StrCat("transport: expected auto, shm, tcp or rdma, found \"", text, "\""));
+  return absl::InvalidArgumentError(
+      StrCat("transport: expected auto, shm, tcp or rdma, found \"", text, "\""));
 }
 
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptions options) {
   auto pool = std::make_unique<FramePool>();
-  MK_ASSIGN_OR_RETURN(std::unique_ptr<internal::UcxDriver> driver, internal::UcxDriver::Create(pool.get(), options));
+  MK_ASSIGN_OR_RETURN(std::unique_ptr<internal::UcxDriver> driver,
+                      internal::UcxDriver::Create(pool.get(), options));
   return std::make_unique<internal::PeerTransport>(std::move(pool), std::move(driver), std::move(identity),
                                                    options.transport);
 }

@@ -6,13 +6,15 @@ std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& i
                                     bool rdma_present) {
   std::vector<UcxSetting> settings = {
       {"KEEPALIVE_INTERVAL", "500ms", ""},
-      // A restarted process gets its fixed port back although connections of its former life are in TIME_WAIT.
+      // A restarted process gets its fixed port back although connections of its former life are in
+      // TIME_WAIT.
       {"TCP_CM_REUSEADDR", "y", "CM_REUSEADDR"},
   };
   const bool rdma = selection == UcxSelection::kRdma || (selection == UcxSelection::kAuto && rdma_present);
   const bool shm = selection == UcxSelection::kShm || (selection == UcxSelection::kAuto && loopback);
   if (shm || rdma) {
-    // Without it error mode PEER silently drops shared memory. 60k: with 64k and more UCX 1.13 hangs or asserts.
+    // Without it error mode PEER silently drops shared memory. 60k: with 64k and more UCX 1.13 hangs or
+    // asserts.
     settings.push_back({"POSIX_ERROR_HANDLING", "y", "MM_ERROR_HANDLING"});
     settings.push_back({"POSIX_SEG_SIZE", "60k", "MM_SEG_SIZE"});
   }
@@ -23,7 +25,8 @@ std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& i
   settings.push_back({"NET_DEVICES", interface, ""});
   settings.push_back({"TCP_TX_SEG_SIZE", "256k", "TX_SEG_SIZE"});
   settings.push_back({"TCP_RX_SEG_SIZE", "256k", "RX_SEG_SIZE"});
-  // Connections by socket address need tcp in any case. Above every payload: with PEER, rendezvous would go over tcp.
+  // Connections by socket address need tcp in any case. Above every payload: with PEER, rendezvous would go
+  // over tcp.
   settings.push_back({"TLS", shm ? "posix,cma,tcp,self" : "tcp,self", ""});
   settings.push_back({"RNDV_THRESH", shm ? "1m" : "512k", ""});
   return settings;

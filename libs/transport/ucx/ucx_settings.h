@@ -9,10 +9,10 @@
 namespace minke::transport::internal {
 
 struct UcxSetting {
-  std::string name;   // as documented, without "UCX_": what a user's own variable is called
+  std::string name;  // as documented, without "UCX_": what a user's own variable is called
   std::string value;
-  // As ucp_config_modify of UCX 1.13 takes it, if that is another name: settings of transports have no prefix of the
-  // transport there, but that of the table they inherit.
+  // As ucp_config_modify of UCX 1.13 takes it, if that is another name: settings of transports have no prefix
+  // of the transport there, but that of the table they inherit.
   std::string name_1_13;
 };
 

@@ -11,11 +11,13 @@ using inference::v1::GatewayMessage;
 
 namespace {
 
-// Events a gateway has not taken yet; one that falls this far behind is cut off instead of growing memory here.
+// Events a gateway has not taken yet; one that falls this far behind is cut off instead of growing memory
+// here.
 constexpr int kPendingEventsMax = 1 << 16;
 
 // INVALID_ARGUMENT names the field, what was expected and found.
-absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit& submit, const ModelConfig& config) {
+absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit& submit,
+                                  const ModelConfig& config) {
   const auto& s = submit.sampling();
   const auto bad = [](std::string text) { return absl::InvalidArgumentError(std::move(text)); };
   if (submit.prompt_token_ids().empty()) return bad("prompt_token_ids: expected at least one, found none");
@@ -28,7 +30,8 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   }
   const int64_t length = submit.prompt_token_ids_size() + int64_t{s.max_tokens()};
   if (length > config.max_position_embeddings) {
-    return bad(StrCat("prompt and max_tokens: expected at most ", config.max_position_embeddings, " tokens, found ", length));
+    return bad(StrCat("prompt and max_tokens: expected at most ", config.max_position_embeddings,
+                      " tokens, found ", length));
   }
   if (!(s.temperature() >= 0) || !(s.top_p() >= 0 && s.top_p() <= 1) || !(s.min_p() >= 0 && s.min_p() <= 1) ||
       !(s.repetition_penalty() >= 0)) {
@@ -48,7 +51,8 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   p.repetition_penalty = s.repetition_penalty() == 0 ? 1 : s.repetition_penalty();
   p.seed = s.seed();
   for (const auto& bias : s.logit_bias()) {
-    if (bias.token_id() >= static_cast<uint32_t>(config.vocab_size)) return bad(StrCat("logit_bias: token id ", bias.token_id()));
+    if (bias.token_id() >= static_cast<uint32_t>(config.vocab_size))
+      return bad(StrCat("logit_bias: token id ", bias.token_id()));
     p.logit_bias.emplace_back(bias.token_id(), bias.bias());
   }
   p.stop_token_ids.assign(s.stop_token_ids().begin(), s.stop_token_ids().end());
@@ -57,7 +61,8 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   p.top_logprobs = s.top_logprobs();
   p.want_prompt_logprobs = s.want_prompt_logprobs();
   p.top_prompt_logprobs = s.top_prompt_logprobs();
-  if (submit.waiting_ms_max() > 0) request.waiting_until = absl::Now() + absl::Milliseconds(submit.waiting_ms_max());
+  if (submit.waiting_ms_max() > 0)
+    request.waiting_until = absl::Now() + absl::Milliseconds(submit.waiting_ms_max());
   return request;
 }
 
@@ -72,10 +77,14 @@ void ToProto(const TokenLogprobs& from, inference::v1::TokenLogprobs& to) {
 
 inference::v1::FinishReason ToProto(FinishReason reason) {
   switch (reason) {
-    case FinishReason::kNone: return inference::v1::FINISH_REASON_NONE;
-    case FinishReason::kStop: return inference::v1::FINISH_REASON_STOP;
-    case FinishReason::kLength: return inference::v1::FINISH_REASON_LENGTH;
-    case FinishReason::kError: return inference::v1::FINISH_REASON_ERROR;
+    case FinishReason::kNone:
+      return inference::v1::FINISH_REASON_NONE;
+    case FinishReason::kStop:
+      return inference::v1::FINISH_REASON_STOP;
+    case FinishReason::kLength:
+      return inference::v1::FINISH_REASON_LENGTH;
+    case FinishReason::kError:
+      return inference::v1::FINISH_REASON_ERROR;
   }
   return inference::v1::FINISH_REASON_ERROR;
 }
@@ -105,7 +114,8 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     if (finished_) return;
     for (const RequestEvent* event : events) ToProto(*event, *pending_.add_events());
     if (pending_.events_size() > kPendingEventsMax) {
-      return CloseLocked(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the gateway does not read its events"));
+      return CloseLocked(
+          grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the gateway does not read its events"));
     }
     WriteNextLocked();
   }
@@ -120,9 +130,10 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
       absl::StatusOr<Request> request = ToRequest(id_, message_.submit(), api_.engine_->config());
       const absl::Status status = request.ok() ? api_.engine_->Submit(*std::move(request)) : request.status();
       if (!status.ok()) {
-        const RequestEvent refused{.key = {id_, message_.submit().request_id(), message_.submit().generation()},
-                                   .finish = FinishReason::kError,
-                                   .error = status};
+        const RequestEvent refused{
+            .key = {id_, message_.submit().request_id(), message_.submit().generation()},
+            .finish = FinishReason::kError,
+            .error = status};
         Add({&refused});
       }
     } else if (message_.has_cancel()) {
@@ -136,7 +147,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     if (ok) WriteNextLocked();
   }
   void OnCancel() override { Close(grpc::Status::CANCELLED); }
-  void OnDone() override { api_.OnGone(id_); }   // may destroy this
+  void OnDone() override { api_.OnGone(id_); }  // may destroy this
 
  private:
   void CloseLocked(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -155,14 +166,15 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
 
   AttentionApi& api_;
   const uint64_t id_;
-  GatewayMessage message_;   // being read
+  GatewayMessage message_;  // being read
   absl::Mutex mutex_;
   AttentionMessage out_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
-grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session(grpc::CallbackServerContext*) {
+grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session(
+    grpc::CallbackServerContext*) {
   std::shared_ptr<SessionStream> stream;
   bool refused = false;
   {
@@ -182,7 +194,7 @@ grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session
 
 void AttentionApi::OnGone(uint64_t session) {
   engine_->CancelSession(session);
-  std::shared_ptr<SessionStream> last;   // destroyed after the lock is released
+  std::shared_ptr<SessionStream> last;  // destroyed after the lock is released
   absl::MutexLock lock(&mutex_);
   auto it = sessions_.find(session);
   last = std::move(it->second);
@@ -210,7 +222,8 @@ void AttentionApi::Shutdown() {
     stop_ = true;
     for (const auto& [id, stream] : sessions_) streams.push_back(stream);
   }
-  for (const auto& stream : streams) stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the attention node is stopping"));
+  for (const auto& stream : streams)
+    stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the attention node is stopping"));
   streams.clear();
   absl::MutexLock lock(&mutex_);
   mutex_.AwaitWithTimeout(absl::Condition(this, &AttentionApi::NoSessions), absl::Seconds(5));

@@ -29,7 +29,9 @@ absl::Status OutcomeError(RowOutcome outcome) {
 }  // namespace
 
 struct Engine::Command {
-  struct CancelSessionCommand { uint64_t session; };
+  struct CancelSessionCommand {
+    uint64_t session;
+  };
   std::variant<Request, RequestKey, CancelSessionCommand, ClusterSnapshot> body;
 };
 
@@ -43,11 +45,12 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
       pool_(pool),
       allowed_tokens_(std::move(allowed_tokens)),
       sink_(std::move(sink)),
-      pages_(std::max<int64_t>(1, options.cache_bytes / (model_->CacheBytesPerToken() * kernels::kPageTokens))),
+      pages_(
+          std::max<int64_t>(1, options.cache_bytes / (model_->CacheBytesPerToken() * kernels::kPageTokens))),
       cache_(model_->config(), model_->precision(), pages_.total()),
       scheduler_(options.limits, pages_),
-      exchange_(model_->config(), model_->precision(), *transport_, options.exchange, std::max(1, options.microbatches),
-                local_gate_.get(), pool),
+      exchange_(model_->config(), model_->precision(), *transport_, options.exchange,
+                std::max(1, options.microbatches), local_gate_.get(), pool),
       peers_(*transport_),
       lanes_(std::max(1, options.microbatches)) {
   PublishStatus();
@@ -59,7 +62,8 @@ absl::Status Engine::Submit(Request request) {
   {
     absl::MutexLock lock(&mutex_);
     if (std::ssize(mail_) >= options_.mailbox_max) {
-      return absl::ResourceExhaustedError(StrCat("the engine has ", mail_.size(), " submissions it has not seen yet"));
+      return absl::ResourceExhaustedError(
+          StrCat("the engine has ", mail_.size(), " submissions it has not seen yet"));
     }
     mail_.push_back({std::move(request)});
   }
@@ -69,7 +73,7 @@ absl::Status Engine::Submit(Request request) {
 
 void Engine::Cancel(const RequestKey& key) {
   absl::MutexLock lock(&mutex_);
-  mail_.push_back({key});   // one per submission at most, so bounded by what was let in
+  mail_.push_back({key});  // one per submission at most, so bounded by what was let in
 }
 
 void Engine::CancelSession(uint64_t session) {
@@ -110,9 +114,9 @@ void Engine::PublishStatus() {
   status.bad_frames = counters.bad_frames;
   status.generated_tokens = generated_tokens_;
   status.prompt_tokens = prompt_tokens_;
-  const bool routed = local_gate_ != nullptr ||
-                      std::any_of(cluster_.routers.begin(), cluster_.routers.end(),
-                                  [&](const auto& router) { return peers_.IsUp(router.first); });
+  const bool routed =
+      local_gate_ != nullptr || std::any_of(cluster_.routers.begin(), cluster_.routers.end(),
+                                            [&](const auto& router) { return peers_.IsUp(router.first); });
   status.connected = cluster_.placement != nullptr && routed &&
                      std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
                                  [&](const auto& expert) { return peers_.IsUp(expert.first); });
@@ -141,7 +145,8 @@ void Engine::TakeMail() {
     if (auto* request = std::get_if<Request>(&command.body)) {
       const RequestKey key = request->key;
       prompt_tokens_ += request->prompt.size();
-      if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(*request))); !status.ok()) {
+      if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(*request)));
+          !status.ok()) {
         refused.push_back({.key = key, .finish = FinishReason::kError, .error = status});
       }
     } else if (auto* key = std::get_if<RequestKey>(&command.body)) {
@@ -163,12 +168,14 @@ void Engine::Emit(std::vector<RequestEvent> events) {
 void Engine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
-      case transport::Event::Kind::kFrame: return exchange_.OnFrame(event.frame);
+      case transport::Event::Kind::kFrame:
+        return exchange_.OnFrame(event.frame);
       case transport::Event::Kind::kPeerUp:
         peers_.OnPeerUp(event.peer);
         return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
-        log::Warning("attention", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
+        log::Warning("attention",
+                     StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         peers_.OnPeerLost(event.peer);
         return exchange_.OnPeerLost(event.peer);
     }
@@ -182,9 +189,10 @@ void Engine::Run() {
     PollTransport();
     std::vector<RequestEvent> refused;
     std::vector<StepChunk> chunks = scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence) {
-      refused.push_back({.key = sequence.request.key,
-                         .finish = FinishReason::kError,
-                         .error = absl::ResourceExhaustedError("not admitted in time: the attention node is overloaded")});
+      refused.push_back(
+          {.key = sequence.request.key,
+           .finish = FinishReason::kError,
+           .error = absl::ResourceExhaustedError("not admitted in time: the attention node is overloaded")});
     });
     Emit(std::move(refused));
     PublishStatus();
@@ -198,9 +206,12 @@ void Engine::Run() {
 
 kernels::MlaForm Engine::FormOf(int64_t rows) const {
   switch (options_.mla) {
-    case MlaChoice::kAbsorbed: return kernels::MlaForm::kAbsorbed;
-    case MlaChoice::kNaive: return kernels::MlaForm::kNaive;
-    case MlaChoice::kAuto: break;
+    case MlaChoice::kAbsorbed:
+      return kernels::MlaForm::kAbsorbed;
+    case MlaChoice::kNaive:
+      return kernels::MlaForm::kNaive;
+    case MlaChoice::kAuto:
+      break;
   }
   // Exact mode promises the same bits for every chunking, so it has one form.
   if (model_->precision() == Precision::kExact) return kernels::MlaForm::kAbsorbed;
@@ -217,10 +228,12 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
   }
   // Longest first onto the emptiest lane. A sequence stays whole: its rows see each other's latents.
   std::vector<StepChunk> order = chunks;
-  std::stable_sort(order.begin(), order.end(), [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
   for (const StepChunk& chunk : order) {
-    Lane& lane = *std::min_element(lanes_.begin(), lanes_.end(),
-                                   [](const Lane& a, const Lane& b) { return a.batch.size() < b.batch.size(); });
+    Lane& lane = *std::min_element(lanes_.begin(), lanes_.end(), [](const Lane& a, const Lane& b) {
+      return a.batch.size() < b.batch.size();
+    });
     if (chunk.count > 1) lane.traffic_class = wire::TrafficClass::kPrefill;
     lane.chunks.push_back(chunk);
     lane.batch.chunks.push_back({.row_begin = lane.batch.size(),
@@ -248,8 +261,9 @@ void Engine::Advance(Lane& lane, int index) {
   while (lane.layer < config.num_hidden_layers) {
     model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer));
     if (config.IsMoeLayer(lane.layer)) {
-      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed.data(), lane.batch.size(), absl::Now());
-      model_->FeedForward(lane.layer, lane.batch);   // the shared experts, while the rows are away
+      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed.data(),
+                      lane.batch.size(), absl::Now());
+      model_->FeedForward(lane.layer, lane.batch);  // the shared experts, while the rows are away
       lane.phase = Phase::kExchange;
       return;
     }
@@ -273,7 +287,8 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
   ++step_;
   FillLanes(chunks);
   const auto done = [&] {
-    return std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return lane.phase == Phase::kDone; });
+    return std::all_of(lanes_.begin(), lanes_.end(),
+                       [](const Lane& lane) { return lane.phase == Phase::kDone; });
   };
   while (!done() && !stop_.load()) {
     bool progressed = false;
@@ -298,7 +313,7 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
   if (stop_.load()) return;
   std::vector<RequestEvent> events;
   for (Lane& lane : lanes_) CollectOutputs(lane, events);
-  PublishStatus();   // before the events: whoever sees a stream end may look at the pages next
+  PublishStatus();  // before the events: whoever sees a stream end may look at the pages next
   Emit(std::move(events));
 }
 
@@ -306,9 +321,9 @@ namespace {
 
 // A row whose logits are wanted, and why.
 struct OutputRow {
-  int32_t row;             // in the microbatch
+  int32_t row;  // in the microbatch
   size_t chunk;
-  std::optional<uint32_t> prompt_token;   // set: log-probability of this next prompt token; unset: sample
+  std::optional<uint32_t> prompt_token;  // set: log-probability of this next prompt token; unset: sample
 };
 
 }  // namespace
@@ -331,7 +346,8 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
         outputs.push_back({static_cast<int32_t>(first + i), c, sequence.tokens[next]});
       }
     }
-    if (chunk.begin + chunk.count == std::ssize(sequence.tokens) && sequence.generated_size() < params.max_tokens) {
+    if (chunk.begin + chunk.count == std::ssize(sequence.tokens) &&
+        sequence.generated_size() < params.max_tokens) {
       outputs.push_back({static_cast<int32_t>(first + chunk.count - 1), c, std::nullopt});
     }
   }
@@ -359,7 +375,8 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
       std::vector<float> plain;
       if (params.want_logprobs) plain.assign(row.begin(), row.end());
       sampled[begin + i] = Sample(params, sequence.counts, allowed_tokens_, std::ssize(sequence.tokens), row);
-      if (params.want_logprobs) logprobs[begin + i] = Logprobs(plain, sampled[begin + i], params.top_logprobs);
+      if (params.want_logprobs)
+        logprobs[begin + i] = Logprobs(plain, sampled[begin + i], params.top_logprobs);
     });
   }
 
@@ -390,11 +407,14 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
       if (std::find(stops.begin(), stops.end(), token) != stops.end()) event.finish = FinishReason::kStop;
     }
     const bool prompt_done = sequence.computed >= sequence.prompt_size();
-    if (event.finish == FinishReason::kNone && prompt_done && sequence.generated_size() >= params.max_tokens) {
+    if (event.finish == FinishReason::kNone && prompt_done &&
+        sequence.generated_size() >= params.max_tokens) {
       event.finish = FinishReason::kLength;
     }
-    if (event.finish == FinishReason::kNone && !scheduler_.CanGrow(sequence)) event.finish = FinishReason::kLength;
-    const bool worth_sending = !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
+    if (event.finish == FinishReason::kNone && !scheduler_.CanGrow(sequence))
+      event.finish = FinishReason::kLength;
+    const bool worth_sending =
+        !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
     const bool finished = event.finish != FinishReason::kNone;
     if (worth_sending && !sequence.cancelled) events.push_back(std::move(event));
     if (finished) scheduler_.Finish(&sequence);

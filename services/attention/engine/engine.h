@@ -1,8 +1,8 @@
 // The attention node's step loop: takes submissions, plans a step, drives its microbatches through all layers
 // (computing attention here, exchanging rows with the expert pool), samples, and hands out events.
 //
-// Threads: Run() is the engine thread and owns model scratch, cache, scheduler, exchange and transport. Everything
-// else is thread-safe and only posts to the engine's mailbox.
+// Threads: Run() is the engine thread and owns model scratch, cache, scheduler, exchange and transport.
+// Everything else is thread-safe and only posts to the engine's mailbox.
 #pragma once
 
 #include <atomic>
@@ -27,24 +27,25 @@ enum class MlaChoice { kAuto, kAbsorbed, kNaive };
 
 struct EngineOptions {
   SchedulerLimits limits;
-  int64_t cache_bytes = int64_t{1} << 30;   // of the latent cache; untouched memory costs nothing
-  int microbatches = 0;                     // 0: auto
-  MlaChoice mla = MlaChoice::kAuto;         // auto: naive for long chunks; absorbed for all in exact mode
+  int64_t cache_bytes = int64_t{1} << 30;  // of the latent cache; untouched memory costs nothing
+  int microbatches = 0;                    // 0: auto
+  MlaChoice mla = MlaChoice::kAuto;        // auto: naive for long chunks; absorbed for all in exact mode
   ExchangeOptions exchange;
-  int64_t mailbox_max = 4096;               // submissions not yet seen by the engine
+  int64_t mailbox_max = 4096;  // submissions not yet seen by the engine
 };
 
 // The part of the cluster this node talks to.
 struct ClusterSnapshot {
-  std::map<NodeId, std::string> routers, experts;   // data-plane addresses
-  std::shared_ptr<const router::PlacementTable> placement;   // shared with other readers of the same view
+  std::map<NodeId, std::string> routers, experts;           // data-plane addresses
+  std::shared_ptr<const router::PlacementTable> placement;  // shared with other readers of the same view
 };
 
 struct EngineStatus {
   int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0;
-  uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0, bad_frames = 0;
+  uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0,
+           bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
-  bool connected = false;   // to a router (if one is needed) and every expert server
+  bool connected = false;  // to a router (if one is needed) and every expert server
 };
 
 class Engine {
@@ -65,17 +66,17 @@ class Engine {
   void CancelSession(uint64_t session);
   void UpdateCluster(ClusterSnapshot snapshot);
 
-  void Run();    // until Stop()
-  void Stop();   // any thread
+  void Run();   // until Stop()
+  void Stop();  // any thread
   EngineStatus status() const;
   const ModelConfig& config() const { return model_->config(); }
 
  private:
   enum class Phase { kCompute, kExchange, kDone };
-  struct Lane {   // one microbatch on its way
+  struct Lane {  // one microbatch on its way
     Microbatch batch;
     std::vector<StepChunk> chunks;
-    std::vector<RowOutcome> outcomes;   // worst so far, by row
+    std::vector<RowOutcome> outcomes;  // worst so far, by row
     Phase phase = Phase::kDone;
     int32_t layer = 0;
     wire::TrafficClass traffic_class{};

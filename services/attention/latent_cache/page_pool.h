@@ -1,5 +1,5 @@
-// Pages of the latent cache: 64 tokens each, through all layers. Hands out page numbers; the memory behind them is
-// LatentCache. Thread-compatible.
+// Pages of the latent cache: 64 tokens each, through all layers. Hands out page numbers; the memory behind
+// them is LatentCache. Thread-compatible.
 #pragma once
 
 #include <cstdint>

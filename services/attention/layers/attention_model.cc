@@ -53,7 +53,8 @@ absl::Status AttentionModel::LoadLayer(int32_t index) {
     layer.q_b = PackedMatrix::Pack(precision_, q_b, pool_);
     checkpoint_->Release(q_b);
   }
-  MK_ASSIGN_OR_RETURN(layer.mla, kernels::MlaWeights::Load(*checkpoint_, a + "kv_b_proj.weight", shape_, precision_, pool_));
+  MK_ASSIGN_OR_RETURN(
+      layer.mla, kernels::MlaWeights::Load(*checkpoint_, a + "kv_b_proj.weight", shape_, precision_, pool_));
   const int64_t o_shape[] = {c.hidden_size, shape_.heads * shape_.v_dim};
   MK_ASSIGN_OR_RETURN(const TensorView o, checkpoint_->Find(a + "o_proj.weight", o_shape));
   layer.o = PackedMatrix::Pack(precision_, o, pool_);
@@ -62,17 +63,17 @@ absl::Status AttentionModel::LoadLayer(int32_t index) {
   const bool moe = c.IsMoeLayer(index);
   layer.has_ffn = !moe || c.n_shared_experts > 0;
   if (layer.has_ffn) {
-    MK_ASSIGN_OR_RETURN(layer.ffn, kernels::FfnWeights::Load(*checkpoint_, p + (moe ? "mlp.shared_experts." : "mlp."),
-                                                             c.hidden_size,
-                                                             moe ? c.shared_intermediate_size() : c.intermediate_size,
-                                                             precision_, pool_));
+    MK_ASSIGN_OR_RETURN(layer.ffn,
+                        kernels::FfnWeights::Load(
+                            *checkpoint_, p + (moe ? "mlp.shared_experts." : "mlp."), c.hidden_size,
+                            moe ? c.shared_intermediate_size() : c.intermediate_size, precision_, pool_));
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<AttentionModel>> AttentionModel::Load(std::shared_ptr<const Checkpoint> checkpoint,
-                                                                     Precision precision, ThreadPool& pool,
-                                                                     absl::FunctionRef<void(int32_t)> progress) {
+absl::StatusOr<std::unique_ptr<AttentionModel>> AttentionModel::Load(
+    std::shared_ptr<const Checkpoint> checkpoint, Precision precision, ThreadPool& pool,
+    absl::FunctionRef<void(int32_t)> progress) {
   std::unique_ptr<AttentionModel> model(new AttentionModel(std::move(checkpoint), precision, pool));
   const ModelConfig& c = model->config();
   const int64_t table[] = {c.vocab_size, c.hidden_size};
@@ -97,7 +98,7 @@ int64_t AttentionModel::CacheBytesPerToken() const {
 }
 
 void AttentionModel::ForRows(int64_t rows, absl::FunctionRef<void(int64_t)> body) {
-  constexpr int64_t kGrain = 8;   // about 10 µs of row work at hidden 1024
+  constexpr int64_t kGrain = 8;  // about 10 µs of row work at hidden 1024
   pool_.ParallelFor((rows + kGrain - 1) / kGrain, [&](int64_t task) {
     for (int64_t i = task * kGrain; i < std::min(rows, (task + 1) * kGrain); ++i) body(i);
   });
@@ -126,7 +127,8 @@ void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cach
   const ModelConfig& c = config();
   Layer& layer = layers_[index];
   const int64_t rows = batch.size(), hidden = c.hidden_size, element = ActivationBytes(precision_);
-  const int64_t latent = shape_.latent_dim(), rank = shape_.kv_lora_rank, q_full = shape_.heads * shape_.q_dim();
+  const int64_t latent = shape_.latent_dim(), rank = shape_.kv_lora_rank,
+                q_full = shape_.heads * shape_.q_dim();
   const int64_t q_width = c.q_lora_rank > 0 ? c.q_lora_rank : q_full, qkv_width = q_width + latent;
   float* x = batch.x.data();
   const float* angles = batch.angles.data();
@@ -161,7 +163,8 @@ void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cach
 
   const int64_t v_full = shape_.heads * shape_.v_dim;
   std::byte* heads_out = heads_out_.Resize(rows * v_full * element);
-  kernels::MlaAttention(shape_, layer.mla, precision_, batch.chunks, q, rows, cache, heads_out, mla_scratch_, pool_);
+  kernels::MlaAttention(shape_, layer.mla, precision_, batch.chunks, q, rows, cache, heads_out, mla_scratch_,
+                        pool_);
   float* projected = projected_.Resize(rows * hidden);
   MatMul(layer.o, heads_out, v_full, rows, projected, hidden, pool_);
   ForRows(rows, [&](int64_t i) {
@@ -182,7 +185,8 @@ void AttentionModel::FeedForward(int32_t index, Microbatch& batch) {
 }
 
 void AttentionModel::Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits) {
-  const int64_t hidden = config().hidden_size, element = ActivationBytes(precision_), rows = std::ssize(selected);
+  const int64_t hidden = config().hidden_size, element = ActivationBytes(precision_),
+                rows = std::ssize(selected);
   std::byte* in = head_in_.Resize(rows * hidden * element);
   ForRows(rows, [&](int64_t i) {
     NormRow(final_norm_, batch.x.data() + selected[i] * hidden, in + i * hidden * element);

@@ -1,5 +1,5 @@
-// The weights an attention node holds (embedding, MLA, norms, dense layers, shared experts, head) and the parts of
-// the forward pass it computes with them. The routed experts between are not its business.
+// The weights an attention node holds (embedding, MLA, norms, dense layers, shared experts, head) and the
+// parts of the forward pass it computes with them. The routed experts between are not its business.
 #pragma once
 
 #include <cstdint>
@@ -20,30 +20,30 @@ namespace minke::attention {
 // One row of a step: a token of a sequence at a position, and where its latents go.
 struct StepRow {
   uint32_t token = 0;
-  uint32_t page = 0;        // of the latent cache
-  uint32_t page_slot = 0;   // 0 ... kPageTokens - 1
+  uint32_t page = 0;       // of the latent cache
+  uint32_t page_slot = 0;  // 0 ... kPageTokens - 1
   int64_t position = 0;
 };
 
 // Rows that go through the layers together, and their memory. Reused from step to step.
 struct Microbatch {
   std::vector<StepRow> rows;
-  std::vector<kernels::MlaChunk> chunks;     // row_begin relative to this microbatch
-  kernels::Scratch<float> x;                 // [rows, hidden], the residual stream
-  kernels::Scratch<std::byte> normed;        // [rows, hidden] Act: input of the block under way
-  kernels::Scratch<float> angles;            // [rows, rope_dim]: cosines, sines
+  std::vector<kernels::MlaChunk> chunks;  // row_begin relative to this microbatch
+  kernels::Scratch<float> x;              // [rows, hidden], the residual stream
+  kernels::Scratch<std::byte> normed;     // [rows, hidden] Act: input of the block under way
+  kernels::Scratch<float> angles;         // [rows, rope_dim]: cosines, sines
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
 
 class AttentionModel {
  public:
-  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
-                                                              Precision precision, ThreadPool& pool,
-                                                              absl::FunctionRef<void(int32_t layer)> progress);
+  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(
+      std::shared_ptr<const Checkpoint> checkpoint, Precision precision, ThreadPool& pool,
+      absl::FunctionRef<void(int32_t layer)> progress);
 
   const ModelConfig& config() const { return checkpoint_->config(); }
   Precision precision() const { return precision_; }
-  int64_t CacheBytesPerToken() const;   // of all layers
+  int64_t CacheBytesPerToken() const;  // of all layers
 
   // x = embedding of the rows' tokens; rotary angles of their positions.
   void Embed(Microbatch& batch);
@@ -58,23 +58,27 @@ class AttentionModel {
  private:
   struct Layer {
     std::vector<float> input_norm, post_norm, q_a_norm, kv_a_norm;
-    kernels::PackedMatrix qkv_a;   // [q_lora_rank or heads * qk, hidden] then [latent_dim, hidden]
-    kernels::PackedMatrix q_b;     // empty without q_lora_rank
+    kernels::PackedMatrix qkv_a;  // [q_lora_rank or heads * qk, hidden] then [latent_dim, hidden]
+    kernels::PackedMatrix q_b;    // empty without q_lora_rank
     kernels::MlaWeights mla;
     kernels::PackedMatrix o;
-    kernels::FfnWeights ffn;       // dense or shared; empty if neither
+    kernels::FfnWeights ffn;  // dense or shared; empty if neither
     bool has_ffn = false;
   };
 
   AttentionModel(std::shared_ptr<const Checkpoint> checkpoint, Precision precision, ThreadPool& pool)
-      : checkpoint_(std::move(checkpoint)), precision_(precision), pool_(pool), shape_(checkpoint_->config()),
+      : checkpoint_(std::move(checkpoint)),
+        precision_(precision),
+        pool_(pool),
+        shape_(checkpoint_->config()),
         rope_(checkpoint_->config()) {}
   absl::Status LoadLayer(int32_t index);
   absl::StatusOr<std::vector<float>> LoadVector(const std::string& name, int64_t n) const;
   void ForRows(int64_t rows, absl::FunctionRef<void(int64_t)> body);
   void NormRow(const std::vector<float>& weight, const float* x, std::byte* out);
 
-  const std::shared_ptr<const Checkpoint> checkpoint_;   // shared with the process's other roles; embedding is read in place
+  const std::shared_ptr<const Checkpoint>
+      checkpoint_;  // shared with the process's other roles; embedding is read in place
   const Precision precision_;
   ThreadPool& pool_;
   const kernels::MlaShape shape_;

@@ -26,27 +26,27 @@ struct ExpertExchange::Slot {
   uint16_t group = 0;
   State state = State::kUnsent;
   NodeId server;
-  const std::byte* data = nullptr;   // the partial, inside a held frame
+  const std::byte* data = nullptr;  // the partial, inside a held frame
 };
 
 // The rows of one Dispatch message.
 struct ExpertExchange::Piece {
-  FrameRef frame;               // its payload keeps the rows until the exchange ends
+  FrameRef frame;  // its payload keeps the rows until the exchange ends
   uint32_t row_begin = 0, rows = 0;
-  uint32_t attempt = 0;         // raised when the piece is to be gated anew
-  bool dispatched = false;      // a router has it
+  uint32_t attempt = 0;     // raised when the piece is to be gated anew
+  bool dispatched = false;  // a router has it
   bool planned = false;
-  bool unsent = false;          // some slot is kUnsent
+  bool unsent = false;  // some slot is kUnsent
   NodeId router;
   absl::Time deadline, retry_at;
   int doublings = 0;
-  int64_t open = 0;             // slots not kDone
+  int64_t open = 0;  // slots not kDone
   std::vector<FrameRef> early;
-  std::vector<uint16_t> experts;    // [rows, k]
-  std::vector<float> weights;       // [rows, k]
-  std::vector<Slot> slots;          // [rows, fan_out_max]
-  std::vector<uint8_t> slot_count;  // [rows]
-  std::vector<RowOutcome> outcomes; // [rows]
+  std::vector<uint16_t> experts;     // [rows, k]
+  std::vector<float> weights;        // [rows, k]
+  std::vector<Slot> slots;           // [rows, fan_out_max]
+  std::vector<uint8_t> slot_count;   // [rows]
+  std::vector<RowOutcome> outcomes;  // [rows]
 };
 
 struct ExpertExchange::Exchange {
@@ -58,14 +58,15 @@ struct ExpertExchange::Exchange {
   int64_t rows = 0;
   uint32_t rows_per_piece = 1;
   size_t piece_count = 0;
-  std::vector<Piece> pieces;       // the first piece_count are in use; the rest keep their memory
-  std::vector<FrameRef> held;      // partials
+  std::vector<Piece> pieces;   // the first piece_count are in use; the rest keep their memory
+  std::vector<FrameRef> held;  // partials
   absl::Time give_up_at;
   std::span<Piece> active_pieces() { return {pieces.data(), piece_count}; }
 };
 
-ExpertExchange::ExpertExchange(const ModelConfig& config, Precision precision, transport::Transport& transport,
-                               ExchangeOptions options, int microbatches_max, router::Gate* local_gate, ThreadPool& pool)
+ExpertExchange::ExpertExchange(const ModelConfig& config, Precision precision,
+                               transport::Transport& transport, ExchangeOptions options, int microbatches_max,
+                               router::Gate* local_gate, ThreadPool& pool)
     : config_(config),
       precision_(precision),
       shape_(RowShapeOf(config, precision)),
@@ -172,10 +173,10 @@ void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time n
     return;
   }
   if (!transport_.TakeCredit(*router, exchange.traffic_class, piece.rows)) {
-    piece.retry_at = now;   // asked again at every turn of the engine's wait
+    piece.retry_at = now;  // asked again at every turn of the engine's wait
     return;
   }
-  if (piece.attempt > 0) {   // the old frame may still be on its way out, with its old header
+  if (piece.attempt > 0) {  // the old frame may still be on its way out, with its old header
     FrameRef fresh = transport_.frames().Allocate(piece.frame.header().payload_bytes);
     std::memcpy(fresh.payload(), piece.frame.payload(), piece.frame.header().payload_bytes);
     piece.frame = fresh;
@@ -248,8 +249,8 @@ void ExpertExchange::SendAgain(Exchange& exchange, Piece& piece, absl::Time now)
       if (slot.state == Slot::State::kUnsent) groups |= uint64_t{1} << slot.group;
     }
     if (groups == 0) continue;
-    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(), &piece.experts[i * k],
-                     &piece.weights[i * k], groups});
+    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(),
+                     &piece.experts[i * k], &piece.weights[i * k], groups});
   }
   piece.unsent = false;
   if (items.empty()) return;
@@ -290,12 +291,19 @@ void ExpertExchange::OnFrame(const FrameRef& frame) {
     return;
   }
   switch (header.kind) {
-    case wire::Kind::kRoutePlan: return OnRoutePlan(*exchange, frame);
-    case wire::Kind::kPartial: return OnPartial(*exchange, frame, /*again=*/false);
-    case wire::Kind::kNack: return OnNack(*exchange, frame);
-    case wire::Kind::kReject: return OnReject(*exchange, frame);
-    case wire::Kind::kBusy: return OnBusy(*exchange, frame);
-    default: ++counters_.bad_frames; return;
+    case wire::Kind::kRoutePlan:
+      return OnRoutePlan(*exchange, frame);
+    case wire::Kind::kPartial:
+      return OnPartial(*exchange, frame, /*again=*/false);
+    case wire::Kind::kNack:
+      return OnNack(*exchange, frame);
+    case wire::Kind::kReject:
+      return OnReject(*exchange, frame);
+    case wire::Kind::kBusy:
+      return OnBusy(*exchange, frame);
+    default:
+      ++counters_.bad_frames;
+      return;
   }
 }
 
@@ -329,7 +337,8 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
       Slot& slot = piece->slots[i * fan_out + s];
       for (int64_t e = 0; e < k; ++e) {
         const uint16_t index = plan->server_index[i * k + e];
-        if (config_.GroupOfExpert(plan->experts[i * k + e]) != slot.group || index == wire::kNoServer) continue;
+        if (config_.GroupOfExpert(plan->experts[i * k + e]) != slot.group || index == wire::kNoServer)
+          continue;
         slot.server = NodeId{plan->servers[index]};
         // A server this node is not connected to could not answer it.
         if (IsUp(slot.server)) slot.state = Slot::State::kSent;
@@ -452,7 +461,7 @@ void ExpertExchange::Tick(absl::Time now) {
     for (Piece& piece : exchange->active_pieces()) {
       if (piece.planned && piece.open == 0) continue;
       if (now >= exchange->give_up_at) {
-        if (!piece.planned) {   // no plan: every row fails, with no slot to wait for
+        if (!piece.planned) {  // no plan: every row fails, with no slot to wait for
           piece.outcomes.assign(piece.rows, RowOutcome::kUnavailable);
           piece.slot_count.assign(piece.rows, 0);
           piece.slots.assign(piece.rows * config_.fan_out_max(), Slot{});
@@ -499,7 +508,8 @@ bool ExpertExchange::Done(int microbatch) const {
   Exchange& exchange = *exchanges_[microbatch];
   if (!exchange.active) return false;
   const auto pieces = exchange.active_pieces();
-  return std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.planned && piece.open == 0; });
+  return std::all_of(pieces.begin(), pieces.end(),
+                     [](const Piece& piece) { return piece.planned && piece.open == 0; });
 }
 
 void ExpertExchange::Combine(int microbatch, float* x, std::span<RowOutcome> outcomes) {

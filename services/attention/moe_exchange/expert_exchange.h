@@ -1,10 +1,11 @@
-// The attention node's side of one MoE layer: sends a microbatch's rows out to be routed and computed, gathers the
-// partial sums, and adds them up. The attention node owns the work until every (row, group) is done: whatever is
-// lost on the way (a message, a router, an expert server) is found by a deadline or a broken connection and sent
-// again. Routers and expert servers keep no state that matters here. Protocol: docs/protocol.md.
+// The attention node's side of one MoE layer: sends a microbatch's rows out to be routed and computed,
+// gathers the partial sums, and adds them up. The attention node owns the work until every (row, group) is
+// done: whatever is lost on the way (a message, a router, an expert server) is found by a deadline or a
+// broken connection and sent again. Routers and expert servers keep no state that matters here. Protocol:
+// docs/protocol.md.
 //
-// Nobody gates twice under one attempt: once a plan is known, what is missing is sent again straight to a server that
-// hosts the group, with the planned experts and weights.
+// Nobody gates twice under one attempt: once a plan is known, what is missing is sent again straight to a
+// server that hosts the group, with the planned experts and weights.
 #pragma once
 
 #include <cstdint>
@@ -24,24 +25,24 @@
 namespace minke::attention {
 
 struct ExchangeOptions {
-  // First deadline of a RoutePlan and of results; doubled at every retry, up to 16 times. Crashed and frozen peers
-  // are found sooner, by the transport; these find lost messages.
+  // First deadline of a RoutePlan and of results; doubled at every retry, up to 16 times. Crashed and frozen
+  // peers are found sooner, by the transport; these find lost messages.
   absl::Duration plan_timeout = absl::Seconds(2);
   absl::Duration result_timeout = absl::Seconds(5);
-  absl::Duration retry_pause = absl::Milliseconds(5);      // before asking again where nobody could take rows
-  absl::Duration total_timeout = absl::Seconds(60);        // then the rows' requests fail as unavailable
+  absl::Duration retry_pause = absl::Milliseconds(5);  // before asking again where nobody could take rows
+  absl::Duration total_timeout = absl::Seconds(60);    // then the rows' requests fail as unavailable
 };
 
 enum class RowOutcome : uint8_t {
   kOk,
-  kRejected,      // non-finite scores or values: only this row's request fails
-  kUnavailable,   // nobody could do it in time
+  kRejected,     // non-finite scores or values: only this row's request fails
+  kUnavailable,  // nobody could do it in time
 };
 
 struct ExchangeCounters {
   uint64_t dispatched_rows = 0, redispatched_rows = 0, plan_retries = 0;
-  uint64_t stale_frames = 0;       // of an unknown step or attempt
-  uint64_t duplicate_rows = 0;     // their bit was already set
+  uint64_t stale_frames = 0;    // of an unknown step or attempt
+  uint64_t duplicate_rows = 0;  // their bit was already set
   uint64_t bad_frames = 0;
 };
 
@@ -53,7 +54,9 @@ class ExpertExchange {
                  ExchangeOptions options, int microbatches_max, router::Gate* local_gate, ThreadPool& pool);
   ~ExpertExchange();
 
-  void SetPlacement(std::shared_ptr<const router::PlacementTable> placement) { placement_ = std::move(placement); }
+  void SetPlacement(std::shared_ptr<const router::PlacementTable> placement) {
+    placement_ = std::move(placement);
+  }
   void SetRouters(std::vector<NodeId> routers) { routers_ = std::move(routers); }
   void OnPeerUp(NodeId peer);
   void OnPeerLost(NodeId peer);
@@ -63,12 +66,13 @@ class ExpertExchange {
   // Deadlines and retries; cheap when nothing is due.
   void Tick(absl::Time now);
 
-  // Starts the exchange of rows [rows, hidden] Act; they are copied. REQUIRES: the microbatch has none under way.
-  void Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class, const std::byte* x,
-             int64_t rows, absl::Time now);
+  // Starts the exchange of rows [rows, hidden] Act; they are copied. REQUIRES: the microbatch has none under
+  // way.
+  void Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
+             const std::byte* x, int64_t rows, absl::Time now);
   bool Done(int microbatch) const;
-  // x [rows, hidden] f32 += the sum of each row's partials in group order; outcomes [rows]: rows that are not kOk
-  // add nothing. Ends the exchange. REQUIRES: Done(microbatch).
+  // x [rows, hidden] f32 += the sum of each row's partials in group order; outcomes [rows]: rows that are not
+  // kOk add nothing. Ends the exchange. REQUIRES: Done(microbatch).
   void Combine(int microbatch, float* x, std::span<RowOutcome> outcomes);
 
   const ExchangeCounters& counters() const { return counters_; }
@@ -100,10 +104,11 @@ class ExpertExchange {
   router::Gate* const local_gate_;
   ThreadPool& pool_;
   router::WorkSender sender_;
-  std::shared_ptr<const router::PlacementTable> placement_;   // shared with the control plane, which replaces it
+  std::shared_ptr<const router::PlacementTable>
+      placement_;  // shared with the control plane, which replaces it
   std::vector<NodeId> routers_;
   std::vector<NodeId> up_;
-  std::vector<std::unique_ptr<Exchange>> exchanges_;          // by microbatch
+  std::vector<std::unique_ptr<Exchange>> exchanges_;  // by microbatch
   ExchangeCounters counters_;
 };
 

@@ -40,7 +40,7 @@ uint32_t ArgMax(std::span<const float> logits) {
 }
 
 struct Candidate {
-  float weight;   // probability, not normalised
+  float weight;  // probability, not normalised
   uint32_t token;
 };
 
@@ -84,7 +84,7 @@ uint32_t Sample(const SamplingParams& params, const TokenCounts& counts, std::sp
   static thread_local std::vector<Candidate> candidates;
   candidates.clear();
   double total = 0;
-  const float floor = params.min_p > 0 ? params.min_p : 0;   // relative to the best token's probability
+  const float floor = params.min_p > 0 ? params.min_p : 0;  // relative to the best token's probability
   for (size_t i = 0; i < logits.size(); ++i) {
     const float weight = std::exp((logits[i] - logits[best]) / params.temperature);
     if (weight <= 0 || weight < floor) continue;
@@ -120,7 +120,7 @@ TokenLogprobs Logprobs(std::span<const float> logits, uint32_t token, uint32_t t
   if (top == 0) return out;
   std::vector<Candidate> best;
   best.reserve(top + 1);
-  for (size_t i = 0; i < logits.size(); ++i) {   // insertion into the best so far
+  for (size_t i = 0; i < logits.size(); ++i) {  // insertion into the best so far
     const Candidate candidate{logits[i], static_cast<uint32_t>(i)};
     if (best.size() == top && !Better(candidate, best.back())) continue;
     best.insert(std::upper_bound(best.begin(), best.end(), candidate, Better), candidate);

@@ -31,22 +31,23 @@ struct SamplingParams {
 // How often each token occurs so far; kept only for requests with penalties.
 struct TokenCounts {
   std::unordered_map<uint32_t, uint32_t> generated;
-  std::unordered_map<uint32_t, uint32_t> prompt;   // presence matters only
+  std::unordered_map<uint32_t, uint32_t> prompt;  // presence matters only
 };
 
 struct TokenLogprobs {
   uint32_t token = 0;
   float logprob = 0;
-  std::vector<std::pair<uint32_t, float>> top;   // descending; ties: lowest id first
+  std::vector<std::pair<uint32_t, float>> top;  // descending; ties: lowest id first
 };
 
 // The next token. `logits` [vocab] is scratch: penalties, bias and mask are applied in place.
-// `allowed` [vocab] (or empty: all) masks ids that have no token. The draw is f(seed, position), position being the
-// index of the new token in its sequence, so a request that moves continues the same way.
+// `allowed` [vocab] (or empty: all) masks ids that have no token. The draw is f(seed, position), position
+// being the index of the new token in its sequence, so a request that moves continues the same way.
 uint32_t Sample(const SamplingParams& params, const TokenCounts& counts, std::span<const uint8_t> allowed,
                 int64_t position, std::span<float> logits);
 
-// Natural log-probability of `token` and of the `top` most likely ones under softmax(logits), all ids counted.
+// Natural log-probability of `token` and of the `top` most likely ones under softmax(logits), all ids
+// counted.
 TokenLogprobs Logprobs(std::span<const float> logits, uint32_t token, uint32_t top);
 
 // Uniform in [0, 1), a pure function.

@@ -9,13 +9,14 @@
 namespace minke::attention {
 namespace {
 
-uint32_t Draw(const SamplingParams& params, std::vector<float> logits, int64_t position = 0, const TokenCounts& counts = {},
-              const std::vector<uint8_t>& allowed = {}) {
+uint32_t Draw(const SamplingParams& params, std::vector<float> logits, int64_t position = 0,
+              const TokenCounts& counts = {}, const std::vector<uint8_t>& allowed = {}) {
   return Sample(params, counts, allowed, position, logits);
 }
 
 // Share of each token over many positions.
-std::map<uint32_t, double> Shares(const SamplingParams& params, const std::vector<float>& logits, int draws = 20000) {
+std::map<uint32_t, double> Shares(const SamplingParams& params, const std::vector<float>& logits,
+                                  int draws = 20000) {
   std::map<uint32_t, double> shares;
   for (int i = 0; i < draws; ++i) shares[Draw(params, logits, i)] += 1.0 / draws;
   return shares;
@@ -52,11 +53,12 @@ TEST(Sample, FollowsTheDistributionAtItsTemperature) {
 TEST(Sample, TopKTopPAndMinPKeepTheBest) {
   const std::vector<float> logits = {std::log(0.4f), std::log(0.1f), std::log(0.3f), std::log(0.2f)};
   EXPECT_EQ(Shares({.top_k = 2}, logits, 2000).size(), 2u);
-  EXPECT_EQ(Shares({.top_p = 0.65f}, logits, 2000).size(), 2u);   // 0.4 + 0.3 reaches 0.65
+  EXPECT_EQ(Shares({.top_p = 0.65f}, logits, 2000).size(), 2u);  // 0.4 + 0.3 reaches 0.65
   EXPECT_EQ(Shares({.top_p = 0.75f}, logits, 2000).size(), 3u);
   EXPECT_EQ(Shares({.top_p = 1e-6f}, logits, 200).begin()->first, 0u);
-  EXPECT_EQ(Shares({.min_p = 0.6f}, logits, 2000).size(), 2u);    // at least 0.6 x 0.4
-  const auto both = Shares({.top_p = 0.5f, .top_k = 3}, logits, 2000);   // of the 0.9 that top-k left: 0.4 / 0.9 < 0.5
+  EXPECT_EQ(Shares({.min_p = 0.6f}, logits, 2000).size(), 2u);  // at least 0.6 x 0.4
+  const auto both =
+      Shares({.top_p = 0.5f, .top_k = 3}, logits, 2000);  // of the 0.9 that top-k left: 0.4 / 0.9 < 0.5
   EXPECT_EQ(both.size(), 2u);
 }
 
@@ -77,8 +79,9 @@ TEST(Sample, TopPOverALargeVocabularyMatchesASort) {
     kept[id] = true;
     if ((mass += p[id] / total) >= 0.8) break;
   }
-  EXPECT_GT(kept.size(), 300u);   // beyond the first sorted stretch
-  for (const auto& [token, share] : Shares({.top_p = 0.8f, .seed = 4}, logits, 5000)) EXPECT_TRUE(kept.contains(token)) << token;
+  EXPECT_GT(kept.size(), 300u);  // beyond the first sorted stretch
+  for (const auto& [token, share] : Shares({.top_p = 0.8f, .seed = 4}, logits, 5000))
+    EXPECT_TRUE(kept.contains(token)) << token;
 }
 
 TEST(Sample, PenaltiesAndBiasFollowTheirDefinitions) {
@@ -87,13 +90,13 @@ TEST(Sample, PenaltiesAndBiasFollowTheirDefinitions) {
   counts.prompt = {{2, 5}};
   const SamplingParams greedy{.temperature = 0};
   SamplingParams p = greedy;
-  p.presence_penalty = 1;   // 3 - 1 < 2.5
+  p.presence_penalty = 1;  // 3 - 1 < 2.5
   EXPECT_EQ(Draw(p, {3, 0, 2.5f, 0}, 0, counts), 2u);
   p = greedy;
-  p.frequency_penalty = 0.5f;   // 3 - 1.5 < 1.6, token 1: 2 - 0.5 < 1.6
+  p.frequency_penalty = 0.5f;  // 3 - 1.5 < 1.6, token 1: 2 - 0.5 < 1.6
   EXPECT_EQ(Draw(p, {3, 2, 0, 1.6f}, 0, counts), 3u);
   p = greedy;
-  p.repetition_penalty = 2;   // positive halves, negative doubles; the prompt counts too
+  p.repetition_penalty = 2;  // positive halves, negative doubles; the prompt counts too
   EXPECT_EQ(Draw(p, {3, 1, 3.5f, 1.9f}, 0, counts), 3u);
   EXPECT_EQ(Draw(p, {-1, -1, -1, -1.5f}, 0, counts), 3u);
   p = greedy;
@@ -119,7 +122,7 @@ TEST(Logprobs, AreOverAllIdsWithTheBestInOrder) {
   const TokenLogprobs got = Logprobs(logits, 2, 3);
   EXPECT_NEAR(got.logprob, 2 - std::log(total), 1e-6);
   ASSERT_EQ(got.top.size(), 3u);
-  EXPECT_EQ(got.top[0].first, 1u);   // tie: lowest id first
+  EXPECT_EQ(got.top[0].first, 1u);  // tie: lowest id first
   EXPECT_EQ(got.top[1].first, 3u);
   EXPECT_EQ(got.top[2].first, 2u);
   EXPECT_EQ(got.top[2].second, got.logprob);

@@ -9,11 +9,13 @@ namespace minke::attention {
 
 absl::Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
   if (PagesFor(std::ssize(sequence->tokens)) > pages_.total()) {
-    return absl::InvalidArgumentError(StrCat("prompt of ", sequence->tokens.size(), " tokens: expected at most ",
-                                             pages_.total() * kernels::kPageTokens, ", the size of this node's latent cache"));
+    return absl::InvalidArgumentError(
+        StrCat("prompt of ", sequence->tokens.size(), " tokens: expected at most ",
+               pages_.total() * kernels::kPageTokens, ", the size of this node's latent cache"));
   }
   if (std::ssize(waiting_) >= limits_.waiting_max) {
-    return absl::ResourceExhaustedError(StrCat("the admission queue is full (", limits_.waiting_max, " requests)"));
+    return absl::ResourceExhaustedError(
+        StrCat("the admission queue is full (", limits_.waiting_max, " requests)"));
   }
   waiting_.push_back(std::move(sequence));
   return absl::OkStatus();
@@ -44,7 +46,8 @@ void Scheduler::DropCancelled() {
 }
 
 void Scheduler::Finish(Sequence* sequence) {
-  auto it = std::find_if(running_.begin(), running_.end(), [&](const auto& s) { return s.get() == sequence; });
+  auto it =
+      std::find_if(running_.begin(), running_.end(), [&](const auto& s) { return s.get() == sequence; });
   MK_CHECK(it != running_.end());
   ReleasePages(**it);
   running_.erase(it);
@@ -63,8 +66,8 @@ bool Scheduler::CanGrow(const Sequence& sequence) const {
   return PagesFor(std::ssize(sequence.tokens)) <= pages_.total();
 }
 
-// Takes pages until `sequence` has room for `tokens`; preempts the youngest sequences for it. False if `sequence` was
-// itself the youngest and had to go.
+// Takes pages until `sequence` has room for `tokens`; preempts the youngest sequences for it. False if
+// `sequence` was itself the youngest and had to go.
 bool Scheduler::Reserve(Sequence& sequence, int64_t tokens) {
   while (std::ssize(sequence.pages) < PagesFor(tokens)) {
     if (std::optional<uint32_t> page = pages_.Take()) {
@@ -78,10 +81,12 @@ bool Scheduler::Reserve(Sequence& sequence, int64_t tokens) {
   return true;
 }
 
-std::vector<StepChunk> Scheduler::PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused) {
+std::vector<StepChunk> Scheduler::PlanStep(absl::Time now,
+                                           const std::function<void(const Sequence&)>& refused) {
   DropCancelled();
   for (auto it = waiting_.begin(); it != waiting_.end();) {
-    if ((*it)->request.waiting_until < now && (*it)->computed == 0 && (*it)->generated_size() == std::ssize((*it)->request.generated)) {
+    if ((*it)->request.waiting_until < now && (*it)->computed == 0 &&
+        (*it)->generated_size() == std::ssize((*it)->request.generated)) {
       refused(**it);
       it = waiting_.erase(it);
     } else {
@@ -104,13 +109,16 @@ std::vector<StepChunk> Scheduler::PlanStep(absl::Time now, const std::function<v
     Sequence& sequence = *running_[i];
     const int64_t count = std::min(budget, left(sequence));
     // Prefill waits for pages instead of taking them from sequences that already produce.
-    if (left(sequence) <= 1 || PagesFor(sequence.computed + count) - std::ssize(sequence.pages) > pages_.free()) continue;
+    if (left(sequence) <= 1 ||
+        PagesFor(sequence.computed + count) - std::ssize(sequence.pages) > pages_.free())
+      continue;
     MK_CHECK(Reserve(sequence, sequence.computed + count));
     take(sequence, count);
   }
   while (!waiting_.empty() && budget > 0 && std::ssize(running_) < limits_.sequences_max) {
     Sequence& sequence = *waiting_.front();
-    // Room for the whole prompt and the first new token, so that admission does not lead to preemption at once.
+    // Room for the whole prompt and the first new token, so that admission does not lead to preemption at
+    // once.
     if (PagesFor(std::ssize(sequence.tokens) + 1) > pages_.free() &&
         !(running_.empty() && PagesFor(std::ssize(sequence.tokens)) <= pages_.free())) {
       break;
@@ -125,7 +133,8 @@ std::vector<StepChunk> Scheduler::PlanStep(absl::Time now, const std::function<v
   std::erase_if(chunks, [](const StepChunk& chunk) {
     return std::ssize(chunk.sequence->pages) < PagesFor(chunk.begin + chunk.count);
   });
-  if (chunks.empty() && !running_.empty()) PreemptLast();   // prefills that block each other: the oldest goes on
+  if (chunks.empty() && !running_.empty())
+    PreemptLast();  // prefills that block each other: the oldest goes on
   return chunks;
 }
 

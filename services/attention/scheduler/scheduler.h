@@ -1,6 +1,6 @@
-// Decides what the next step computes: continuous batching under a token budget, decode before prefill, prompts in
-// chunks, preemption by recomputation when pages run out. Owns all sequences and their pages. No clock, no I/O.
-// Engine thread only.
+// Decides what the next step computes: continuous batching under a token budget, decode before prefill,
+// prompts in chunks, preemption by recomputation when pages run out. Owns all sequences and their pages. No
+// clock, no I/O. Engine thread only.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@
 namespace minke::attention {
 
 struct SchedulerLimits {
-  int64_t step_tokens_max = 512;      // rows of one step
-  int64_t sequences_max = 256;        // running at once
-  int64_t waiting_max = 1024;         // admission queue
+  int64_t step_tokens_max = 512;  // rows of one step
+  int64_t sequences_max = 256;    // running at once
+  int64_t waiting_max = 1024;     // admission queue
 };
 
 // Rows [begin, begin + count) of a sequence's tokens.
@@ -37,8 +37,8 @@ class Scheduler {
   void Cancel(const RequestKey& key);
   void CancelSession(uint64_t session);
 
-  // Removes cancelled sequences, admits waiting ones, and takes the pages the chunks need. Every running sequence
-  // has at most one chunk. `refused` is told of waiting sequences whose time is over.
+  // Removes cancelled sequences, admits waiting ones, and takes the pages the chunks need. Every running
+  // sequence has at most one chunk. `refused` is told of waiting sequences whose time is over.
   std::vector<StepChunk> PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused);
 
   // Ends a running sequence and gives its pages back.
@@ -59,7 +59,7 @@ class Scheduler {
 
   const SchedulerLimits limits_;
   PagePool& pages_;
-  std::vector<std::unique_ptr<Sequence>> running_;    // in the order of admission
+  std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
   std::deque<std::unique_ptr<Sequence>> waiting_;
   uint64_t preemptions_ = 0;
 };

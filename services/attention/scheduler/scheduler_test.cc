@@ -9,7 +9,8 @@
 namespace minke::attention {
 namespace {
 
-std::unique_ptr<Sequence> MakeSequence(uint64_t id, int64_t prompt, absl::Time until = absl::InfiniteFuture()) {
+std::unique_ptr<Sequence> MakeSequence(uint64_t id, int64_t prompt,
+                                       absl::Time until = absl::InfiniteFuture()) {
   Request request;
   request.key = {1, id, 0};
   request.prompt.assign(prompt, 7);
@@ -21,7 +22,8 @@ std::unique_ptr<Sequence> MakeSequence(uint64_t id, int64_t prompt, absl::Time u
 struct Fixture {
   explicit Fixture(int64_t pages, SchedulerLimits limits = {}) : pool(pages), scheduler(limits, pool) {}
   std::vector<StepChunk> Plan() {
-    return scheduler.PlanStep(absl::Now(), [&](const Sequence& s) { refused.push_back(s.request.key.request); });
+    return scheduler.PlanStep(absl::Now(),
+                              [&](const Sequence& s) { refused.push_back(s.request.key.request); });
   }
   // What the engine does with a step: everything computed, one token sampled where a prompt ended.
   void Apply(const std::vector<StepChunk>& chunks) {
@@ -46,7 +48,7 @@ TEST(Scheduler, PromptLargerThanTheCacheIsRefused) {
   Fixture f(2);
   EXPECT_EQ(f.scheduler.Add(MakeSequence(1, 129)).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(f.scheduler.Add(MakeSequence(2, 128)).ok());
-  EXPECT_EQ(f.Plan().size(), 1u);   // fits exactly, alone
+  EXPECT_EQ(f.Plan().size(), 1u);  // fits exactly, alone
 }
 
 TEST(Scheduler, WaitingEndsAtItsTime) {
@@ -100,15 +102,16 @@ TEST(Scheduler, YoungestIsPreemptedAndComesBackFirst) {
   EXPECT_GE(f.scheduler.running(), 1);
 }
 
-// Against a trivial model: whatever comes, no page is leaked or shared, every chunk has its pages, someone moves on,
-// and all sequences end.
+// Against a trivial model: whatever comes, no page is leaked or shared, every chunk has its pages, someone
+// moves on, and all sequences end.
 TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
   for (int seed = 0; seed < 30; ++seed) {
     std::mt19937 rng(seed);
     const int64_t pages = 4 + rng() % 12;
-    Fixture f(pages, {.step_tokens_max = 1 + static_cast<int64_t>(rng() % 200), .sequences_max = 1 + static_cast<int64_t>(rng() % 8)});
+    Fixture f(pages, {.step_tokens_max = 1 + static_cast<int64_t>(rng() % 200),
+                      .sequences_max = 1 + static_cast<int64_t>(rng() % 8)});
     uint64_t next_id = 1;
-    std::map<uint64_t, int64_t> target;   // length at which a sequence ends
+    std::map<uint64_t, int64_t> target;  // length at which a sequence ends
     int finished = 0, added = 0;
     for (int step = 0; step < 5000 && (added < 60 || f.scheduler.HasWork()); ++step) {
       if (added < 60 && rng() % 3 == 0) {
@@ -125,7 +128,8 @@ TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
       for (const StepChunk& chunk : chunks) {
         ASSERT_GE(std::ssize(chunk.sequence->pages), PagesFor(chunk.begin + chunk.count));
         ASSERT_EQ(chunk.begin, chunk.sequence->computed);
-        for (const uint32_t page : chunk.sequence->pages) ASSERT_TRUE(seen.insert(page).second) << "a page has two owners";
+        for (const uint32_t page : chunk.sequence->pages)
+          ASSERT_TRUE(seen.insert(page).second) << "a page has two owners";
         rows += chunk.count;
       }
       ASSERT_LE(std::ssize(seen), f.pool.used());

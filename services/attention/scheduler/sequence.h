@@ -22,10 +22,10 @@ struct RequestKey {
 
 struct Request {
   RequestKey key;
-  std::vector<uint32_t> prompt;      // not empty
-  std::vector<uint32_t> generated;   // streamed before the request came here
+  std::vector<uint32_t> prompt;     // not empty
+  std::vector<uint32_t> generated;  // streamed before the request came here
   SamplingParams sampling;
-  absl::Time waiting_until = absl::InfiniteFuture();   // refused if still not admitted
+  absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
 };
 
 enum class FinishReason { kNone, kStop, kLength, kError };
@@ -37,7 +37,7 @@ struct RequestEvent {
   std::vector<TokenLogprobs> logprobs;
   std::vector<TokenLogprobs> prompt_logprobs;
   FinishReason finish = FinishReason::kNone;
-  absl::Status error;   // with kError
+  absl::Status error;  // with kError
 };
 
 struct Sequence {
@@ -52,11 +52,11 @@ struct Sequence {
   int64_t generated_size() const { return std::ssize(tokens) - prompt_size(); }
 
   Request request;
-  std::vector<uint32_t> tokens;       // prompt and generated
-  int64_t computed = 0;               // tokens whose latents are in the cache
+  std::vector<uint32_t> tokens;  // prompt and generated
+  int64_t computed = 0;          // tokens whose latents are in the cache
   std::vector<uint32_t> pages;
   TokenCounts counts;
-  int64_t prompt_logprobs_done = 0;   // prompt tokens 1 ... done were reported; survives recomputation
+  int64_t prompt_logprobs_done = 0;  // prompt tokens 1 ... done were reported; survives recomputation
   bool cancelled = false;
 };
 

@@ -7,14 +7,15 @@
 
 namespace minke::experts {
 
-void SplitByGroup(const ModelConfig& config, const Units& units, uint32_t layer, uint32_t job, const wire::WorkView& view,
-                  std::vector<GroupRow>& hosted, std::vector<GroupRow>& missing) {
+void SplitByGroup(const ModelConfig& config, const Units& units, uint32_t layer, uint32_t job,
+                  const wire::WorkView& view, std::vector<GroupRow>& hosted, std::vector<GroupRow>& missing) {
   for (uint32_t r = 0; r < view.rows.size(); ++r) {
     const uint32_t begin = view.rows[r].pairs_begin(), end = begin + view.rows[r].pairs_count;
-    for (uint32_t p = begin; p < end;) {   // experts ascend, so a group's pairs are neighbours
+    for (uint32_t p = begin; p < end;) {  // experts ascend, so a group's pairs are neighbours
       const int32_t group = config.GroupOfExpert(view.pairs[p].expert);
       GroupRow row{job, r, static_cast<uint16_t>(group), p, p};
-      while (row.pair_end < end && config.GroupOfExpert(view.pairs[row.pair_end].expert) == group) ++row.pair_end;
+      while (row.pair_end < end && config.GroupOfExpert(view.pairs[row.pair_end].expert) == group)
+        ++row.pair_end;
       p = row.pair_end;
       (units.contains({layer, static_cast<uint32_t>(group)}) ? hosted : missing).push_back(row);
     }
@@ -22,7 +23,8 @@ void SplitByGroup(const ModelConfig& config, const Units& units, uint32_t layer,
 }
 
 void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                 std::span<const GroupRow> rows, std::span<std::byte* const> outs, std::span<uint8_t> finite) {
+                 std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+                 std::span<uint8_t> finite) {
   const int64_t hidden = config_.hidden_size, row_bytes = hidden * ActivationBytes(precision_);
   pairs_.clear();
   pair_begin_.clear();
@@ -34,12 +36,14 @@ void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkV
   }
   // Expert by expert, each expert's rows in the order they came.
   position_of_.resize(pairs_.size());
-  std::stable_sort(pairs_.begin(), pairs_.end(), [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
+  std::stable_sort(pairs_.begin(), pairs_.end(),
+                   [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
   items_.clear();
   for (uint32_t at = 0; at < pairs_.size();) {
     const uint16_t expert = pairs_[at].expert;
     uint32_t end = at;
-    for (; end < pairs_.size() && pairs_[end].expert == expert; ++end) position_of_[pairs_[end].position] = end;
+    for (; end < pairs_.size() && pairs_[end].expert == expert; ++end)
+      position_of_[pairs_[end].position] = end;
     const UnitWeights& unit = *units.at({layer, static_cast<uint32_t>(config_.GroupOfExpert(expert))});
     items_.push_back({&unit.experts[expert - unit.range.begin], at, end - at});
     at = end;
@@ -62,12 +66,12 @@ void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkV
         const float weight = view.pairs[p].weight;
         if (sum == nullptr) {
           kernels::Tiles().scale(row, weight, hidden);
-          sum = row;   // every gathered row belongs to one pair, so its output may hold the sum
+          sum = row;  // every gathered row belongs to one pair, so its output may hold the sum
         } else {
           kernels::Tiles().add_scaled(sum, row, weight, hidden);
         }
       }
-      float poison = 0;   // x * 0 is NaN exactly for what is not finite
+      float poison = 0;  // x * 0 is NaN exactly for what is not finite
       for (int64_t c = 0; c < hidden; ++c) poison += sum[c] * 0.0f;
       finite[i] = poison == 0.0f;
       kernels::ToActivation(precision_, sum, outs[i], hidden);

@@ -17,7 +17,8 @@ namespace {
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 
 // The request's exchange, as a reply names it.
-void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows, Epoch epoch, FrameRef& frame) {
+void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows, Epoch epoch,
+               FrameRef& frame) {
   wire::FrameHeader& header = frame.header();
   const uint32_t payload_bytes = header.payload_bytes;
   header = request;
@@ -33,7 +34,8 @@ void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows,
 }  // namespace
 
 ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
-                           std::unique_ptr<transport::Transport> transport, ThreadPool& pool, ExpertEngineOptions options)
+                           std::unique_ptr<transport::Transport> transport, ThreadPool& pool,
+                           ExpertEngineOptions options)
     : config_(config),
       precision_(precision),
       shape_(RowShapeOf(config, precision)),
@@ -77,7 +79,8 @@ void ExpertEngine::TakeMail() {
 void ExpertEngine::Accept(transport::Event& event) {
   const wire::FrameHeader& header = event.frame.header();
   absl::StatusOr<wire::WorkView> view = absl::InvalidArgumentError("not ExpertWork");
-  if (header.kind == wire::Kind::kExpertWork) view = wire::ReadWork(shape_, header, event.frame.payload_span());
+  if (header.kind == wire::Kind::kExpertWork)
+    view = wire::ReadWork(shape_, header, event.frame.payload_span());
   if (view.ok() && !(header.layer < config_.num_hidden_layers && config_.IsMoeLayer(header.layer))) {
     view = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no experts"));
   }
@@ -97,8 +100,10 @@ void ExpertEngine::Accept(transport::Event& event) {
 void ExpertEngine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
-      case transport::Event::Kind::kFrame: return Accept(event);
-      case transport::Event::Kind::kPeerUp: return;
+      case transport::Event::Kind::kFrame:
+        return Accept(event);
+      case transport::Event::Kind::kPeerUp:
+        return;
       case transport::Event::Kind::kPeerLost:
         log::Info("experts", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         return;
@@ -106,10 +111,12 @@ void ExpertEngine::PollTransport() {
   });
 }
 
-FrameRef ExpertEngine::RowListFrame(const wire::FrameHeader& request, wire::Kind kind, std::span<const GroupRow> rows,
-                                    const wire::WorkView& view) {
-  FrameRef frame = transport_->frames().Allocate(static_cast<uint32_t>(rows.size() * sizeof(wire::PartialRow)));
-  const std::span<wire::PartialRow> out = wire::LayOutRowList(static_cast<uint32_t>(rows.size()), frame.payload_span());
+FrameRef ExpertEngine::RowListFrame(const wire::FrameHeader& request, wire::Kind kind,
+                                    std::span<const GroupRow> rows, const wire::WorkView& view) {
+  FrameRef frame =
+      transport_->frames().Allocate(static_cast<uint32_t>(rows.size() * sizeof(wire::PartialRow)));
+  const std::span<wire::PartialRow> out =
+      wire::LayOutRowList(static_cast<uint32_t>(rows.size()), frame.payload_span());
   for (size_t i = 0; i < rows.size(); ++i) out[i] = {view.rows[rows[i].row].row, rows[i].group, 0};
   FillReply(request, kind, static_cast<uint32_t>(rows.size()), epoch_, frame);
   return frame;
@@ -149,7 +156,7 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
   const uint32_t layer = jobs.front().frame.header().layer;
   static thread_local std::vector<wire::WorkView> views;
   static thread_local std::vector<GroupRow> hosted, missing;
-  static thread_local std::vector<size_t> hosted_end;   // of each job
+  static thread_local std::vector<size_t> hosted_end;  // of each job
   views.clear();
   hosted.clear();
   hosted_end.clear();
@@ -167,7 +174,7 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
   // Results are written straight into the messages that carry them.
   struct Out {
     FrameRef frame;
-    size_t job, begin, end;   // rows of `hosted`
+    size_t job, begin, end;  // rows of `hosted`
   };
   std::vector<Out> out_frames;
   static thread_local std::vector<std::byte*> outs;
@@ -199,7 +206,7 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
       if (finite[i] == 0) rejected.push_back(hosted[i]);
     }
     if (rejected.empty()) {
-      (void)transport_->Send(origin, std::move(out.frame));   // an origin that is gone needs no answer
+      (void)transport_->Send(origin, std::move(out.frame));  // an origin that is gone needs no answer
       continue;
     }
     // Rare: the sums that are not finite are named, the others sent in a message without them.

@@ -1,5 +1,5 @@
-// The expert server's loop: takes ExpertWork from the transport, merges what is queued for one layer into a launch
-// (decode before prefill), and answers each message's attention node with its partial sums.
+// The expert server's loop: takes ExpertWork from the transport, merges what is queued for one layer into a
+// launch (decode before prefill), and answers each message's attention node with its partial sums.
 //
 // Threads: Run() is the engine thread; the rest is thread-safe.
 #pragma once
@@ -35,21 +35,22 @@ struct ExpertEngineStatus {
 
 class ExpertEngine {
  public:
-  ExpertEngine(const ModelConfig& config, Precision precision, std::unique_ptr<transport::Transport> transport,
-               ThreadPool& pool, ExpertEngineOptions options);
+  ExpertEngine(const ModelConfig& config, Precision precision,
+               std::unique_ptr<transport::Transport> transport, ThreadPool& pool,
+               ExpertEngineOptions options);
   ~ExpertEngine();
 
   void AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weights);
-  void SetEpoch(Epoch epoch);   // newest placement this server knows of; named in Nacks
+  void SetEpoch(Epoch epoch);  // newest placement this server knows of; named in Nacks
 
-  void Run();    // until Stop()
+  void Run();  // until Stop()
   void Stop();
   ExpertEngineStatus status() const;
 
  private:
   struct Job {
     transport::FrameRef frame;
-    NodeId from;              // whose credit it holds
+    NodeId from;  // whose credit it holds
     wire::WorkView view;
   };
   void TakeMail();
@@ -57,8 +58,8 @@ class ExpertEngine {
   void Accept(transport::Event& event);
   bool RunLaunch();
   void Reply(std::span<const Job> jobs);
-  transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind, std::span<const GroupRow> rows,
-                                   const wire::WorkView& view);
+  transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind,
+                                   std::span<const GroupRow> rows, const wire::WorkView& view);
 
   const ModelConfig config_;
   const Precision precision_;

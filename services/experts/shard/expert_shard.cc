@@ -16,9 +16,10 @@ absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadUnit(const Checkpoint& ch
   auto weights = std::make_shared<UnitWeights>();
   weights->range = config.GroupExperts(static_cast<int32_t>(unit.group));
   for (int32_t expert = weights->range.begin; expert < weights->range.end; ++expert) {
-    MK_ASSIGN_OR_RETURN(kernels::FfnWeights ffn,
-                        kernels::FfnWeights::Load(checkpoint, ExpertPrefix(static_cast<int32_t>(unit.layer), expert),
-                                                  config.hidden_size, config.moe_intermediate_size, precision, pool));
+    MK_ASSIGN_OR_RETURN(
+        kernels::FfnWeights ffn,
+        kernels::FfnWeights::Load(checkpoint, ExpertPrefix(static_cast<int32_t>(unit.layer), expert),
+                                  config.hidden_size, config.moe_intermediate_size, precision, pool));
     weights->experts.push_back(std::move(ffn));
   }
   return weights;

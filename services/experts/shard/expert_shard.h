@@ -1,5 +1,5 @@
-// The weights of the (layer, group) units this server hosts. Units are loaded once and then immutable; the engine and
-// the loader share them, so that one can be dropped while a launch still reads it.
+// The weights of the (layer, group) units this server hosts. Units are loaded once and then immutable; the
+// engine and the loader share them, so that one can be dropped while a launch still reads it.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace minke::experts {
 
 // All routed experts of one group in one layer.
 struct UnitWeights {
-  ExpertRange range;                           // which experts
-  std::vector<kernels::FfnWeights> experts;    // by expert - range.begin
+  ExpertRange range;                         // which experts
+  std::vector<kernels::FfnWeights> experts;  // by expert - range.begin
   int64_t bytes() const;
 };
 

@@ -48,7 +48,8 @@ void GenerateReactor::PumpLocked() {
 bool GenerateReactor::TakeLocked(SequenceEvent event) {
   if (event.finish == FinishReason::kError) {
     const absl::Status status = ToStatus(FromStatus(event.error));
-    final_ = grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message().data(), status.message().size()));
+    final_ = grpc::Status(static_cast<grpc::StatusCode>(status.code()),
+                          std::string(status.message().data(), status.message().size()));
     return true;
   }
   for (const TokenLogprob& logprob : event.prompt_logprobs) ToProto(logprob, next_.add_prompt_logprobs());

@@ -24,7 +24,9 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
     std::string request_id;
   };
   // Refuses the call.
-  explicit GenerateReactor(const grpc::Status& refusal) : context_{}, choice_(nullptr, {}) { Finish(refusal); }
+  explicit GenerateReactor(const grpc::Status& refusal) : context_{}, choice_(nullptr, {}) {
+    Finish(refusal);
+  }
   GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit);
 
   void OnWriteDone(bool ok) override;

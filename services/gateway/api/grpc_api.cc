@@ -21,7 +21,8 @@ namespace v1 = inference::v1;
 
 grpc::Status ToGrpc(const ApiError& error) {
   const absl::Status status = ToStatus(error);
-  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message().data(), status.message().size())};
+  return {static_cast<grpc::StatusCode>(status.code()),
+          std::string(status.message().data(), status.message().size())};
 }
 
 Sampling FromProto(const v1::SamplingParams& proto, bool ignore_eos, const GatewayModel& model) {
@@ -34,7 +35,8 @@ Sampling FromProto(const v1::SamplingParams& proto, bool ignore_eos, const Gatew
   sampling.frequency_penalty = proto.frequency_penalty();
   sampling.repetition_penalty = proto.repetition_penalty() == 0 ? 1 : proto.repetition_penalty();
   sampling.seed = proto.seed();
-  for (const v1::LogitBias& entry : proto.logit_bias()) sampling.logit_bias.emplace_back(entry.token_id(), entry.bias());
+  for (const v1::LogitBias& entry : proto.logit_bias())
+    sampling.logit_bias.emplace_back(entry.token_id(), entry.bias());
   sampling.stop_token_ids.assign(proto.stop_token_ids().begin(), proto.stop_token_ids().end());
   sampling.max_tokens = proto.max_tokens();
   if (proto.want_logprobs() || proto.want_prompt_logprobs()) {
@@ -55,17 +57,20 @@ std::variant<TokenIds, ApiError> PromptOf(const v1::GenerateRequest& request, co
       if (ids.empty()) return BadField("token_ids", "expected a prompt, found an empty one");
       for (const uint32_t id : ids) {
         if (id >= model.vocab_size) {
-          return BadField("token_ids", StrCat("expected token ids from 0 to ", model.vocab_size - 1, ", found ", id));
+          return BadField("token_ids",
+                          StrCat("expected token ids from 0 to ", model.vocab_size - 1, ", found ", id));
         }
       }
       return ids;
     }
     case v1::GenerateRequest::kChat: {
       std::vector<tokenizer::ChatMessage> messages;
-      for (const v1::ChatMessage& message : request.chat().messages()) messages.push_back({message.role(), message.content()});
+      for (const v1::ChatMessage& message : request.chat().messages())
+        messages.push_back({message.role(), message.content()});
       return EncodeChat(messages, model);
     }
-    case v1::GenerateRequest::PROMPT_NOT_SET: break;
+    case v1::GenerateRequest::PROMPT_NOT_SET:
+      break;
   }
   return BadField("prompt", "expected text, token_ids or chat, found nothing");
 }
@@ -88,7 +93,8 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
     builder.RegisterService(this);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr || port_ == 0) {
-      return absl::FailedPreconditionError(StrCat("cannot listen on ", options_.listen, " (gRPC): is the port in use?"));
+      return absl::FailedPreconditionError(
+          StrCat("cannot listen on ", options_.listen, " (gRPC): is the port in use?"));
     }
     SetServing(false);
     return absl::OkStatus();
@@ -100,11 +106,13 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
     const auto refuse = [](const ApiError& error) { return new GenerateReactor(ToGrpc(error)); };
     const auto authorization = context->client_metadata().find("authorization");
     const bool has_key = authorization != context->client_metadata().end();
-    if (!options_.keys.Allows(has_key ? std::string_view(authorization->second.data(), authorization->second.size()) : "")) {
+    if (!options_.keys.Allows(
+            has_key ? std::string_view(authorization->second.data(), authorization->second.size()) : "")) {
       return refuse({401, "an API key is needed: send the metadata authorization: Bearer KEY", "", "", 0});
     }
     if (!request->model().empty() && request->model() != model.name) {
-      return refuse({404, StrCat("the model does not exist; this server has \"", model.name, "\""), "model", "", 0});
+      return refuse(
+          {404, StrCat("the model does not exist; this server has \"", model.name, "\""), "model", "", 0});
     }
     if (const std::string reason = options_.not_ready_reason(); !reason.empty()) {
       return refuse({503, StrCat("not ready: ", reason), "", "", 0});
@@ -117,7 +125,8 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
     auto prompt = PromptOf(*request, model);
     if (const auto* error = std::get_if<ApiError>(&prompt)) return refuse(*error);
     generate.prompt = std::make_shared<const TokenIds>(std::get<TokenIds>(std::move(prompt)));
-    if (const auto error = CheckLength(generate.prompt->size(), generate.sampling.max_tokens, model, "prompt", "max_tokens")) {
+    if (const auto error = CheckLength(generate.prompt->size(), generate.sampling.max_tokens, model, "prompt",
+                                       "max_tokens")) {
       return refuse(*error);
     }
     generate.request_id = absl::StrFormat("grpc-%016x", RandomSeed());

@@ -42,7 +42,10 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
 class AttentionPool::Impl final : public SessionOwner {
  public:
   Impl(AttentionPoolOptions options, GatewayCounters* counters, std::function<void(bool)> on_connected)
-      : options_(options), counters_(*counters), on_connected_(std::move(on_connected)), thread_([this] { Maintain(); }) {}
+      : options_(options),
+        counters_(*counters),
+        on_connected_(std::move(on_connected)),
+        thread_([this] { Maintain(); }) {}
   ~Impl();
 
   void UpdateNodes(const std::vector<AttentionNode>& nodes);
@@ -57,8 +60,8 @@ class AttentionPool::Impl final : public SessionOwner {
     AttentionNode info;
     std::shared_ptr<grpc::Channel> channel;
     std::unique_ptr<v1::Attention::Stub> stub;
-    Session* session = nullptr;   // owns itself; null: none
-    bool cancelling = false;      // its session was told to end
+    Session* session = nullptr;  // owns itself; null: none
+    bool cancelling = false;     // its session was told to end
     int64_t sequences = 0;
     bool in_view = true;
     Clock::time_point absent_since{};
@@ -69,10 +72,10 @@ class AttentionPool::Impl final : public SessionOwner {
     SequenceSpec spec;
     std::shared_ptr<SequenceSink> sink;
     uint32_t generation = 0;
-    TokenIds generated;             // what the client has: goes along at a resubmission
-    size_t prompt_logprobs = 0;     // delivered
-    size_t prompt_logprobs_now = 0; // received in this generation
-    Node* node = nullptr;           // null: waits for one
+    TokenIds generated;              // what the client has: goes along at a resubmission
+    size_t prompt_logprobs = 0;      // delivered
+    size_t prompt_logprobs_now = 0;  // received in this generation
+    Node* node = nullptr;            // null: waits for one
     Clock::time_point wait_until{};
     int lost_sessions = 0;
   };
@@ -84,7 +87,8 @@ class AttentionPool::Impl final : public SessionOwner {
   void PlaceWaitingLocked(Deliveries* deliveries);
   void ConnectLocked(Node* node);
   void FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries);
-  bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event, std::shared_ptr<SequenceSink>* sink);
+  bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event,
+                       std::shared_ptr<SequenceSink>* sink);
   void Maintain();
   static void Deliver(Deliveries deliveries) {
     for (auto& [sink, event] : deliveries) sink->OnEvent(std::move(event));
@@ -98,7 +102,7 @@ class AttentionPool::Impl final : public SessionOwner {
   // Guarded by mutex_.
   std::map<uint64_t, std::unique_ptr<Node>> nodes_;  // by node id
   std::unordered_map<uint64_t, Sequence> sequences_;
-  std::vector<uint64_t> waiting_;                    // sequences without a node, oldest first; some may be gone
+  std::vector<uint64_t> waiting_;  // sequences without a node, oldest first; some may be gone
   uint64_t next_id_ = 1;
   bool stopping_ = false;
   bool poke_ = false;  // the thread has something to do
@@ -116,10 +120,12 @@ AttentionPool::Impl::~Impl() {
     }
     // gRPC calls OnDone for every session that was started, soon after a cancel.
     changed_.wait(lock, [this] {
-      return std::all_of(nodes_.begin(), nodes_.end(), [](const auto& entry) { return entry.second->session == nullptr; });
+      return std::all_of(nodes_.begin(), nodes_.end(),
+                         [](const auto& entry) { return entry.second->session == nullptr; });
     });
     while (!sequences_.empty()) {
-      FailLocked(sequences_.begin()->first, absl::UnavailableError("the gateway is shutting down"), &deliveries);
+      FailLocked(sequences_.begin()->first, absl::UnavailableError("the gateway is shutting down"),
+                 &deliveries);
     }
   }
   thread_.join();
@@ -222,14 +228,19 @@ bool AttentionPool::Impl::TakeEventLocked(Session* session, const v1::Event& pro
   const auto found = sequences_.find(proto.request_id());
   if (found == sequences_.end()) return false;  // cancelled meanwhile
   Sequence& sequence = found->second;
-  if (sequence.node == nullptr || sequence.node->session != session || sequence.generation != proto.generation()) return false;
+  if (sequence.node == nullptr || sequence.node->session != session ||
+      sequence.generation != proto.generation())
+    return false;
   sequence.node->pause = {};  // this session works
   sequence.generated.insert(sequence.generated.end(), event->token_ids.begin(), event->token_ids.end());
   if (!event->prompt_logprobs.empty()) {
     // A resubmission computes the prompt again: what was delivered before is not delivered twice.
     const size_t received = event->prompt_logprobs.size();
-    const size_t known = std::min(received, sequence.prompt_logprobs - std::min(sequence.prompt_logprobs, sequence.prompt_logprobs_now));
-    event->prompt_logprobs.erase(event->prompt_logprobs.begin(), event->prompt_logprobs.begin() + static_cast<std::ptrdiff_t>(known));
+    const size_t known =
+        std::min(received,
+                 sequence.prompt_logprobs - std::min(sequence.prompt_logprobs, sequence.prompt_logprobs_now));
+    event->prompt_logprobs.erase(event->prompt_logprobs.begin(),
+                                 event->prompt_logprobs.begin() + static_cast<std::ptrdiff_t>(known));
     sequence.prompt_logprobs_now += received;
     sequence.prompt_logprobs = std::max(sequence.prompt_logprobs, sequence.prompt_logprobs_now);
   }
@@ -290,12 +301,14 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
         ++moved;
       }
       node->sequences = 0;
-      log::Warning(kTag, absl::StrFormat("node=%016x address=%s session lost (%s), sequences to move: %d", node->info.node_id,
-                                         node->info.address, status.error_message(), moved));
+      log::Warning(kTag,
+                   absl::StrFormat("node=%016x address=%s session lost (%s), sequences to move: %d",
+                                   node->info.node_id, node->info.address, status.error_message(), moved));
     }
     for (const uint64_t id : quarantined) {
-      FailLocked(id, absl::InternalError(StrCat("the request was aboard ", options_.lost_sessions_max,
-                                                " attention nodes that failed, and is not given to another one")),
+      FailLocked(id,
+                 absl::InternalError(StrCat("the request was aboard ", options_.lost_sessions_max,
+                                            " attention nodes that failed, and is not given to another one")),
                  &deliveries);
     }
     counters_.resubmissions.fetch_add(moved);
@@ -328,7 +341,8 @@ void AttentionPool::Impl::ConnectLocked(Node* node) {
   if (node->channel->GetState(/*try_to_connect=*/true) != GRPC_CHANNEL_READY) return;
   node->session = new Session(this, node->stub.get());  // deletes itself
   node->session->Start();
-  log::Info(kTag, absl::StrFormat("node=%016x address=%s session opened", node->info.node_id, node->info.address));
+  log::Info(kTag,
+            absl::StrFormat("node=%016x address=%s session opened", node->info.node_id, node->info.address));
 }
 
 void AttentionPool::Impl::Maintain() {
@@ -359,7 +373,8 @@ void AttentionPool::Impl::Maintain() {
   }
 }
 
-AttentionPool::AttentionPool(AttentionPoolOptions options, GatewayCounters* counters, std::function<void(bool)> on_connected)
+AttentionPool::AttentionPool(AttentionPoolOptions options, GatewayCounters* counters,
+                             std::function<void(bool)> on_connected)
     : impl_(std::make_unique<Impl>(options, counters, std::move(on_connected))) {}
 AttentionPool::~AttentionPool() = default;
 void AttentionPool::UpdateNodes(const std::vector<AttentionNode>& nodes) { impl_->UpdateNodes(nodes); }

@@ -1,7 +1,8 @@
-// The gateway's sessions with the attention nodes: one bidirectional stream per node carries all of its sequences.
-// A sequence goes to the ready node with the fewest; when a node's session is lost its sequences go on elsewhere under
-// a new generation, with the tokens the client already has, so that the client's stream does not notice.
-// Thread-safe. One thread of its own (reconnecting, waiting sequences) beside gRPC's callbacks.
+// The gateway's sessions with the attention nodes: one bidirectional stream per node carries all of its
+// sequences. A sequence goes to the ready node with the fewest; when a node's session is lost its sequences
+// go on elsewhere under a new generation, with the tokens the client already has, so that the client's stream
+// does not notice. Thread-safe. One thread of its own (reconnecting, waiting sequences) beside gRPC's
+// callbacks.
 #pragma once
 
 #include <chrono>
@@ -23,19 +24,21 @@ struct AttentionNode {
 };
 
 struct AttentionPoolOptions {
-  std::chrono::milliseconds node_wait_max{60'000};    // a sequence waits so long for a node, then fails: UNAVAILABLE
-  std::chrono::milliseconds absent_grace{5'000};      // a node gone from the view keeps its session so long
-  std::chrono::milliseconds reconnect_min{50};        // pause after a lost session; doubles
+  std::chrono::milliseconds node_wait_max{
+      60'000};  // a sequence waits so long for a node, then fails: UNAVAILABLE
+  std::chrono::milliseconds absent_grace{5'000};  // a node gone from the view keeps its session so long
+  std::chrono::milliseconds reconnect_min{50};    // pause after a lost session; doubles
   std::chrono::milliseconds reconnect_max{2'000};
-  uint32_t waiting_ms_max = 0;                        // in a node's admission queue; 0: no limit
-  int lost_sessions_max = 2;                          // a sequence that was aboard so many fails: INTERNAL
+  uint32_t waiting_ms_max = 0;  // in a node's admission queue; 0: no limit
+  int lost_sessions_max = 2;    // a sequence that was aboard so many fails: INTERNAL
 };
 
 class AttentionPool final : public SequencePool {
  public:
-  // `on_connected` is called by the pool's own thread, without locks, when a first ready node has a session (true)
-  // and when the last one has lost it (false). `counters` is borrowed.
-  AttentionPool(AttentionPoolOptions options, GatewayCounters* counters, std::function<void(bool)> on_connected);
+  // `on_connected` is called by the pool's own thread, without locks, when a first ready node has a session
+  // (true) and when the last one has lost it (false). `counters` is borrowed.
+  AttentionPool(AttentionPoolOptions options, GatewayCounters* counters,
+                std::function<void(bool)> on_connected);
   // Ends the sessions; sequences that are left get UNAVAILABLE.
   ~AttentionPool() override;
 

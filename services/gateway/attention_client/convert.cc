@@ -17,10 +17,14 @@ TokenLogprob FromProto(const v1::TokenLogprobs& proto) {
 
 FinishReason FromProto(v1::FinishReason reason) {
   switch (reason) {
-    case v1::FINISH_REASON_NONE: return FinishReason::kNone;
-    case v1::FINISH_REASON_STOP: return FinishReason::kStop;
-    case v1::FINISH_REASON_LENGTH: return FinishReason::kLength;
-    default: return FinishReason::kError;  // ERROR, and what a newer node may say
+    case v1::FINISH_REASON_NONE:
+      return FinishReason::kNone;
+    case v1::FINISH_REASON_STOP:
+      return FinishReason::kStop;
+    case v1::FINISH_REASON_LENGTH:
+      return FinishReason::kLength;
+    default:
+      return FinishReason::kError;  // ERROR, and what a newer node may say
   }
 }
 
@@ -60,7 +64,8 @@ SequenceEvent FromProto(v1::Event* event) {
   if (result.finish == FinishReason::kError) {
     // grpc::StatusCode and absl::StatusCode have the same numbers; OK would not be an error.
     const auto code = static_cast<absl::StatusCode>(event->error().code());
-    result.error = absl::Status(code == absl::StatusCode::kOk ? absl::StatusCode::kInternal : code, event->error().message());
+    result.error = absl::Status(code == absl::StatusCode::kOk ? absl::StatusCode::kInternal : code,
+                                event->error().message());
   }
   return result;
 }
@@ -76,10 +81,14 @@ void ToProto(const TokenLogprob& logprob, v1::TokenLogprobs* proto) {
 
 v1::FinishReason ToProto(FinishReason reason) {
   switch (reason) {  // no default: a new reason must be named
-    case FinishReason::kNone: return v1::FINISH_REASON_NONE;
-    case FinishReason::kStop: return v1::FINISH_REASON_STOP;
-    case FinishReason::kLength: return v1::FINISH_REASON_LENGTH;
-    case FinishReason::kError: return v1::FINISH_REASON_ERROR;
+    case FinishReason::kNone:
+      return v1::FINISH_REASON_NONE;
+    case FinishReason::kStop:
+      return v1::FINISH_REASON_STOP;
+    case FinishReason::kLength:
+      return v1::FINISH_REASON_LENGTH;
+    case FinishReason::kError:
+      return v1::FINISH_REASON_ERROR;
   }
   return v1::FINISH_REASON_ERROR;
 }

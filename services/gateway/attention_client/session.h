@@ -22,7 +22,8 @@ class SessionOwner {
   ~SessionOwner() = default;
 };
 
-class Session final : public grpc::ClientBidiReactor<inference::v1::GatewayMessage, inference::v1::AttentionMessage> {
+class Session final
+    : public grpc::ClientBidiReactor<inference::v1::GatewayMessage, inference::v1::AttentionMessage> {
  public:
   // Both are borrowed; the owner outlives the session, the stub until OnSessionDone.
   Session(SessionOwner* owner, inference::v1::Attention::Stub* stub) : owner_(*owner) {
@@ -34,7 +35,8 @@ class Session final : public grpc::ClientBidiReactor<inference::v1::GatewayMessa
     StartRead(&incoming_);
     StartCall();
   }
-  // Thread-safe, until OnSessionDone. Queued messages are bounded by the gateway's admission: two per sequence.
+  // Thread-safe, until OnSessionDone. Queued messages are bounded by the gateway's admission: two per
+  // sequence.
   void Send(inference::v1::GatewayMessage message) {
     {
       const std::lock_guard lock(mutex_);

@@ -10,8 +10,8 @@ namespace minke::gateway {
 // Monotonic counts.
 struct GatewayCounters {
   std::atomic<uint64_t> http_requests{0};
-  std::atomic<uint64_t> generations{0};          // admitted API requests
-  std::atomic<uint64_t> generations_refused{0};  // 429
+  std::atomic<uint64_t> generations{0};            // admitted API requests
+  std::atomic<uint64_t> generations_refused{0};    // 429
   std::atomic<uint64_t> generations_abandoned{0};  // the client left
   std::atomic<uint64_t> prompt_tokens{0};
   std::atomic<uint64_t> completion_tokens{0};
@@ -27,7 +27,8 @@ class Admission {
    public:
     Permit() = default;
     Permit(Permit&& other) noexcept
-        : admission_(std::exchange(other.admission_, nullptr)), sequences_(std::exchange(other.sequences_, 0)) {}
+        : admission_(std::exchange(other.admission_, nullptr)),
+          sequences_(std::exchange(other.sequences_, 0)) {}
     Permit& operator=(Permit&& other) noexcept {
       std::swap(admission_, other.admission_);
       std::swap(sequences_, other.sequences_);

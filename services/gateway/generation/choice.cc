@@ -48,7 +48,8 @@ ChoiceDelta Choice::Take(SequenceEvent event) {
     }
   }
   delta.finish = event.finish;
-  if (event.finish != FinishReason::kNone && decoder_ && !stops_.matched()) delta.text += stops_.Push(decoder_->Finish());
+  if (event.finish != FinishReason::kNone && decoder_ && !stops_.matched())
+    delta.text += stops_.Push(decoder_->Finish());
   if (stops_.matched()) delta.finish = FinishReason::kStop;
   if (delta.finish != FinishReason::kNone) {
     delta.text += stops_.Finish();
@@ -67,8 +68,8 @@ std::string TokenName(const tokenizer::Tokenizer* tokenizer, uint32_t id) {
 }
 
 uint64_t CountCharacters(std::string_view utf8) {
-  return static_cast<uint64_t>(
-      std::count_if(utf8.begin(), utf8.end(), [](char c) { return (static_cast<uint8_t>(c) & 0xC0) != 0x80; }));
+  return static_cast<uint64_t>(std::count_if(
+      utf8.begin(), utf8.end(), [](char c) { return (static_cast<uint8_t>(c) & 0xC0) != 0x80; }));
 }
 
 }  // namespace minke::gateway

@@ -14,7 +14,7 @@ namespace minke::gateway {
 
 // What is new since the last one.
 struct ChoiceDelta {
-  std::string text;                    // whole UTF-8 characters
+  std::string text;  // whole UTF-8 characters
   TokenIds token_ids;
   std::vector<TokenLogprob> logprobs;  // one per token when wanted
   std::vector<uint64_t> text_offsets;  // of each token, in characters of the choice's text
@@ -31,8 +31,8 @@ class Choice {
   // Offsets of the echoed prompt's tokens. REQUIRES: Prepend not called yet.
   std::vector<uint64_t> PromptOffsets(const TokenIds& prompt) const;
 
-  // Takes an event that is not an error. After a stop string has matched the delta is final (kStop) and what the
-  // event had beyond it is dropped; the caller then cancels the sequence.
+  // Takes an event that is not an error. After a stop string has matched the delta is final (kStop) and what
+  // the event had beyond it is dropped; the caller then cancels the sequence.
   ChoiceDelta Take(SequenceEvent event);
 
   bool finished() const { return finished_; }

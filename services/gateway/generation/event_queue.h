@@ -1,6 +1,6 @@
-// Events of all the sequences of one request on their way from the pool's threads to the one that answers the client.
-// Bounded by the tokens the request may still generate; a client that does not read is dropped by the server's write
-// timeout. Thread-safe.
+// Events of all the sequences of one request on their way from the pool's threads to the one that answers the
+// client. Bounded by the tokens the request may still generate; a client that does not read is dropped by the
+// server's write timeout. Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,9 @@ class EventQueue : public std::enable_shared_from_this<EventQueue> {
   explicit EventQueue(std::function<void()> wake) : wake_(std::move(wake)) {}
 
   // The sink of one sequence; it keeps the queue alive.
-  std::shared_ptr<SequenceSink> SinkFor(uint32_t index) { return std::make_shared<Sink>(shared_from_this(), index); }
+  std::shared_ptr<SequenceSink> SinkFor(uint32_t index) {
+    return std::make_shared<Sink>(shared_from_this(), index);
+  }
 
   std::vector<Item> Take() {
     const std::lock_guard lock(mutex_);

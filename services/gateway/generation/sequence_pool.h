@@ -1,4 +1,5 @@
-// Where sequences go: the seam between the API edges and attention_client, so that the edges are tested without gRPC.
+// Where sequences go: the seam between the API edges and attention_client, so that the edges are tested
+// without gRPC.
 #pragma once
 
 #include <cstdint>

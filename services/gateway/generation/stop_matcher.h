@@ -1,5 +1,5 @@
-// Finds stop strings in text that arrives in pieces. Text that may be the beginning of one is held back, so that no
-// part of a stop string ever reaches the client. Thread-compatible.
+// Finds stop strings in text that arrives in pieces. Text that may be the beginning of one is held back, so
+// that no part of a stop string ever reaches the client. Thread-compatible.
 #pragma once
 
 #include <string>

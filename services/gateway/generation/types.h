@@ -1,5 +1,5 @@
-// What a generation is, in the gateway's own words: the HTTP and gRPC edges both end here, and attention_client
-// turns it into messages. Plain values.
+// What a generation is, in the gateway's own words: the HTTP and gRPC edges both end here, and
+// attention_client turns it into messages. Plain values.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ using TokenIds = std::vector<uint32_t>;
 struct Sampling {
   float temperature = 1;
   float top_p = 1;
-  uint32_t top_k = 0;   // 0: off
+  uint32_t top_k = 0;  // 0: off
   float min_p = 0;
   float presence_penalty = 0;
   float frequency_penalty = 0;
@@ -50,23 +50,24 @@ enum class FinishReason { kNone, kStop, kLength, kError };
 
 // What one engine step did for one sequence.
 struct SequenceEvent {
-  TokenIds token_ids;                          // the stop token included
-  std::vector<TokenLogprob> logprobs;          // one per token when wanted
-  std::vector<TokenLogprob> prompt_logprobs;   // of prompt tokens 1..n-1, in order, possibly over several events
+  TokenIds token_ids;                  // the stop token included
+  std::vector<TokenLogprob> logprobs;  // one per token when wanted
+  std::vector<TokenLogprob>
+      prompt_logprobs;  // of prompt tokens 1..n-1, in order, possibly over several events
   FinishReason finish = FinishReason::kNone;
-  absl::Status error;                          // with kError
+  absl::Status error;  // with kError
   uint32_t cached_prompt_tokens = 0;
 };
 
 // The model as the gateway sees it. Immutable once serving.
 struct GatewayModel {
-  std::string name;                                         // what /v1/models lists
-  std::shared_ptr<const tokenizer::Tokenizer> tokenizer;    // shared by every request; null: token ids only
-  std::optional<tokenizer::ChatTemplate> chat_template;     // none: chat is refused
-  std::string no_chat_reason;                               // why, for people
+  std::string name;                                       // what /v1/models lists
+  std::shared_ptr<const tokenizer::Tokenizer> tokenizer;  // shared by every request; null: token ids only
+  std::optional<tokenizer::ChatTemplate> chat_template;   // none: chat is refused
+  std::string no_chat_reason;                             // why, for people
   uint32_t vocab_size = 0;
-  uint32_t context_length = 0;                              // max_position_embeddings
-  TokenIds eos_token_ids;                                   // of config.json and of the tokenizer
+  uint32_t context_length = 0;  // max_position_embeddings
+  TokenIds eos_token_ids;       // of config.json and of the tokenizer
 };
 
 }  // namespace minke::gateway

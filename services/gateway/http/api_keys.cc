@@ -29,7 +29,8 @@ absl::StatusOr<ApiKeys> ApiKeys::Load(const std::string& path) {
     const absl::string_view key = absl::StripAsciiWhitespace(line);
     if (!key.empty() && key[0] != '#') result.keys_.emplace_back(key);
   }
-  if (result.keys_.empty()) return absl::InvalidArgumentError(StrCat(path, ": expected one API key per line, found none"));
+  if (result.keys_.empty())
+    return absl::InvalidArgumentError(StrCat(path, ": expected one API key per line, found none"));
   return result;
 }
 
@@ -37,9 +38,11 @@ bool ApiKeys::Allows(std::string_view authorization) const {
   if (!required()) return true;
   constexpr std::string_view kScheme = "bearer ";
   bool is_bearer = authorization.size() > kScheme.size();
-  for (size_t i = 0; is_bearer && i < kScheme.size(); ++i) is_bearer = absl::ascii_tolower(authorization[i]) == kScheme[i];
+  for (size_t i = 0; is_bearer && i < kScheme.size(); ++i)
+    is_bearer = absl::ascii_tolower(authorization[i]) == kScheme[i];
   if (!is_bearer) return false;
-  const std::string_view candidate = StdView(absl::StripAsciiWhitespace(AbslView(authorization.substr(kScheme.size()))));
+  const std::string_view candidate =
+      StdView(absl::StripAsciiWhitespace(AbslView(authorization.substr(kScheme.size()))));
   bool allowed = false;
   for (const std::string& key : keys_) allowed = EqualInConstantTime(key, candidate) | allowed;
   return allowed;

@@ -1,5 +1,5 @@
-// The seam between the HTTP server and what it serves: a request goes in, an Exchange writes the answer as far as it
-// is known whenever it is asked to. No HTTP library in sight.
+// The seam between the HTTP server and what it serves: a request goes in, an Exchange writes the answer as
+// far as it is known whenever it is asked to. No HTTP library in sight.
 #pragma once
 
 #include <chrono>
@@ -21,13 +21,13 @@ struct HttpRequest {
 struct HttpHead {
   int status = 200;
   std::string content_type = "application/json";
-  bool stream = false;     // the body comes in pieces, and its length is not known ahead
-  int retry_after_s = 0;   // 0: no Retry-After
-  std::string allow;       // empty: no Allow
+  bool stream = false;    // the body comes in pieces, and its length is not known ahead
+  int retry_after_s = 0;  // 0: no Retry-After
+  std::string allow;      // empty: no Allow
 };
 
-// One request being answered. All calls come from one thread at a time. Destroying it before it is done means the
-// client left: whatever works for it is cancelled.
+// One request being answered. All calls come from one thread at a time. Destroying it before it is done means
+// the client left: whatever works for it is cancelled.
 class Exchange {
  public:
   struct Output {

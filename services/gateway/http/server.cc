@@ -43,7 +43,9 @@ struct IoThread {
 };
 
 std::string PercentDecoded(std::string_view text) {
-  const auto hex = [](char c) { return std::isdigit(static_cast<unsigned char>(c)) ? c - '0' : (c | 0x20) - 'a' + 10; };
+  const auto hex = [](char c) {
+    return std::isdigit(static_cast<unsigned char>(c)) ? c - '0' : (c | 0x20) - 'a' + 10;
+  };
   std::string out;
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] == '%' && i + 2 < text.size() && std::isxdigit(static_cast<unsigned char>(text[i + 1])) &&
@@ -59,8 +61,11 @@ std::string PercentDecoded(std::string_view text) {
 
 // A client's own id is taken if it can stand in a header and a log line as it is.
 std::string RequestId(std::string_view theirs) {
-  const auto sane = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '.' || c == ':'; };
-  if (!theirs.empty() && theirs.size() <= 128 && std::all_of(theirs.begin(), theirs.end(), sane)) return std::string(theirs);
+  const auto sane = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '.' || c == ':';
+  };
+  if (!theirs.empty() && theirs.size() <= 128 && std::all_of(theirs.begin(), theirs.end(), sane))
+    return std::string(theirs);
   thread_local std::mt19937_64 random = [] {
     std::random_device device;
     return std::mt19937_64(static_cast<uint64_t>(device()) << 32 | device());
@@ -93,7 +98,8 @@ HttpRequest MakeRequest(const http::request<Body>& message) {
 
 }  // namespace
 
-// ---- state shared by all connections -----------------------------------------------------------------------
+// ---- state shared by all connections
+// -----------------------------------------------------------------------
 
 class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
  public:
@@ -129,12 +135,16 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
   std::set<Connection*> open_;  // guarded by mutex_; entries remove themselves before they die
 };
 
-// ---- one connection ----------------------------------------------------------------------------------------
+// ---- one connection
+// ----------------------------------------------------------------------------------------
 
 class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(std::shared_ptr<Impl> server, std::shared_ptr<IoThread> io, Stream::socket_type socket)
-      : server_(std::move(server)), io_(std::move(io)), stream_(std::move(socket)), wake_timer_(io_->context) {}
+      : server_(std::move(server)),
+        io_(std::move(io)),
+        stream_(std::move(socket)),
+        wake_timer_(io_->context) {}
 
   asio::awaitable<void> Run();
 
@@ -163,7 +173,8 @@ class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connect
   asio::awaitable<bool> Write(const std::string& head, const std::string& body);
   asio::awaitable<void> Drain();
   asio::awaitable<void> WatchForClientLeaving(std::shared_ptr<bool> active);
-  std::string FormatHead(const HttpHead& head, const HttpRequest& request, bool keep_alive, size_t body_bytes) const;
+  std::string FormatHead(const HttpHead& head, const HttpRequest& request, bool keep_alive,
+                         size_t body_bytes) const;
   std::function<void()> Waker();
   void Close() {
     error_code ignored;
@@ -207,7 +218,8 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   parser.body_limit(static_cast<uint64_t>(options().body_bytes_max));
   stream_.expires_after(options().header_timeout);
   auto [error, bytes] = co_await http::async_read_header(stream_, buffer_, parser, kToken);
-  if (error == http::error::end_of_stream || error == http::error::partial_message || left_) co_return Next::kClose;
+  if (error == http::error::end_of_stream || error == http::error::partial_message || left_)
+    co_return Next::kClose;
   if (error && !IsMalformed(error)) co_return Next::kClose;  // timeout, reset
 
   HttpRequest request = MakeRequest(parser.get());
@@ -216,7 +228,8 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   std::unique_ptr<Exchange> exchange;
   if (error && !too_large) {
     const bool long_head = error == http::error::header_limit || error == http::error::buffer_overflow;
-    exchange = server_->handler_.Refuse(long_head ? 431 : 400, StrCat("not an HTTP request: ", error.message()));
+    exchange =
+        server_->handler_.Refuse(long_head ? 431 : 400, StrCat("not an HTTP request: ", error.message()));
     co_await Answer(*exchange, request, /*keep_alive=*/false);
     co_return Next::kDrain;
   }
@@ -240,7 +253,8 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   }
   if (too_large && exchange == nullptr) exchange = server_->handler_.BodyTooLarge(options().body_bytes_max);
   const bool unread = exchange != nullptr && !parser.is_done();
-  const auto watching = std::make_shared<bool>(exchange == nullptr);  // an answer that is there needs no watch
+  const auto watching =
+      std::make_shared<bool>(exchange == nullptr);  // an answer that is there needs no watch
   if (exchange == nullptr) {
     HttpRequest head{request.method, request.path, "", request.request_id, ""};
     exchange = co_await HandleBody(std::move(request));
@@ -249,8 +263,9 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   }
   keep_alive = keep_alive && !unread;
   if (*watching) {
-    asio::co_spawn(io_->context, [self = shared_from_this(), watching] { return self->WatchForClientLeaving(watching); },
-                   asio::detached);
+    asio::co_spawn(
+        io_->context, [self = shared_from_this(), watching] { return self->WatchForClientLeaving(watching); },
+        asio::detached);
   }
   const bool answered = co_await Answer(*exchange, request, keep_alive);
   exchange.reset();
@@ -261,7 +276,8 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   co_return unread ? Next::kDrain : keep_alive ? Next::kKeep : Next::kClose;
 }
 
-asio::awaitable<error_code> HttpServer::Impl::Connection::ReadBody(http::request_parser<http::string_body>& parser) {
+asio::awaitable<error_code> HttpServer::Impl::Connection::ReadBody(
+    http::request_parser<http::string_body>& parser) {
   stream_.expires_after(options().body_timeout);
   int64_t counted = 0;
   error_code result;
@@ -288,14 +304,16 @@ asio::awaitable<std::unique_ptr<Exchange>> HttpServer::Impl::Connection::HandleB
       return server_->handler_.Refuse(500, "internal error");
     }
   };
-  if (static_cast<int64_t>(request.body.size()) <= options().inline_body_bytes) co_return handle(std::move(request));
+  if (static_cast<int64_t>(request.body.size()) <= options().inline_body_bytes)
+    co_return handle(std::move(request));
   auto on_worker = [&handle, &request]() -> asio::awaitable<std::unique_ptr<Exchange>> {
     co_return handle(std::move(request));
   };
   co_return co_await asio::co_spawn(server_->workers_, on_worker, asio::use_awaitable);
 }
 
-asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, const HttpRequest& request, bool keep_alive) {
+asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, const HttpRequest& request,
+                                                           bool keep_alive) {
   const bool head_only = request.method == "HEAD";
   bool streaming = false;
   for (;;) {
@@ -325,10 +343,11 @@ asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, c
   }
 }
 
-std::string HttpServer::Impl::Connection::FormatHead(const HttpHead& head, const HttpRequest& request, bool keep_alive,
-                                                     size_t body_bytes) const {
+std::string HttpServer::Impl::Connection::FormatHead(const HttpHead& head, const HttpRequest& request,
+                                                     bool keep_alive, size_t body_bytes) const {
   const bool until_close = head.stream && version_ == 10;
-  std::string text = StrCat("HTTP/1.1 ", head.status, " ", View(http::obsolete_reason(static_cast<http::status>(head.status))),
+  std::string text = StrCat("HTTP/1.1 ", head.status, " ",
+                            View(http::obsolete_reason(static_cast<http::status>(head.status))),
                             "\r\nserver: minke\r\nx-request-id: ", request.request_id, "\r\n");
   if (head.status != 204) StrAppend(&text, "content-type: ", head.content_type, "\r\n");
   if (head.stream) {
@@ -374,7 +393,8 @@ asio::awaitable<void> HttpServer::Impl::Connection::WatchForClientLeaving(std::s
   if (!error) {
     char byte;
     const ssize_t got = recv(stream_.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    // The next request is already there, or the rest of a body that is not wanted: leaving shows when writing fails.
+    // The next request is already there, or the rest of a body that is not wanted: leaving shows when writing
+    // fails.
     if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))) co_return;
   }
   left_ = true;
@@ -390,18 +410,21 @@ std::function<void()> HttpServer::Impl::Connection::Waker() {
   };
 }
 
-// ---- listening and stopping --------------------------------------------------------------------------------
+// ---- listening and stopping
+// --------------------------------------------------------------------------------
 
 absl::Status HttpServer::Impl::Listen() {
   for (int i = 0; i < options_.io_threads; ++i) io_threads_.push_back(std::make_shared<IoThread>());
   const std::string& listen = options_.listen;
   const size_t colon = listen.rfind(':');
-  const absl::Status malformed = absl::InvalidArgumentError(StrCat("listen address: expected HOST:PORT, found \"", listen, "\""));
+  const absl::Status malformed =
+      absl::InvalidArgumentError(StrCat("listen address: expected HOST:PORT, found \"", listen, "\""));
   if (colon == std::string::npos) return malformed;
   std::string host = listen.substr(0, colon);
   const std::string port = listen.substr(colon + 1);
   if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
-  if (port.empty() || port.size() > 5 || port.find_first_not_of("0123456789") != std::string::npos || std::stoi(port) > 65535) {
+  if (port.empty() || port.size() > 5 || port.find_first_not_of("0123456789") != std::string::npos ||
+      std::stoi(port) > 65535) {
     return malformed;
   }
   asio::io_context& context = io_threads_[0]->context;
@@ -409,7 +432,8 @@ absl::Status HttpServer::Impl::Listen() {
   tcp::endpoint endpoint(asio::ip::make_address(host, error), static_cast<uint16_t>(std::stoi(port)));
   if (error) {
     const auto resolved = tcp::resolver(context).resolve(host, port, tcp::resolver::passive, error);
-    if (error || resolved.empty()) return absl::InvalidArgumentError(StrCat("listen address ", listen, ": ", error.message()));
+    if (error || resolved.empty())
+      return absl::InvalidArgumentError(StrCat("listen address ", listen, ": ", error.message()));
     endpoint = *resolved.begin();
   }
   acceptor_ = std::make_unique<tcp::acceptor>(context);
@@ -450,7 +474,8 @@ void HttpServer::Impl::Admit(Stream::socket_type socket, std::shared_ptr<IoThrea
   error_code ignored;
   if (connections_.fetch_add(1) >= options_.connections_max) {
     constexpr std::string_view kFull =
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: "
+        "close\r\n\r\n"
         R"({"error":{"message":"too many connections","type":"service_unavailable_error","param":null,"code":"overloaded"}})";
     send(socket.native_handle(), kFull.data(), kFull.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
     connections_.fetch_sub(1);
@@ -463,14 +488,15 @@ void HttpServer::Impl::Admit(Stream::socket_type socket, std::shared_ptr<IoThrea
     const std::lock_guard lock(mutex_);
     open_.insert(connection.get());
   }
-  asio::co_spawn(context, [connection] { return connection->Run(); },
-                 [connection, this](const std::exception_ptr& exception) {
-                   if (exception) log::Error(kTag, "a connection ended with an exception");
-                   connections_.fetch_sub(1);
-                   const std::lock_guard lock(mutex_);
-                   open_.erase(connection.get());
-                   changed_.notify_all();
-                 });
+  asio::co_spawn(
+      context, [connection] { return connection->Run(); },
+      [connection, this](const std::exception_ptr& exception) {
+        if (exception) log::Error(kTag, "a connection ended with an exception");
+        connections_.fetch_sub(1);
+        const std::lock_guard lock(mutex_);
+        open_.erase(connection.get());
+        changed_.notify_all();
+      });
 }
 
 void HttpServer::Impl::ForEachConnection(void (Connection::*what)()) {
@@ -503,10 +529,11 @@ int HttpServer::port() const { return impl_->port(); }
 int HttpServer::connections() const { return impl_->connections(); }
 void HttpServer::Shutdown(std::chrono::milliseconds grace) { impl_->Shutdown(grace); }
 
-absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions options, HttpHandler* handler) {
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions options,
+                                                              HttpHandler* handler) {
   if (options.io_threads < 1 || options.worker_threads < 1) {
-    return absl::InvalidArgumentError(
-        StrCat("expected at least one I/O and one worker thread, found ", options.io_threads, " and ", options.worker_threads));
+    return absl::InvalidArgumentError(StrCat("expected at least one I/O and one worker thread, found ",
+                                             options.io_threads, " and ", options.worker_threads));
   }
   const auto impl = std::make_shared<Impl>(std::move(options), handler);
   MK_RETURN_IF_ERROR(impl->Listen());

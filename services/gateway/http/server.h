@@ -1,5 +1,5 @@
-// An HTTP/1.1 server that holds thousands of open streams on a few threads (Boost.Beast, C++20 coroutines). Each
-// connection belongs to one I/O thread; long work (large bodies) runs on worker threads. Thread-safe.
+// An HTTP/1.1 server that holds thousands of open streams on a few threads (Boost.Beast, C++20 coroutines).
+// Each connection belongs to one I/O thread; long work (large bodies) runs on worker threads. Thread-safe.
 #pragma once
 
 #include <chrono>
@@ -13,18 +13,18 @@
 namespace minke::gateway {
 
 struct HttpServerOptions {
-  std::string listen = "127.0.0.1:8000";           // HOST:PORT; [HOST]:PORT for IPv6; port 0: any free one
+  std::string listen = "127.0.0.1:8000";  // HOST:PORT; [HOST]:PORT for IPv6; port 0: any free one
   int io_threads = 2;
-  int worker_threads = 2;                          // parse and tokenise bodies above inline_body_bytes
-  int64_t inline_body_bytes = 16 << 10;            // tokenised in well under a millisecond
-  int64_t body_bytes_max = 16 << 20;               // above: 413
-  int64_t body_bytes_total_max = int64_t{1} << 30; // of all requests being read; above: 503
-  uint32_t header_bytes_max = 64 << 10;            // above: 431
-  int connections_max = 16384;                     // above: 503 and closed
-  std::chrono::milliseconds idle_timeout{120'000};    // between two requests
-  std::chrono::milliseconds header_timeout{20'000};   // first byte to the end of the head
-  std::chrono::milliseconds body_timeout{120'000};    // the whole body
-  std::chrono::milliseconds write_timeout{30'000};    // a client that reads nothing for so long is dropped
+  int worker_threads = 2;                            // parse and tokenise bodies above inline_body_bytes
+  int64_t inline_body_bytes = 16 << 10;              // tokenised in well under a millisecond
+  int64_t body_bytes_max = 16 << 20;                 // above: 413
+  int64_t body_bytes_total_max = int64_t{1} << 30;   // of all requests being read; above: 503
+  uint32_t header_bytes_max = 64 << 10;              // above: 431
+  int connections_max = 16384;                       // above: 503 and closed
+  std::chrono::milliseconds idle_timeout{120'000};   // between two requests
+  std::chrono::milliseconds header_timeout{20'000};  // first byte to the end of the head
+  std::chrono::milliseconds body_timeout{120'000};   // the whole body
+  std::chrono::milliseconds write_timeout{30'000};   // a client that reads nothing for so long is dropped
   // After an answer that came before the whole body: read on so that the client gets to the answer.
   std::chrono::milliseconds drain_timeout{30'000};
   int64_t drain_bytes_max = int64_t{1} << 30;

@@ -10,9 +10,12 @@ constexpr int kRetryAfterSeconds = 1;
 
 const char* TypeOf(int http_status) {
   switch (http_status) {
-    case 429: return "rate_limit_error";
-    case 503: return "service_unavailable_error";
-    default: return http_status >= 500 ? "server_error" : "invalid_request_error";
+    case 429:
+      return "rate_limit_error";
+    case 503:
+      return "service_unavailable_error";
+    default:
+      return http_status >= 500 ? "server_error" : "invalid_request_error";
   }
 }
 
@@ -25,23 +28,34 @@ ApiError BadField(std::string_view param, std::string_view message, std::string_
 ApiError FromStatus(const absl::Status& status) {
   const std::string message(StdView(status.message()));
   switch (status.code()) {
-    case absl::StatusCode::kInvalidArgument: return {400, message, "", "", 0};
-    case absl::StatusCode::kNotFound: return {404, message, "", "", 0};
-    case absl::StatusCode::kResourceExhausted: return {429, message, "", "overloaded", kRetryAfterSeconds};
-    case absl::StatusCode::kUnavailable: return {503, message, "", "unavailable", kRetryAfterSeconds};
-    case absl::StatusCode::kDeadlineExceeded: return {503, message, "", "timeout", kRetryAfterSeconds};
-    default: return {500, message, "", "internal_error", 0};
+    case absl::StatusCode::kInvalidArgument:
+      return {400, message, "", "", 0};
+    case absl::StatusCode::kNotFound:
+      return {404, message, "", "", 0};
+    case absl::StatusCode::kResourceExhausted:
+      return {429, message, "", "overloaded", kRetryAfterSeconds};
+    case absl::StatusCode::kUnavailable:
+      return {503, message, "", "unavailable", kRetryAfterSeconds};
+    case absl::StatusCode::kDeadlineExceeded:
+      return {503, message, "", "timeout", kRetryAfterSeconds};
+    default:
+      return {500, message, "", "internal_error", 0};
   }
 }
 
 absl::Status ToStatus(const ApiError& error) {
   const std::string message = error.param.empty() ? error.message : StrCat(error.param, ": ", error.message);
   switch (error.http_status) {
-    case 401: return absl::UnauthenticatedError(message);
-    case 404: return absl::NotFoundError(message);
-    case 429: return absl::ResourceExhaustedError(message);
-    case 503: return absl::UnavailableError(message);
-    default: return error.http_status >= 500 ? absl::InternalError(message) : absl::InvalidArgumentError(message);
+    case 401:
+      return absl::UnauthenticatedError(message);
+    case 404:
+      return absl::NotFoundError(message);
+    case 429:
+      return absl::ResourceExhaustedError(message);
+    case 503:
+      return absl::UnavailableError(message);
+    default:
+      return error.http_status >= 500 ? absl::InternalError(message) : absl::InvalidArgumentError(message);
   }
 }
 

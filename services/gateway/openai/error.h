@@ -12,9 +12,9 @@ namespace minke::gateway {
 struct ApiError {
   int http_status = 400;
   std::string message;
-  std::string param;            // empty: null
-  std::string code;             // empty: null
-  int retry_after_s = 0;        // 0: no Retry-After
+  std::string param;      // empty: null
+  std::string code;       // empty: null
+  int retry_after_s = 0;  // 0: no Retry-After
 };
 
 // 400 naming the field that is wrong.

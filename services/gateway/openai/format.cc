@@ -9,10 +9,18 @@ namespace {
 void WriteFinish(FinishReason finish, JsonWriter* json) {
   json->Key("finish_reason");
   switch (finish) {  // no default: a new reason must be named
-    case FinishReason::kNone: json->Null(); return;
-    case FinishReason::kStop: json->String("stop"); return;
-    case FinishReason::kLength: json->String("length"); return;
-    case FinishReason::kError: json->String("error"); return;
+    case FinishReason::kNone:
+      json->Null();
+      return;
+    case FinishReason::kStop:
+      json->String("stop");
+      return;
+    case FinishReason::kLength:
+      json->String("length");
+      return;
+    case FinishReason::kError:
+      json->String("error");
+      return;
   }
 }
 
@@ -22,7 +30,8 @@ void WriteIds(const char* key, const TokenIds& ids, JsonWriter* json) {
   json->EndArray();
 }
 
-void WriteCompletionLogprobs(const AnswerHead& head, const std::vector<LogprobEntry>& entries, JsonWriter* json) {
+void WriteCompletionLogprobs(const AnswerHead& head, const std::vector<LogprobEntry>& entries,
+                             JsonWriter* json) {
   json->Key("logprobs").BeginObject();
   json->Key("tokens").BeginArray();
   for (const LogprobEntry& entry : entries) json->String(TokenName(head.tokenizer, entry.token_id));
@@ -100,7 +109,8 @@ void WriteTail(const AnswerHead& head, const ChoiceContent& content, bool with_p
   WriteLogprobs(head, content, json);
   WriteFinish(content.finish, json);
   if (head.return_token_ids) {
-    if (with_prompt && content.prompt_token_ids != nullptr) WriteIds("prompt_token_ids", *content.prompt_token_ids, json);
+    if (with_prompt && content.prompt_token_ids != nullptr)
+      WriteIds("prompt_token_ids", *content.prompt_token_ids, json);
     WriteIds("token_ids", content.token_ids, json);
   }
 }
@@ -117,7 +127,11 @@ void WriteUsage(const Usage& usage, JsonWriter* json) {
   json->Key("prompt_tokens").Unsigned(usage.prompt_tokens);
   json->Key("completion_tokens").Unsigned(usage.completion_tokens);
   json->Key("total_tokens").Unsigned(usage.prompt_tokens + usage.completion_tokens);
-  json->Key("prompt_tokens_details").BeginObject().Key("cached_tokens").Unsigned(usage.cached_tokens).EndObject();
+  json->Key("prompt_tokens_details")
+      .BeginObject()
+      .Key("cached_tokens")
+      .Unsigned(usage.cached_tokens)
+      .EndObject();
   json->EndObject();
 }
 
@@ -127,7 +141,8 @@ const char* ChunkObject(Endpoint endpoint) {
 
 }  // namespace
 
-std::string WholeAnswer(const AnswerHead& head, const std::vector<ChoiceContent>& choices, const Usage& usage) {
+std::string WholeAnswer(const AnswerHead& head, const std::vector<ChoiceContent>& choices,
+                        const Usage& usage) {
   std::string body;
   JsonWriter json(&body);
   json.BeginObject();

@@ -1,4 +1,5 @@
-// Answers of /v1/completions and /v1/chat/completions as JSON: whole ones and stream chunks. Pure; thread-safe.
+// Answers of /v1/completions and /v1/chat/completions as JSON: whole ones and stream chunks. Pure;
+// thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,7 @@ struct LogprobEntry {
 // One choice of a whole answer, or what one chunk adds to it.
 struct ChoiceContent {
   uint32_t index = 0;
-  bool first = false;                          // chunk: chat's role, and prompt_token_ids
+  bool first = false;  // chunk: chat's role, and prompt_token_ids
   std::string text;
   bool want_logprobs = false;
   std::vector<LogprobEntry> logprobs;
@@ -49,7 +50,8 @@ struct Usage {
   uint64_t cached_tokens = 0;
 };
 
-std::string WholeAnswer(const AnswerHead& head, const std::vector<ChoiceContent>& choices, const Usage& usage);
+std::string WholeAnswer(const AnswerHead& head, const std::vector<ChoiceContent>& choices,
+                        const Usage& usage);
 
 // Appends `data: {...}\n\n`.
 void AppendChunk(const AnswerHead& head, const ChoiceContent& content, std::string* out);

@@ -10,12 +10,15 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-AnswerHead MakeHead(const GenerateContext& context, const GenerateRequest& request, const std::string& request_id) {
+AnswerHead MakeHead(const GenerateContext& context, const GenerateRequest& request,
+                    const std::string& request_id) {
   const bool chat = request.endpoint == Endpoint::kChat;
   return {.endpoint = request.endpoint,
           .id = StrCat(chat ? "chatcmpl-" : "cmpl-", request_id),
           .model = context.model->name,
-          .created = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count(),
+          .created = std::chrono::duration_cast<std::chrono::seconds>(
+                         std::chrono::system_clock::now().time_since_epoch())
+                         .count(),
           .tokenizer = context.model->tokenizer.get(),
           .include_usage = request.include_usage,
           .return_token_ids = request.return_token_ids};
@@ -27,10 +30,12 @@ HttpHead ErrorHead(const ApiError& error) {
   return {.status = error.http_status, .retry_after_s = error.retry_after_s};
 }
 
-ImmediateExchange::ImmediateExchange(const ApiError& error) : head_(ErrorHead(error)), body_(ErrorBody(error)) {}
+ImmediateExchange::ImmediateExchange(const ApiError& error)
+    : head_(ErrorHead(error)), body_(ErrorBody(error)) {}
 
-GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateRequest request, Admission::Permit permit,
-                                   const std::string& request_id, std::function<void()> wake)
+GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateRequest request,
+                                   Admission::Permit permit, const std::string& request_id,
+                                   std::function<void()> wake)
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
@@ -39,7 +44,8 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
       unfinished_(request_.num_sequences()),
       deadline_(Clock::now() + context.silence_max) {
   context_.counters->generations.fetch_add(1);
-  for (const PreparedPrompt& prompt : request_.prompts) context_.counters->prompt_tokens.fetch_add(prompt.ids->size());
+  for (const PreparedPrompt& prompt : request_.prompts)
+    context_.counters->prompt_tokens.fetch_add(prompt.ids->size());
   sequences_.reserve(unfinished_);
   for (uint32_t index = 0; index < unfinished_; ++index) {
     sequences_.emplace_back(Choice(context_.model->tokenizer.get(), request_.stops));
@@ -93,7 +99,8 @@ void GenerateExchange::Take(uint32_t index, SequenceEvent event, Output* out) {
   if (event.finish == FinishReason::kError) return Fail(FromStatus(event.error), out);
 
   cached_tokens_ += event.cached_prompt_tokens;
-  std::move(event.prompt_logprobs.begin(), event.prompt_logprobs.end(), std::back_inserter(sequence.prompt_logprobs));
+  std::move(event.prompt_logprobs.begin(), event.prompt_logprobs.end(),
+            std::back_inserter(sequence.prompt_logprobs));
   const bool generates = !event.token_ids.empty() || event.finish != FinishReason::kNone;
   if (!sequence.echoed) {
     const bool complete = !request_.sampling.prompt_logprobs ||

@@ -38,7 +38,7 @@ class GenerateExchange final : public Exchange {
     explicit Sequence(Choice choice_in) : choice(std::move(choice_in)) {}
     uint64_t id = 0;
     Choice choice;
-    bool echoed = false;                        // or nothing to echo
+    bool echoed = false;  // or nothing to echo
     bool first_chunk = true;
     std::vector<TokenLogprob> prompt_logprobs;  // until echoed
     ChoiceContent content;                      // whole answers: grows
@@ -76,7 +76,9 @@ class ImmediateExchange final : public Exchange {
     out->body = body_;
     out->done = true;
   }
-  std::chrono::steady_clock::time_point deadline() const override { return std::chrono::steady_clock::time_point::max(); }
+  std::chrono::steady_clock::time_point deadline() const override {
+    return std::chrono::steady_clock::time_point::max();
+  }
 
  private:
   HttpHead head_;

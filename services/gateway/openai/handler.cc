@@ -18,7 +18,9 @@ std::unique_ptr<Exchange> Json(int status, std::string body) {
   return std::make_unique<ImmediateExchange>(HttpHead{.status = status}, std::move(body));
 }
 
-bool IsGenerate(const std::string& path) { return path == "/v1/completions" || path == "/v1/chat/completions"; }
+bool IsGenerate(const std::string& path) {
+  return path == "/v1/completions" || path == "/v1/chat/completions";
+}
 
 // What a path takes; empty: there is no such path.
 const char* AllowedMethods(const std::string& path) {
@@ -37,22 +39,26 @@ bool IsOpen(const std::string& path) { return path == "/health" || path == "/ver
 std::unique_ptr<Exchange> OpenAiHandler::HandleHead(const HttpRequest& head) {
   options_.context.counters->http_requests.fetch_add(1);
   const std::string_view allowed = AllowedMethods(head.path);
-  if (allowed.empty()) return Error(404, StrCat("no such path: ", head.method, " ", head.path.substr(0, 200)), "not_found");
+  if (allowed.empty())
+    return Error(404, StrCat("no such path: ", head.method, " ", head.path.substr(0, 200)), "not_found");
   if (head.method == "OPTIONS") {
     return std::make_unique<ImmediateExchange>(HttpHead{.status = 204, .allow = std::string(allowed)}, "");
   }
   if (!IsOpen(head.path) && !options_.keys.Allows(head.authorization)) {
-    return Error(401, head.authorization.empty() ? "an API key is needed: send \"Authorization: Bearer KEY\""
-                                                 : "the API key is not valid",
+    return Error(401,
+                 head.authorization.empty() ? "an API key is needed: send \"Authorization: Bearer KEY\""
+                                            : "the API key is not valid",
                  "invalid_api_key");
   }
   if (IsGenerate(head.path) && head.method == "POST") {
     const std::string reason = options_.not_ready_reason();
     if (reason.empty()) return nullptr;
-    return std::make_unique<ImmediateExchange>(ApiError{503, StrCat("not ready: ", reason), "", "not_ready", 1});
+    return std::make_unique<ImmediateExchange>(
+        ApiError{503, StrCat("not ready: ", reason), "", "not_ready", 1});
   }
   if (!IsGenerate(head.path) && (head.method == "GET" || head.method == "HEAD")) return Get(head);
-  const ApiError error{405, StrCat(head.path, " takes ", allowed, ", not ", head.method.substr(0, 40)), "", "method_not_allowed", 0};
+  const ApiError error{405, StrCat(head.path, " takes ", allowed, ", not ", head.method.substr(0, 40)), "",
+                       "method_not_allowed", 0};
   HttpHead answer = ErrorHead(error);
   answer.allow = std::string(allowed);
   return std::make_unique<ImmediateExchange>(std::move(answer), ErrorBody(error));
@@ -106,7 +112,8 @@ std::unique_ptr<Exchange> OpenAiHandler::Models(const std::string& path) const {
   const std::string name = path.substr(kModelsPath.size() + 1);
   if (name != model.name) {
     return std::make_unique<ImmediateExchange>(
-        ApiError{404, StrCat("the model \"", name.substr(0, 200), "\" does not exist"), "model", "model_not_found", 0});
+        ApiError{404, StrCat("the model \"", name.substr(0, 200), "\" does not exist"), "model",
+                 "model_not_found", 0});
   }
   write_model(json);
   return Json(200, std::move(body));
@@ -120,10 +127,11 @@ std::unique_ptr<Exchange> OpenAiHandler::Handle(HttpRequest request, std::functi
   Admission::Permit permit = options_.admission->TryAcquire(static_cast<int64_t>(generate.num_sequences()));
   if (!permit) {
     options_.context.counters->generations_refused.fetch_add(1);
-    return std::make_unique<ImmediateExchange>(ApiError{
-        429, StrCat("the server is full: ", options_.admission->active(), " of ", options_.admission->sequences_max(),
-                    " sequences are running; try again later"),
-        "", "overloaded", 1});
+    return std::make_unique<ImmediateExchange>(
+        ApiError{429,
+                 StrCat("the server is full: ", options_.admission->active(), " of ",
+                        options_.admission->sequences_max(), " sequences are running; try again later"),
+                 "", "overloaded", 1});
   }
   return std::make_unique<GenerateExchange>(options_.context, std::move(generate), std::move(permit),
                                             request.request_id, std::move(wake));
@@ -134,7 +142,10 @@ std::unique_ptr<Exchange> OpenAiHandler::BodyTooLarge(int64_t body_bytes_max) {
 }
 
 std::unique_ptr<Exchange> OpenAiHandler::Refuse(int status, const std::string& reason) {
-  return Error(status, reason, status == 503 ? "overloaded" : status >= 500 ? "internal_error" : "bad_request");
+  return Error(status, reason,
+               status == 503   ? "overloaded"
+               : status >= 500 ? "internal_error"
+                               : "bad_request");
 }
 
 }  // namespace minke::gateway

@@ -18,10 +18,10 @@ class JsonWriter {
   JsonWriter& BeginArray() { return Open('['); }
   JsonWriter& EndArray() { return Close(']'); }
   JsonWriter& Key(std::string_view key);
-  JsonWriter& String(std::string_view utf8);   // bytes that are not UTF-8 become U+FFFD
+  JsonWriter& String(std::string_view utf8);  // bytes that are not UTF-8 become U+FFFD
   JsonWriter& Int(int64_t value);
   JsonWriter& Unsigned(uint64_t value);
-  JsonWriter& Float(float value);              // -inf: -9999, as OpenAI does; NaN: null
+  JsonWriter& Float(float value);  // -inf: -9999, as OpenAI does; NaN: null
   JsonWriter& Bool(bool value) { return Raw(value ? "true" : "false"); }
   JsonWriter& Null() { return Raw("null"); }
 

@@ -40,7 +40,8 @@ std::variant<json, ApiError> ParseBody(std::string_view body) {
   if (TooDeep(body)) return BadField("", StrCat("the body nests deeper than ", kJsonDepthMax, " levels"));
   try {
     json value = json::parse(body);
-    if (!value.is_object()) return BadField("", StrCat("the body: expected a JSON object, found ", Describe(value)));
+    if (!value.is_object())
+      return BadField("", StrCat("the body: expected a JSON object, found ", Describe(value)));
     return value;
   } catch (const json::exception& error) {
     // "[json.exception.parse_error.101] parse error at line 1, column 2: ..." and the text around it.
@@ -52,11 +53,13 @@ std::variant<json, ApiError> ParseBody(std::string_view body) {
   }
 }
 
-// Options of OpenAI's API that change what is generated and are not supported: ignoring them would be a wrong answer.
+// Options of OpenAI's API that change what is generated and are not supported: ignoring them would be a wrong
+// answer.
 void RefuseUnsupported(Endpoint endpoint, RequestFields* fields) {
   for (const char* name : {"tools", "functions"}) {
     const json* value = fields->Find(name);
-    if (value != nullptr && !(value->is_array() && value->empty())) fields->Fail(name, StrCat(name, " are not supported"));
+    if (value != nullptr && !(value->is_array() && value->empty()))
+      fields->Fail(name, StrCat(name, " are not supported"));
   }
   for (const char* name : {"tool_choice", "function_call"}) {
     const json* value = fields->Find(name);
@@ -86,9 +89,11 @@ void RefuseUnsupported(Endpoint endpoint, RequestFields* fields) {
 void ReadLogitBias(uint32_t vocab_size, RequestFields* fields, Sampling* sampling) {
   const json* value = fields->Find("logit_bias");
   if (value == nullptr) return;
-  if (!value->is_object()) return fields->Expected("logit_bias", "an object of token ids and numbers", *value);
+  if (!value->is_object())
+    return fields->Expected("logit_bias", "an object of token ids and numbers", *value);
   for (const auto& [key, bias] : value->items()) {
-    const bool digits = !key.empty() && key.size() < 10 && key.find_first_not_of("0123456789") == std::string::npos;
+    const bool digits =
+        !key.empty() && key.size() < 10 && key.find_first_not_of("0123456789") == std::string::npos;
     if (!digits || std::stoul(key) >= vocab_size) {
       return fields->Fail("logit_bias", StrCat("logit_bias: expected token ids from 0 to ", vocab_size - 1,
                                                " as keys, found \"", key.substr(0, 40), "\""));
@@ -107,7 +112,8 @@ void ReadStops(RequestFields* fields, std::vector<std::string>* stops) {
   }
   if (!value->is_array()) return fields->Expected("stop", "a string or an array of strings", *value);
   if (value->size() > kStopStringsMax) {
-    return fields->Fail("stop", StrCat("stop: expected at most ", kStopStringsMax, " strings, found ", value->size()));
+    return fields->Fail(
+        "stop", StrCat("stop: expected at most ", kStopStringsMax, " strings, found ", value->size()));
   }
   for (const json& one : *value) {
     if (!one.is_string()) return fields->Expected("stop", "strings", one);
@@ -145,8 +151,10 @@ void ReadSampling(const GatewayModel& model, RequestFields* fields, Sampling* sa
   fields->Number("repetition_penalty", &sampling->repetition_penalty);
   std::optional<int64_t> top_k;
   fields->Integer("top_k", &top_k);
-  if (top_k && *top_k < -1) fields->Fail("top_k", StrCat("top_k: expected -1 (off), 0 (off) or more, found ", *top_k));
-  if (top_k && *top_k > 0) sampling->top_k = static_cast<uint32_t>(std::min<int64_t>(*top_k, model.vocab_size));
+  if (top_k && *top_k < -1)
+    fields->Fail("top_k", StrCat("top_k: expected -1 (off), 0 (off) or more, found ", *top_k));
+  if (top_k && *top_k > 0)
+    sampling->top_k = static_cast<uint32_t>(std::min<int64_t>(*top_k, model.vocab_size));
   std::optional<int64_t> seed;
   fields->Integer("seed", &seed);
   sampling->seed = seed ? static_cast<uint64_t>(*seed) : RandomSeed();
@@ -178,24 +186,29 @@ void ReadStreamOptions(RequestFields* fields, GenerateRequest* request) {
   if (!request->stream) return fields->Fail("stream_options", "stream_options needs stream to be true");
   const json usage = options->value("include_usage", json());
   if (usage.is_null()) return;
-  if (!usage.is_boolean()) return fields->Expected("stream_options", "include_usage to be true or false", usage);
+  if (!usage.is_boolean())
+    return fields->Expected("stream_options", "include_usage to be true or false", usage);
   request->include_usage = usage.get<bool>();
 }
 
 // The text of one prompt or its ids, whichever it is; appends to `request`.
-void AddPrompt(const json& prompt, const GatewayModel& model, RequestFields* fields, GenerateRequest* request) {
+void AddPrompt(const json& prompt, const GatewayModel& model, RequestFields* fields,
+               GenerateRequest* request) {
   PreparedPrompt prepared;
   TokenIds ids;
   if (prompt.is_string()) {
     const auto& text = prompt.get_ref<const std::string&>();
-    if (text.empty()) return fields->Fail("prompt", "prompt: expected text or token ids, found an empty prompt");
+    if (text.empty())
+      return fields->Fail("prompt", "prompt: expected text or token ids, found an empty prompt");
     auto encoded = EncodePrompt(text, model);
     if (auto* error = std::get_if<ApiError>(&encoded)) return fields->Fail("prompt", error->message);
     ids = std::get<TokenIds>(std::move(encoded));
     if (request->echo) prepared.echo_text = text;
   } else {
-    if (const auto problem = ReadTokenIds(prompt, model.vocab_size, &ids)) return fields->Fail("prompt", StrCat("prompt: ", *problem));
-    if (ids.empty()) return fields->Fail("prompt", "prompt: expected text or token ids, found an empty prompt");
+    if (const auto problem = ReadTokenIds(prompt, model.vocab_size, &ids))
+      return fields->Fail("prompt", StrCat("prompt: ", *problem));
+    if (ids.empty())
+      return fields->Fail("prompt", "prompt: expected text or token ids, found an empty prompt");
     if (request->echo && model.tokenizer != nullptr) {
       tokenizer::StreamingDecoder decoder(*model.tokenizer);
       for (const uint32_t id : ids) prepared.echo_text += decoder.Push(id);
@@ -212,12 +225,14 @@ void ReadPrompts(const GatewayModel& model, RequestFields* fields, GenerateReque
   const bool is_list = prompt->is_array() && !prompt->empty() && !(*prompt)[0].is_number();
   if (!is_list) return AddPrompt(*prompt, model, fields, request);
   if (prompt->size() * request->n > kSequencesPerRequestMax) {
-    return fields->Fail("prompt", StrCat("prompt: expected at most ", kSequencesPerRequestMax,
-                                         " sequences (prompts times n), found ", prompt->size() * request->n));
+    return fields->Fail("prompt",
+                        StrCat("prompt: expected at most ", kSequencesPerRequestMax,
+                               " sequences (prompts times n), found ", prompt->size() * request->n));
   }
   for (const json& one : *prompt) {
     if (one.is_string() != (*prompt)[0].is_string() || !(one.is_string() || one.is_array())) {
-      return fields->Fail("prompt", StrCat("prompt: expected a list of strings or of token-id arrays, found ", Describe(one)));
+      return fields->Fail("prompt", StrCat("prompt: expected a list of strings or of token-id arrays, found ",
+                                           Describe(one)));
     }
     AddPrompt(one, model, fields, request);
     if (fields->failed()) return;
@@ -230,7 +245,8 @@ std::optional<std::string> MessageText(const json& content) {
   if (!content.is_array()) return std::nullopt;
   std::string text;
   for (const json& part : content) {
-    if (!part.is_object() || part.value("type", json()) != "text" || !part.contains("text") || !part["text"].is_string()) {
+    if (!part.is_object() || part.value("type", json()) != "text" || !part.contains("text") ||
+        !part["text"].is_string()) {
       return std::nullopt;
     }
     text += part["text"].get_ref<const std::string&>();
@@ -240,7 +256,8 @@ std::optional<std::string> MessageText(const json& content) {
 
 void ReadMessages(const GatewayModel& model, RequestFields* fields, GenerateRequest* request) {
   const json* list = fields->Find("messages");
-  if (list == nullptr) return fields->Fail("messages", "messages: expected an array of messages, found nothing");
+  if (list == nullptr)
+    return fields->Fail("messages", "messages: expected an array of messages, found nothing");
   if (!list->is_array() || list->empty()) {
     return fields->Fail("messages", "messages: expected a non-empty array of messages");
   }
@@ -254,15 +271,17 @@ void ReadMessages(const GatewayModel& model, RequestFields* fields, GenerateRequ
     std::string role = message["role"].get<std::string>();
     if (role == "developer") role = "system";  // its newer name
     if (role != "system" && role != "user" && role != "assistant") {
-      return fields->Fail("messages", StrCat(where, ".role: expected system, developer, user or assistant, found \"",
-                                             role.substr(0, 40), "\""));
+      return fields->Fail("messages",
+                          StrCat(where, ".role: expected system, developer, user or assistant, found \"",
+                                 role.substr(0, 40), "\""));
     }
     const json content = message.value("content", json());
     std::optional<std::string> text = MessageText(content);
     if (!text && content.is_null() && role == "assistant") text = "";
     if (!text) {
-      return fields->Fail("messages", StrCat(where, ".content: expected a string or an array of text parts, found ",
-                                             Describe(content)));
+      return fields->Fail(
+          "messages",
+          StrCat(where, ".content: expected a string or an array of text parts, found ", Describe(content)));
     }
     messages.push_back({std::move(role), *std::move(text)});
   }
@@ -274,7 +293,8 @@ void ReadMessages(const GatewayModel& model, RequestFields* fields, GenerateRequ
 // max_tokens, or for chat also its newer name; checked against every prompt.
 void ReadMaxTokens(const GatewayModel& model, RequestFields* fields, GenerateRequest* request) {
   const bool chat = request->endpoint == Endpoint::kChat;
-  const char* name = chat && fields->Find("max_completion_tokens") != nullptr ? "max_completion_tokens" : "max_tokens";
+  const char* name =
+      chat && fields->Find("max_completion_tokens") != nullptr ? "max_completion_tokens" : "max_tokens";
   std::optional<int64_t> value;
   fields->Integer(name, &value);
   if (value && *value < 0) fields->Fail(name, StrCat(name, ": expected 0 or more, found ", *value));
@@ -296,7 +316,8 @@ void ReadMaxTokens(const GatewayModel& model, RequestFields* fields, GenerateReq
 
 }  // namespace
 
-std::variant<GenerateRequest, ApiError> ParseRequest(Endpoint endpoint, std::string_view body, const GatewayModel& model) {
+std::variant<GenerateRequest, ApiError> ParseRequest(Endpoint endpoint, std::string_view body,
+                                                     const GatewayModel& model) {
   auto parsed = ParseBody(body);
   if (auto* error = std::get_if<ApiError>(&parsed)) return std::move(*error);
   const json& object = std::get<json>(parsed);
@@ -307,7 +328,9 @@ std::variant<GenerateRequest, ApiError> ParseRequest(Endpoint endpoint, std::str
   std::string name = model.name;
   fields.String("model", &name);
   if (!fields.failed() && name != model.name) {
-    return ApiError{404, StrCat("the model \"", name.substr(0, 200), "\" does not exist; this server has \"", model.name, "\""),
+    return ApiError{404,
+                    StrCat("the model \"", name.substr(0, 200), "\" does not exist; this server has \"",
+                           model.name, "\""),
                     "model", "model_not_found", 0};
   }
   RefuseUnsupported(endpoint, &fields);

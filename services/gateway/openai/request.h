@@ -1,5 +1,5 @@
-// Parses and validates the bodies of /v1/completions and /v1/chat/completions, down to token ids. Pure functions;
-// thread-safe. Tokenising megabytes takes a while: not for a thread that others wait for.
+// Parses and validates the bodies of /v1/completions and /v1/chat/completions, down to token ids. Pure
+// functions; thread-safe. Tokenising megabytes takes a while: not for a thread that others wait for.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct PreparedPrompt {
 struct GenerateRequest {
   Endpoint endpoint = Endpoint::kCompletions;
   std::vector<PreparedPrompt> prompts;
-  uint32_t n = 1;                  // choices per prompt; choice j of any prompt draws with sampling.seed + j
+  uint32_t n = 1;  // choices per prompt; choice j of any prompt draws with sampling.seed + j
   bool stream = false;
   bool include_usage = false;
   bool echo = false;

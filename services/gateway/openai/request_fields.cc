@@ -8,12 +8,18 @@ using nlohmann::json;
 
 std::string Describe(const json& value) {
   switch (value.type()) {
-    case json::value_t::null: return "null";
-    case json::value_t::boolean: return value.get<bool>() ? "true" : "false";
-    case json::value_t::string: return "a string";
-    case json::value_t::array: return "an array";
-    case json::value_t::object: return "an object";
-    default: return StrCat("the number ", value.dump());
+    case json::value_t::null:
+      return "null";
+    case json::value_t::boolean:
+      return value.get<bool>() ? "true" : "false";
+    case json::value_t::string:
+      return "a string";
+    case json::value_t::array:
+      return "an array";
+    case json::value_t::object:
+      return "an object";
+    default:
+      return StrCat("the number ", value.dump());
   }
 }
 
@@ -74,7 +80,8 @@ std::optional<std::string> ReadTokenIds(const json& value, uint32_t vocab_size, 
   for (size_t i = 0; i < value.size(); ++i) {
     const json& id = value[i];
     if (!id.is_number_unsigned() || id.get<uint64_t>() >= vocab_size) {
-      return StrCat("expected token ids from 0 to ", vocab_size - 1, ", found ", Describe(id), " at index ", i);
+      return StrCat("expected token ids from 0 to ", vocab_size - 1, ", found ", Describe(id), " at index ",
+                    i);
     }
     out->push_back(static_cast<uint32_t>(id.get<uint64_t>()));
   }

@@ -49,7 +49,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
     if (ok) WriteNextLocked();
   }
   void OnCancel() override { Close(grpc::Status::CANCELLED); }
-  void OnDone() override { service_.OnGone(this); }   // may destroy this
+  void OnDone() override { service_.OnGone(this); }  // may destroy this
 
  private:
   void WriteNextLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -63,7 +63,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
 
   MembershipService& service_;
   MemberReport report_;
-  absl::Mutex mutex_;   // before service_.mutex_
+  absl::Mutex mutex_;  // before service_.mutex_
   ClusterUpdate update_ ABSL_GUARDED_BY(mutex_);
   NodeId member_ ABSL_GUARDED_BY(mutex_);
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
@@ -73,7 +73,10 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
 };
 
 MembershipService::MembershipService(MembershipOptions options, cluster::v1::Member self, OnView on_view)
-    : options_(std::move(options)), units_(AllUnits(options_.config)), on_view_(std::move(on_view)), self_(std::move(self)) {
+    : options_(std::move(options)),
+      units_(AllUnits(options_.config)),
+      on_view_(std::move(on_view)),
+      self_(std::move(self)) {
   {
     absl::MutexLock lock(&mutex_);
     epoch_.term = static_cast<uint32_t>(absl::ToUnixSeconds(absl::Now()));
@@ -94,7 +97,8 @@ void MembershipService::Shutdown() {
     stop_ = true;
     for (const auto& [raw, stream] : streams_) streams.push_back(stream);
   }
-  for (const auto& stream : streams) stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the router is stopping"));
+  for (const auto& stream : streams)
+    stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the router is stopping"));
   absl::MutexLock lock(&mutex_);
   mutex_.AwaitWithTimeout(absl::Condition(this, &MembershipService::StreamsEnded), absl::Seconds(5));
 }
@@ -116,19 +120,24 @@ grpc::ServerBidiReactor<MemberReport, ClusterUpdate>* MembershipService::Join(gr
 }
 
 grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& report) {
-  const auto refuse = [](const std::string& why) { return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, why); };
+  const auto refuse = [](const std::string& why) {
+    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, why);
+  };
   const NodeId id{report.member().node_id()};
   if (id == NodeId{}) return refuse("member.node_id: expected a random number, found 0");
-  if (report.member().role() == cluster::v1::ROLE_UNSPECIFIED) return refuse("member.role: expected one of the roles, found none");
+  if (report.member().role() == cluster::v1::ROLE_UNSPECIFIED)
+    return refuse("member.role: expected one of the roles, found none");
   if (report.model_fingerprint() != options_.model_fingerprint) {
-    return refuse(StrCat("model fingerprint: expected ", options_.model_fingerprint, " (the router's checkpoint), found ",
-                         report.model_fingerprint()));
+    return refuse(StrCat("model fingerprint: expected ", options_.model_fingerprint,
+                         " (the router's checkpoint), found ", report.model_fingerprint()));
   }
   if (report.precision() != options_.precision) {
-    return refuse(StrCat("precision: expected ", options_.precision, " (the router's), found ", report.precision()));
+    return refuse(
+        StrCat("precision: expected ", options_.precision, " (the router's), found ", report.precision()));
   }
   if (report.member().role() == cluster::v1::ROLE_ROUTER) {
-    return refuse("more than one router needs the etcd registry, which this build does not have; expected one router");
+    return refuse(
+        "more than one router needs the etcd registry, which this build does not have; expected one router");
   }
   stream->SetMember(id);
   bool changed = false;
@@ -137,7 +146,9 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
     auto [it, fresh] = members_.try_emplace(id);
     State& state = it->second;
     changed = fresh || state.report.SerializeAsString() != report.SerializeAsString();
-    if (fresh) log::Info("membership", StrCat("joined role=", Role_Name(report.member().role()), " node=", ToString(id)));
+    if (fresh)
+      log::Info("membership",
+                StrCat("joined role=", Role_Name(report.member().role()), " node=", ToString(id)));
     state.report = report;
     state.stream = stream;
     state.renewed = absl::Now();
@@ -148,14 +159,15 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
 }
 
 void MembershipService::OnGone(Stream* stream) {
-  std::shared_ptr<Stream> last;   // destroyed after the lock is released
+  std::shared_ptr<Stream> last;  // destroyed after the lock is released
   absl::MutexLock lock(&mutex_);
-  const bool changed = std::erase_if(members_, [&](const auto& member) {
-    if (member.second.stream != stream) return false;
-    log::Warning("membership", StrCat("left role=", Role_Name(member.second.report.member().role()),
-                                      " node=", ToString(member.first)));
-    return true;
-  }) > 0;
+  const bool changed =
+      std::erase_if(members_, [&](const auto& member) {
+        if (member.second.stream != stream) return false;
+        log::Warning("membership", StrCat("left role=", Role_Name(member.second.report.member().role()),
+                                          " node=", ToString(member.first)));
+        return true;
+      }) > 0;
   auto it = streams_.find(stream);
   last = std::move(it->second);
   streams_.erase(it);
@@ -173,7 +185,7 @@ void MembershipService::PlaceLocked() {
     auto old = assignment_.find(id);
     if (old != assignment_.end()) {
       previous[id] = old->second;
-    } else {   // joined a restarted router with what it had
+    } else {  // joined a restarted router with what it had
       for (const auto& unit : state.report.hosted()) previous[id].push_back({unit.layer(), unit.group()});
     }
     placed |= !previous[id].empty();
@@ -203,7 +215,8 @@ std::string MembershipService::NotReadyReasonLocked() const {
   const int64_t missing = std::count_if(view_.placement().begin(), view_.placement().end(),
                                         [](const auto& unit) { return unit.node_ids().empty(); });
   if (missing > 0) {
-    return StrCat("loading experts: ", units_.size() - missing, " of ", units_.size(), " (layer, group) units hosted");
+    return StrCat("loading experts: ", units_.size() - missing, " of ", units_.size(),
+                  " (layer, group) units hosted");
   }
   if (!attention) return loading.empty() ? "waiting for an attention node" : loading;
   if (!self_.ready()) return StrCat("router: ", self_.detail());
@@ -220,7 +233,7 @@ void MembershipService::RebuildLocked() {
     *view.add_members() = state.report.member();
     for (const auto& unit : state.report.hosted()) {
       auto it = hosts.find({unit.layer(), unit.group()});
-      if (it != hosts.end()) it->second.push_back(id);   // members_ is ordered by id, so replicas ascend
+      if (it != hosts.end()) it->second.push_back(id);  // members_ is ordered by id, so replicas ascend
     }
   }
   for (const auto& [unit, replicas] : hosts) {
@@ -270,8 +283,8 @@ void MembershipService::FillUpdate(NodeId member, bool with_view, ClusterUpdate&
   }
 }
 
-// Spreads changes (gathered for a moment, so that a starting cluster does not send a view per loaded unit) and ends
-// leases.
+// Spreads changes (gathered for a moment, so that a starting cluster does not send a view per loaded unit)
+// and ends leases.
 void MembershipService::Timer() {
   constexpr absl::Duration kGather = absl::Milliseconds(20);
   absl::Time last_renewal = absl::Now();

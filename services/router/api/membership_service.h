@@ -1,8 +1,9 @@
-// The static registry: keeps the cluster's members by lease, decides which expert server hosts what, and sends every
-// member the cluster's view whenever it changes. One router holds it; nothing outside this process does.
+// The static registry: keeps the cluster's members by lease, decides which expert server hosts what, and
+// sends every member the cluster's view whenever it changes. One router holds it; nothing outside this
+// process does.
 //
-// A restarted router knows nothing: members join again and report what they host, which becomes the new table,
-// under a new term. Thread-safe.
+// A restarted router knows nothing: members join again and report what they host, which becomes the new
+// table, under a new term. Thread-safe.
 #pragma once
 
 #include <functional>
@@ -25,7 +26,7 @@ struct MembershipOptions {
   std::string model_fingerprint;
   std::string precision;
   int replicas = 1;
-  int expert_servers = 1;          // to wait for before the first placement
+  int expert_servers = 1;  // to wait for before the first placement
   absl::Duration lease = absl::Seconds(3);
 };
 
@@ -70,11 +71,12 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
   mutable absl::Mutex mutex_;
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   std::map<NodeId, State> members_ ABSL_GUARDED_BY(mutex_);
-  std::map<Stream*, std::shared_ptr<Stream>> streams_ ABSL_GUARDED_BY(mutex_);   // shared with whoever is notifying them
+  std::map<Stream*, std::shared_ptr<Stream>> streams_
+      ABSL_GUARDED_BY(mutex_);  // shared with whoever is notifying them
   std::map<NodeId, std::vector<UnitId>> assignment_ ABSL_GUARDED_BY(mutex_);
   Epoch epoch_ ABSL_GUARDED_BY(mutex_);
   cluster::v1::ClusterView view_ ABSL_GUARDED_BY(mutex_);
-  bool dirty_ ABSL_GUARDED_BY(mutex_) = false;   // view_ changed since it was last sent
+  bool dirty_ ABSL_GUARDED_BY(mutex_) = false;  // view_ changed since it was last sent
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread timer_;
 };

@@ -15,8 +15,9 @@ uint64_t GroupMask(const ModelConfig& config, std::span<const uint16_t> experts)
   return mask;
 }
 
-void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& exchange, std::span<const WorkItem> items,
-                      absl::FunctionRef<bool(NodeId)> usable, absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign) {
+void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& exchange,
+                      std::span<const WorkItem> items, absl::FunctionRef<bool(NodeId)> usable,
+                      absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign) {
   uint64_t wanted = 0;
   for (const WorkItem& item : items) wanted |= item.groups;
   std::array<NodeId, 64> server_of_group{};
@@ -34,7 +35,8 @@ void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& 
     rest &= ~server_groups;
     const auto flush = [&] {
       if (selected_.empty()) return;
-      const bool sent = server != NodeId{} && SendFrame(server, server_groups, exchange, placement.epoch(), items, selected_);
+      const bool sent = server != NodeId{} &&
+                        SendFrame(server, server_groups, exchange, placement.epoch(), items, selected_);
       for (const uint32_t index : selected_) {
         for (uint64_t g = items[index].groups & server_groups; g != 0; g &= g - 1) {
           assign(index, std::countr_zero(g), sent ? server : NodeId{});
@@ -51,8 +53,8 @@ void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& 
   }
 }
 
-bool WorkSender::SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange, Epoch epoch,
-                           std::span<const WorkItem> items, std::span<const uint32_t> selected) {
+bool WorkSender::SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange,
+                           Epoch epoch, std::span<const WorkItem> items, std::span<const uint32_t> selected) {
   const uint32_t rows = static_cast<uint32_t>(selected.size());
   if (!transport_.TakeCredit(server, exchange.traffic_class, rows)) return false;
   const auto goes = [&](const WorkItem& item, uint16_t expert) {

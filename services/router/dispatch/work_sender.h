@@ -1,6 +1,6 @@
-// Sends rows to the expert servers that host their groups: chooses a replica per group, gathers each server's rows
-// into ExpertWork frames, takes credit and posts them. Used by the router for fresh rows, and by the attention node
-// for --routing=local and for everything that has to be sent again.
+// Sends rows to the expert servers that host their groups: chooses a replica per group, gathers each server's
+// rows into ExpertWork frames, takes credit and posts them. Used by the router for fresh rows, and by the
+// attention node for --routing=local and for everything that has to be sent again.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,10 @@ namespace minke::router {
 
 // One row and the groups to send it to (bit g: group g). Pointers are borrowed for the call.
 struct WorkItem {
-  uint32_t row = 0;                      // index in the exchange
-  const std::byte* data = nullptr;       // [hidden] Act
-  const uint16_t* experts = nullptr;     // [k] ascending
-  const float* weights = nullptr;        // [k]
+  uint32_t row = 0;                   // index in the exchange
+  const std::byte* data = nullptr;    // [hidden] Act
+  const uint16_t* experts = nullptr;  // [k] ascending
+  const float* weights = nullptr;     // [k]
   uint64_t groups = 0;
 };
 
@@ -31,11 +31,12 @@ class WorkSender {
   WorkSender(const ModelConfig& config, Precision precision, transport::Transport& transport)
       : config_(config), shape_(RowShapeOf(config, precision)), transport_(transport) {}
 
-  // `exchange` carries origin, step, layer, microbatch, attempt and class. For every item and group of its mask,
-  // `assign(item, group, server)` is called once: with NodeId{} if no usable server hosts the group or has
-  // credit, in which case nothing was sent for it.
-  void Send(const PlacementTable& placement, const wire::FrameHeader& exchange, std::span<const WorkItem> items,
-            absl::FunctionRef<bool(NodeId)> usable, absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign);
+  // `exchange` carries origin, step, layer, microbatch, attempt and class. For every item and group of its
+  // mask, `assign(item, group, server)` is called once: with NodeId{} if no usable server hosts the group or
+  // has credit, in which case nothing was sent for it.
+  void Send(const PlacementTable& placement, const wire::FrameHeader& exchange,
+            std::span<const WorkItem> items, absl::FunctionRef<bool(NodeId)> usable,
+            absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign);
 
  private:
   bool SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange, Epoch epoch,

@@ -16,7 +16,8 @@ constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 
 }  // namespace
 
-RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport, ThreadPool& pool)
+RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport,
+                           ThreadPool& pool)
     : gate_(std::move(gate)),
       config_(gate_.config()),
       shape_(RowShapeOf(config_, precision)),
@@ -33,7 +34,8 @@ RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<trans
 
 RouterEngine::~RouterEngine() = default;
 
-void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts, std::shared_ptr<const PlacementTable> placement) {
+void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts,
+                                 std::shared_ptr<const PlacementTable> placement) {
   {
     absl::MutexLock lock(&mutex_);
     new_experts_ = std::move(experts);
@@ -54,7 +56,8 @@ RouterStatus RouterEngine::status() const {
 }
 
 std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
-  std::vector<std::vector<uint64_t>> counts(moe_layers_.size(), std::vector<uint64_t>(config_.n_routed_experts));
+  std::vector<std::vector<uint64_t>> counts(moe_layers_.size(),
+                                            std::vector<uint64_t>(config_.n_routed_experts));
   for (size_t layer = 0; layer < counts.size(); ++layer) {
     for (int32_t e = 0; e < config_.n_routed_experts; ++e) {
       counts[layer][e] = expert_counts_[layer * config_.n_routed_experts + e].load(std::memory_order_relaxed);
@@ -82,7 +85,8 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
     data = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no gate"));
   }
   if (data.ok() && header.rows > static_cast<uint32_t>(MessageRowsMax(shape_))) {
-    data = absl::InvalidArgumentError(StrCat("expected at most ", MessageRowsMax(shape_), " rows, found ", header.rows));
+    data = absl::InvalidArgumentError(
+        StrCat("expected at most ", MessageRowsMax(shape_), " rows, found ", header.rows));
   }
   if (!data.ok()) {
     ++counters_.bad_frames;
@@ -111,7 +115,8 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
       count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     }
     items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
-                      weights_scratch_.data() + i * k, GroupMask(config_, {experts, static_cast<size_t>(k)})});
+                      weights_scratch_.data() + i * k,
+                      GroupMask(config_, {experts, static_cast<size_t>(k)})});
   }
   sender_.Send(
       *placement_, header, items_, [&](NodeId server) { return peers_.IsUp(server); },
@@ -146,7 +151,7 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
   reply.set_epoch(placement_->epoch());
   // Credit first: it travels with the plan.
   transport_->ReturnCredit(from, header.traffic_class, header.rows);
-  (void)transport_->Send(from, std::move(plan));   // a sender that is gone needs no plan
+  (void)transport_->Send(from, std::move(plan));  // a sender that is gone needs no plan
   ++counters_.dispatches;
   counters_.rows += header.rows;
 }
@@ -163,9 +168,11 @@ void RouterEngine::Run() {
             ++counters_.bad_frames;
           }
           return;
-        case transport::Event::Kind::kPeerUp: return peers_.OnPeerUp(event.peer);
+        case transport::Event::Kind::kPeerUp:
+          return peers_.OnPeerUp(event.peer);
         case transport::Event::Kind::kPeerLost:
-          log::Warning("router", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
+          log::Warning("router",
+                       StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
           return peers_.OnPeerLost(event.peer);
       }
     });

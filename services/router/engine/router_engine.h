@@ -1,5 +1,5 @@
-// The router's data plane: gates the rows of each Dispatch, tells the attention node the plan, and sends the rows on
-// to the expert servers. Keeps nothing of a request.
+// The router's data plane: gates the rows of each Dispatch, tells the attention node the plan, and sends the
+// rows on to the expert servers. Keeps nothing of a request.
 //
 // Threads: Run() is the engine thread; the rest is thread-safe.
 #pragma once
@@ -22,18 +22,19 @@ namespace minke::router {
 
 struct RouterStatus {
   uint64_t dispatches = 0, rows = 0, rejected_rows = 0, unplaced_rows = 0, bad_frames = 0;
-  bool connected = false;   // to every expert server of the placement
+  bool connected = false;  // to every expert server of the placement
 };
 
 class RouterEngine {
  public:
-  RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport, ThreadPool& pool);
+  RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport,
+               ThreadPool& pool);
   ~RouterEngine();
 
   // Expert servers by data-plane address, and where the units are.
   void UpdateCluster(std::map<NodeId, std::string> experts, std::shared_ptr<const PlacementTable> placement);
 
-  void Run();    // until Stop()
+  void Run();  // until Stop()
   void Stop();
   RouterStatus status() const;
   // Rows each expert was chosen for, [moe layer index][expert], since the start.
@@ -52,7 +53,7 @@ class RouterEngine {
   ThreadPool& pool_;
   WorkSender sender_;
   cluster::PeerKeeper peers_;
-  std::shared_ptr<const PlacementTable> placement_;   // shared with the control plane, which replaces it
+  std::shared_ptr<const PlacementTable> placement_;  // shared with the control plane, which replaces it
   std::map<NodeId, std::string> experts_;
   RouterStatus counters_;
   std::vector<int32_t> index_of_layer_;
@@ -60,7 +61,7 @@ class RouterEngine {
   std::vector<float> weights_scratch_;
   std::vector<GateResult> results_;
   std::vector<WorkItem> items_;
-  std::vector<NodeId> assigned_;   // [rows, groups]
+  std::vector<NodeId> assigned_;  // [rows, groups]
 
   // Written by the engine thread only; relaxed reads elsewhere.
   std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;

@@ -1,5 +1,5 @@
-// The gate of every MoE layer: which experts a row goes to, and with what weight. Linked into the router service, and
-// into the attention node for --routing=local.
+// The gate of every MoE layer: which experts a row goes to, and with what weight. Linked into the router
+// service, and into the attention node for --routing=local.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,12 @@ class Gate {
   // Routes rows [rows, hidden] Act. experts [rows, k] ascending, weights [rows, k], results [rows].
   // `row_begin` is the index of the first row in its exchange (only a test's override looks at it).
   // REQUIRES: HasLayer(layer). Thread-compatible (owns scratch).
-  void Route(int32_t layer, uint32_t row_begin, const std::byte* x, int64_t rows, uint16_t* experts, float* weights,
-             GateResult* results, ThreadPool& pool);
+  void Route(int32_t layer, uint32_t row_begin, const std::byte* x, int64_t rows, uint16_t* experts,
+             float* weights, GateResult* results, ThreadPool& pool);
 
   // For parity tests, where a near-tie would make two precisions route differently: forces the experts of
-  // (layer, row); the weights still come from this gate's scores. Returns false to leave the choice to the gate.
+  // (layer, row); the weights still come from this gate's scores. Returns false to leave the choice to the
+  // gate.
   using Override = std::function<bool(int32_t layer, uint32_t row, std::span<uint16_t> experts)>;
   void SetOverrideForTest(Override override) { override_ = std::move(override); }
 

@@ -46,8 +46,8 @@ std::vector<UnitId> AllUnits(const ModelConfig& config) {
   return units;
 }
 
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units, std::span<const NodeId> servers,
-                                                     int replicas,
+std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
+                                                     std::span<const NodeId> servers, int replicas,
                                                      const std::map<NodeId, std::vector<UnitId>>& previous) {
   std::map<NodeId, std::set<UnitId>> hosted;
   for (const NodeId server : servers) hosted[server];

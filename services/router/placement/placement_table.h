@@ -1,5 +1,5 @@
-// Which expert servers host which (layer, group): an immutable snapshot with its epoch, and the pure functions that
-// make the next one. No I/O, clock or lock.
+// Which expert servers host which (layer, group): an immutable snapshot with its epoch, and the pure
+// functions that make the next one. No I/O, clock or lock.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace minke::router {
 // Immutable; shared between threads as shared_ptr<const PlacementTable>.
 class PlacementTable {
  public:
-  using Replicas = std::vector<NodeId>;   // ascending
+  using Replicas = std::vector<NodeId>;  // ascending
   PlacementTable() = default;
   PlacementTable(Epoch epoch, std::map<UnitId, Replicas> units) : epoch_(epoch), units_(std::move(units)) {}
 
@@ -27,8 +27,9 @@ class PlacementTable {
   // Servers that host the unit now; empty if none does.
   std::span<const NodeId> Servers(UnitId unit) const;
 
-  // The replica that serves a small load: all routers choose the same one, so that an expert's rows meet in one
-  // launch (rendezvous hash of layer, group and server). Only servers for which `usable` holds; nullopt if none.
+  // The replica that serves a small load: all routers choose the same one, so that an expert's rows meet in
+  // one launch (rendezvous hash of layer, group and server). Only servers for which `usable` holds; nullopt
+  // if none.
   std::optional<NodeId> Choose(UnitId unit, absl::FunctionRef<bool(NodeId)> usable) const;
 
   // Units without a server.
@@ -42,10 +43,11 @@ class PlacementTable {
 // Every (layer, group) of the model.
 std::vector<UnitId> AllUnits(const ModelConfig& config);
 
-// What each server should host: `replicas` different servers per unit (fewer if there are not enough servers).
-// Keeps every valid earlier assignment, fills what is missing on the server with the fewest units (ties: lowest
-// id), so that nothing moves without need.
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units, std::span<const NodeId> servers,
-                                                     int replicas, const std::map<NodeId, std::vector<UnitId>>& previous);
+// What each server should host: `replicas` different servers per unit (fewer if there are not enough
+// servers). Keeps every valid earlier assignment, fills what is missing on the server with the fewest units
+// (ties: lowest id), so that nothing moves without need.
+std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
+                                                     std::span<const NodeId> servers, int replicas,
+                                                     const std::map<NodeId, std::vector<UnitId>>& previous);
 
 }  // namespace minke::router

@@ -51,7 +51,7 @@ TEST(PlanAssignment, LostServerMovesOnlyItsOwnUnits) {
       EXPECT_EQ(std::count(after.at(NodeId{kept}).begin(), after.at(NodeId{kept}).end(), unit), 1);
     }
   }
-  EXPECT_EQ(after.at(NodeId{9}), before.at(NodeId{3}));   // the newcomer is the emptiest
+  EXPECT_EQ(after.at(NodeId{9}), before.at(NodeId{3}));  // the newcomer is the emptiest
 }
 
 TEST(PlanAssignment, NoServerHostsNothing) { EXPECT_TRUE(PlanAssignment(Units(1, 8), {}, 1, {}).empty()); }
