@@ -68,11 +68,11 @@ class Lifecycle(unittest.TestCase):
         with Cluster(checkpoint("v2"), "--unavailable-after-s=2") as cluster:
             os.kill(cluster.pids("expert")[0], signal.SIGKILL)
             # The survivor loads what was lost; a killed attention node nobody replaces.
+            self.assertTrue(wait_until(lambda: "left role=ROLE_EXPERT" in cluster.log()))
             self.assertTrue(wait_until(lambda: cluster.request("GET", "/health")[0] == 200))
             os.kill(cluster.pids("attention")[0], signal.SIGKILL)
-            self.assertTrue(wait_until(lambda: cluster.request("GET", "/health")[0] == 503))
-            status, headers, body = cluster.request("GET", "/health")
-            self.assertIn("attention", json.loads(body)["error"]["message"])
+            says = lambda: cluster.request("GET", "/health")
+            self.assertTrue(wait_until(lambda: says()[0] == 503 and "attention" in json.loads(says()[2])["error"]["message"]), says())
             status, answer = cluster.post("/v1/completions", dict(prompt=[4], max_tokens=1))
             self.assertEqual(status, 503)
 

@@ -236,23 +236,25 @@ TEST_P(UcxProcessTest, SendsToAFrozenPeerAreBoundedAndHaveADeadline) {
 
 // ---- Input that is not ours -----------------------------------------------------------------------------------
 
-TEST(UcxListener, RawBytesAreNeitherACrashNorAPeer) {
+// Of bytes that are not UCX's, the listener of UCX 1.13 takes: none, or a beginning that is no whole header of its
+// own. On more it may abort the process, before any code of ours sees them (docs/wire_format.md, "Trust").
+TEST(UcxListener, BrokenConnectionAttemptsAreNeitherACrashNorAPeer) {
   const auto transport = Make(1);
   Log log;
   const auto address = internal::ResolveHostPort(transport->address());
   ASSERT_TRUE(address.ok());
   std::mt19937 random(1);
-  for (int round = 0; round < 60; ++round) {
-    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  const auto look = [&] { WaitFor(*transport, log, [n = 0]() mutable { return n++ > 1; }); };
+  for (int round = 0; round < 40; ++round) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     ASSERT_EQ(connect(fd, address->get(), address->bytes), 0);
-    std::vector<unsigned char> bytes(round == 0 ? 0 : random() % 4096);
-    for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(round % 3 == 0 ? 0 : random());
-    // A plausible length in front, as UCX's own connection manager sends.
-    if (round % 3 == 1 && bytes.size() > 64) bytes = {200, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3};
-    if (!bytes.empty()) (void)!write(fd, bytes.data(), bytes.size());
-    WaitFor(*transport, log, [&, n = 0]() mutable { return n++ > 1; });
+    unsigned char bytes[15];
+    for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(random());
+    const size_t count = random() % (sizeof(bytes) + 1);
+    ASSERT_EQ(write(fd, bytes, count), static_cast<ssize_t>(count));
+    if (round % 2 == 0) look();
     close(fd);
-    WaitFor(*transport, log, [&, n = 0]() mutable { return n++ > 1; });
+    look();
   }
   EXPECT_EQ(log.up, 0);
   EchoProcess peer(2, "auto", 250);
