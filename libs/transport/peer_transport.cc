@@ -20,6 +20,9 @@ constexpr int64_t kCreditDelayNs = 2'000'000;
 constexpr uint32_t kCreditFlushDivisor = 4;
 // Frames a lane may get between the other side's Ack and being up here: a few, in the time of a round trip.
 constexpr size_t kEarlyFramesMax = 1024;
+constexpr uint32_t kFruitlessSpinsMax = 4;
+constexpr uint32_t kSpinRetryInterval = 32;
+constexpr int64_t kShortSpinDivisor = 16;
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 int64_t NowNs() {
@@ -62,12 +65,13 @@ PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Dr
 
 PeerTransport::~PeerTransport() {
   {
-    const absl::MutexLock lock(&stop_mutex_);
+    const std::lock_guard lock(stop_mutex_);
     stop_ = true;
   }
+  stop_changed_.notify_one();
   keepalive_.join();
 
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   leaving_ = true;
   now_ns_ = NowNs();
   while (!peers_.empty()) Leave(peers_.begin()->second.get());
@@ -93,7 +97,7 @@ absl::Status PeerTransport::Connect(NodeId id, std::string_view address) {
   MK_ASSIGN_OR_RETURN(std::string resolved,
                       driver_->Resolve(address));  // may look up a name: outside the lock
 
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   now_ns_ = NowNs();
   if (Peer* peer = Find(id); peer != nullptr) {
     peer->wanted = true;
@@ -115,7 +119,7 @@ absl::Status PeerTransport::Connect(NodeId id, std::string_view address) {
 
 void PeerTransport::Disconnect(NodeId id) {
   {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     now_ns_ = NowNs();
     inbox_.Forget(id);
     if (Peer* peer = Find(id); peer != nullptr) {
@@ -132,7 +136,7 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   const auto traffic_class = static_cast<size_t>(header.traffic_class);
   MK_CHECK(traffic_class < wire::kNumTrafficClasses);
 
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   Peer* const peer = Find(id);
   if (peer == nullptr || peer->stage != Peer::Stage::kUp) {
     return absl::UnavailableError(StrCat("send: node ", ToString(id), " is not connected"));
@@ -144,6 +148,7 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   const uint32_t credits = std::exchange(peer->to_return[traffic_class], 0);
   if (peer->to_return[0] == 0 && peer->to_return[1] == 0) peer->return_by_ns = 0;
   peer->last_sent_ns = NowNs();
+  AtLatest(peer->last_sent_ns + send_timeout_ns_);
   ++peer->statistics.sent_frames;
   peer->statistics.sent_bytes += FrameBytes(frame);
   peer->lanes[traffic_class]->link->Send(std::move(frame), peer->version, credits, peer->last_sent_ns);
@@ -151,14 +156,14 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
 }
 
 bool PeerTransport::TakeCredit(NodeId id, wire::TrafficClass traffic_class, uint32_t rows) {
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   Peer* const peer = Find(id);
   if (peer == nullptr || peer->stage != Peer::Stage::kUp) return false;
   return peer->credit[static_cast<size_t>(traffic_class)].Take(rows, NowNs());
 }
 
 void PeerTransport::ReturnCredit(NodeId id, wire::TrafficClass traffic_class, uint32_t rows) {
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   Peer* const peer = Find(id);
   if (peer == nullptr || peer->stage != Peer::Stage::kUp || rows == 0) return;
   const auto index = static_cast<size_t>(traffic_class);
@@ -177,7 +182,7 @@ void PeerTransport::ReturnCredit(NodeId id, wire::TrafficClass traffic_class, ui
 int PeerTransport::Poll(absl::FunctionRef<void(Event&)> handler) {
   MK_CHECK(!polling_);
   {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     ProgressLocked();
     engine_looked_ns_.store(now_ns_, std::memory_order_relaxed);
     if (inbox_.empty()) return 0;
@@ -224,7 +229,7 @@ void PeerTransport::Wait(absl::Duration timeout) {
   int64_t spin_until_ns = deadline_ns;
   switch (options_.poll) {
     case PollMode::kAdaptive:
-      spin_until_ns = begin_ns + absl::ToInt64Nanoseconds(options_.spin);
+      spin_until_ns = begin_ns + SpinNs();
       break;
     case PollMode::kSpin:
       break;
@@ -233,11 +238,12 @@ void PeerTransport::Wait(absl::Duration timeout) {
       break;
   }
 
+  bool blocked = false;
   engine_waits_.store(true, std::memory_order_relaxed);
   for (;;) {
     int64_t now_ns, block_until_ns;
     {
-      const absl::MutexLock lock(&mutex_);
+      const MutexLock lock(mutex_);
       ProgressLocked();
       now_ns = now_ns_;
       engine_looked_ns_.store(now_ns, std::memory_order_relaxed);
@@ -246,10 +252,22 @@ void PeerTransport::Wait(absl::Duration timeout) {
       if (now_ns < spin_until_ns || !driver_->PrepareToBlock()) continue;
       block_until_ns = std::min(deadline_ns, next_timer_ns_);
     }
+    blocked = true;
     if (block_until_ns > now_ns) driver_->Block(block_until_ns - now_ns);
   }
+  fruitless_spins_ = blocked ? fruitless_spins_ + 1 : 0;
   wake_.store(false, std::memory_order_release);
   engine_waits_.store(false, std::memory_order_relaxed);
+}
+
+// Spinning is for peers that answer from another core. Where they do not (they compute for long, or wait for the very
+// core this thread spins on) it only keeps the core from them: then most waits spin for a fraction, and every 32nd
+// tries the full time again.
+int64_t PeerTransport::SpinNs() const {
+  const int64_t full_ns = absl::ToInt64Nanoseconds(options_.spin);
+  return fruitless_spins_ < kFruitlessSpinsMax || fruitless_spins_ % kSpinRetryInterval == 0
+             ? full_ns
+             : full_ns / kShortSpinDivisor;
 }
 
 void PeerTransport::Wake() {
@@ -257,7 +275,7 @@ void PeerTransport::Wake() {
 }
 
 std::vector<PeerStatistics> PeerTransport::statistics() const {
-  const absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   std::vector<PeerStatistics> all;
   for (const auto& [id, peer] : peers_) {
     if (peer->stage == Peer::Stage::kUp) all.push_back(peer->statistics);
@@ -275,14 +293,14 @@ void PeerTransport::ProgressLocked() {
 }
 
 void PeerTransport::KeepaliveLoop() {
-  const absl::Duration period = absl::Nanoseconds(heartbeat_ns_ / 8);
-  const absl::MutexLock stop_lock(&stop_mutex_);
-  while (!stop_mutex_.AwaitWithTimeout(absl::Condition(&stop_), period)) {
+  const std::chrono::nanoseconds period(heartbeat_ns_ / 8);
+  std::unique_lock stop_lock(stop_mutex_);
+  while (!stop_changed_.wait_for(stop_lock, period, [&] { return stop_; })) {
     if (engine_waits_.load(std::memory_order_relaxed)) continue;
     if (NowNs() - engine_looked_ns_.load(std::memory_order_relaxed) < heartbeat_ns_ / 4) continue;
-    if (!mutex_.TryLock()) continue;  // the engine is back
+    if (!mutex_.try_lock()) continue;  // the engine is back
     ProgressLocked();
-    mutex_.Unlock();
+    mutex_.unlock();
   }
 }
 

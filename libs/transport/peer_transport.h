@@ -3,9 +3,10 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <optional>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -14,10 +15,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
-#include "absl/synchronization/mutex.h"
 #include "libs/transport/credits.h"
 #include "libs/transport/driver.h"
 #include "libs/transport/handshake.h"
+#include "libs/transport/mutex.h"
 #include "libs/transport/ring.h"
 #include "libs/transport/transport.h"
 
@@ -124,6 +125,7 @@ class PeerTransport final : public Transport, private DriverSink {
   void ProgressLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void RunTimers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void KeepaliveLoop();
+  int64_t SpinNs() const;
 
   Peer* Find(NodeId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Peer& AddPeer(NodeId id, Peer::Stage stage) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -162,7 +164,7 @@ class PeerTransport final : public Transport, private DriverSink {
   const std::unique_ptr<FramePool> pool_;
   const std::string address_;
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   const std::unique_ptr<Driver> driver_;  // serialised by mutex_ as driver.h says
   absl::flat_hash_map<NodeId, std::unique_ptr<Peer>> peers_ ABSL_GUARDED_BY(mutex_);
   absl::flat_hash_map<Lane*, std::unique_ptr<Lane>> lanes_ ABSL_GUARDED_BY(mutex_);
@@ -175,14 +177,16 @@ class PeerTransport final : public Transport, private DriverSink {
 
   Inbox delivery_;        // engine thread only: what Poll() is handing over
   bool polling_ = false;  // engine thread only
+  uint32_t fruitless_spins_ = 0;  // engine thread only: waits in a row that had to block
 
   std::atomic<uint64_t> bad_frames_{0};
   std::atomic<bool> wake_{false};
   std::atomic<bool> engine_waits_{false};     // it makes progress itself, in Wait()
   std::atomic<int64_t> engine_looked_ns_{0};  // when it last did
 
-  absl::Mutex stop_mutex_;
-  bool stop_ ABSL_GUARDED_BY(stop_mutex_) = false;
+  std::mutex stop_mutex_;
+  std::condition_variable stop_changed_;
+  bool stop_ = false;  // guarded by stop_mutex_
   std::thread keepalive_;
 };
 

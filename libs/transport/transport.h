@@ -37,7 +37,7 @@ struct Identity {
 };
 
 enum class PollMode : uint8_t {
-  kAdaptive,  // spin for spin_us, then sleep on the event descriptor
+  kAdaptive,  // spin (for less while that proves fruitless), then sleep on the event descriptor
   kSpin,
   kBlock,
 };

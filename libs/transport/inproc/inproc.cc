@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
-#include "absl/synchronization/mutex.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/transport/driver.h"
+#include "libs/transport/mutex.h"
 #include "libs/transport/peer_transport.h"
 
 namespace minke::transport {
@@ -107,25 +107,25 @@ class InprocMailbox {
 class InprocDirectory {
  public:
   void Add(NodeId id, std::shared_ptr<InprocMailbox> mailbox) {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     MK_CHECK(id.value != 0 && mailboxes_.emplace(id, std::move(mailbox)).second);
   }
   void Remove(NodeId id) {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     mailboxes_.erase(id);
   }
   std::shared_ptr<InprocMailbox> Find(NodeId id) {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     const auto found = mailboxes_.find(id);
     return found == mailboxes_.end() ? nullptr : found->second;
   }
   uint64_t NewLinkId() {
-    const absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     return ++last_link_id_;
   }
 
  private:
-  absl::Mutex mutex_;
+  Mutex mutex_;
   absl::flat_hash_map<NodeId, std::shared_ptr<InprocMailbox>> mailboxes_ ABSL_GUARDED_BY(mutex_);
   uint64_t last_link_id_ ABSL_GUARDED_BY(mutex_) = 0;
 };

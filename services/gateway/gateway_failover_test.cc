@@ -1,0 +1,235 @@
+// Attention nodes that go away while sequences are aboard, and the gateway's gRPC API.
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "proto/inference/inference.grpc.pb.h"
+#include "services/gateway/testing/gateway_fixture.h"
+
+namespace minke::gateway {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+constexpr char kCompletions[] = "/v1/completions";
+
+class GatewayFailover : public GatewayFixture {
+ protected:
+  // A stream that stands still after `tokens` tokens, and the node it is on.
+  size_t StartHeld(TestClient& client, uint32_t tokens, json body) {
+    for (const auto& node : nodes_) node->HoldAfter(tokens);
+    body["stream"] = true;
+    client.Request("POST", kCompletions, body.dump());
+    EXPECT_TRUE(Eventually([this] { return Active() == 1; }));
+    return nodes_[0]->active() == 1 ? 0 : 1;
+  }
+  void Release() {
+    for (const auto& node : nodes_) node->HoldAfter(1 << 20);
+  }
+};
+
+TEST_F(GatewayFailover, LostSessionIsContinuedElsewhereInTheSameStream) {
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first =
+      StartHeld(client, 7, {{"prompt", "x"}, {"max_tokens", 25}, {"seed", 3}, {"return_token_ids", true}});
+  EXPECT_EQ(client.ReadHead().status, 200);
+  std::string text;
+  for (int i = 0; i < 7; ++i)
+    text += json::parse(*client.ReadEvent())["choices"][0]["text"].get<std::string>();
+  nodes_[first]->CutSessions();
+  ASSERT_TRUE(Eventually([&] { return nodes_[1 - first]->active() == 1; }));
+  const auto submit = nodes_[1 - first]->last_submit();
+  EXPECT_EQ(submit.generation(), 1u);
+  EXPECT_EQ(submit.generated_token_ids_size(), 7);  // apart from the prompt
+  EXPECT_EQ(submit.prompt_token_ids_size(), 2);
+  Release();
+  const auto events = ReadEvents(client);
+  EXPECT_EQ(text + JoinText(events), "3456789012345678901234567");
+  EXPECT_EQ(events.back(), "[DONE]");
+  EXPECT_EQ(gateway_->counters().resubmissions.load(), 1u);
+}
+
+TEST_F(GatewayFailover, EchoedPromptIsNotScoredTwice) {
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(
+      client, 2, {{"prompt", "abcdefgh"}, {"echo", true}, {"logprobs", 1}, {"max_tokens", 4}, {"seed", 0}});
+  EXPECT_EQ(client.ReadHead().status, 200);
+  std::vector<json> events = {json::parse(*client.ReadEvent()), json::parse(*client.ReadEvent())};
+  nodes_[first]->CutSessions();
+  Release();
+  for (json& event : ReadEvents(client)) events.push_back(std::move(event));
+  EXPECT_EQ(JoinText(events), "abcdefgh0123");
+  size_t tokens = 0;
+  for (const json& event : events) {
+    if (event.is_object()) tokens += event["choices"][0]["logprobs"]["tokens"].size();
+  }
+  EXPECT_EQ(tokens, 9u + 4u);
+}
+
+TEST_F(GatewayFailover, SequenceAboardTwoLostNodesIsNotGivenToAThird) {
+  options_.attention.reconnect_min = options_.attention.reconnect_max = std::chrono::milliseconds(1);
+  Start(1);
+  TestClient client(gateway_->port());
+  StartHeld(client, 2, {{"prompt", "x"}, {"max_tokens", 25}});
+  EXPECT_EQ(client.ReadHead().status, 200);
+  nodes_[0]->CutSessions();
+  ASSERT_TRUE(Eventually([this] { return nodes_[0]->submits() == 2; }));  // the same node is back
+  nodes_[0]->CutSessions();
+  const auto events = ReadEvents(client);
+  ASSERT_FALSE(events.empty());
+  EXPECT_THAT(events.back()["error"]["message"].get<std::string>(),
+              HasSubstr("was aboard 2 attention nodes"));
+  EXPECT_EQ(events.back()["error"]["type"], "server_error");
+  EXPECT_TRUE(Eventually([this] { return gateway_->not_ready_reason().empty(); }));
+  Release();
+  EXPECT_EQ(Post(kCompletions, {{"prompt", "x"}}).status, 200);
+}
+
+TEST_F(GatewayFailover, NodeThatDoesNotComeBackFailsWith503) {
+  options_.attention.node_wait_max = std::chrono::milliseconds(100);
+  Start(1);
+  TestClient client(gateway_->port());
+  nodes_[0]->HoldAfter(0);
+  client.Request("POST", kCompletions, json({{"prompt", "x"}}).dump());
+  ASSERT_TRUE(Eventually([this] { return Active() == 1; }));
+  nodes_.clear();
+  const auto answer = client.Read();
+  EXPECT_EQ(answer.status, 503);
+  EXPECT_THAT(answer.json()["error"]["message"].get<std::string>(), HasSubstr("no attention node"));
+  EXPECT_EQ(Get("/health").status, 503);
+}
+
+TEST_F(GatewayFailover, NodeThatLeftTheViewHandsItsSequencesOver) {
+  options_.attention.absent_grace = std::chrono::milliseconds(10);
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(client, 4, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  // A frozen node's session stays open; only its lease tells.
+  cluster::v1::ClusterView view;
+  view.set_ready(true);
+  cluster::v1::Member* member = view.add_members();
+  member->set_node_id(2 - first);
+  member->set_role(cluster::v1::ROLE_ATTENTION);
+  member->set_rpc_address(nodes_[1 - first]->address());
+  member->set_ready(true);
+  gateway_->UpdateView(view);
+  ASSERT_TRUE(Eventually([&] { return nodes_[1 - first]->active() == 1; }));
+  Release();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+}
+
+TEST_F(GatewayFailover, SilenceEndsARequest) {
+  options_.silence_max = std::chrono::milliseconds(100);
+  Start(1);
+  nodes_[0]->HoldAfter(0);
+  const auto answer = Post(kCompletions, {{"prompt", "x"}});
+  EXPECT_EQ(answer.status, 503);
+  EXPECT_EQ(answer.code(), "timeout");
+  EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
+}
+
+class GatewayGrpc : public GatewayFixture {
+ protected:
+  struct Result {
+    grpc::Status status;
+    std::string text;
+    std::vector<uint32_t> ids;
+    int logprobs = 0, prompt_logprobs = 0;
+    inference::v1::GenerateResponse last;
+  };
+  Result Call(const inference::v1::GenerateRequest& request, const std::string& key = "") {
+    const auto channel = grpc::CreateChannel("127.0.0.1:" + std::to_string(gateway_->grpc_port()),
+                                             grpc::InsecureChannelCredentials());
+    const auto stub = inference::v1::Inference::NewStub(channel);
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+    if (!key.empty()) context.AddMetadata("authorization", "Bearer " + key);
+    const auto reader = stub->Generate(&context, request);
+    Result result;
+    inference::v1::GenerateResponse response;
+    while (reader->Read(&response)) {
+      result.text += response.text();
+      result.ids.insert(result.ids.end(), response.token_ids().begin(), response.token_ids().end());
+      result.logprobs += response.logprobs_size();
+      result.prompt_logprobs += response.prompt_logprobs_size();
+      result.last = response;
+    }
+    result.status = reader->Finish();
+    return result;
+  }
+};
+
+TEST_F(GatewayGrpc, GeneratesWhatHttpDoes) {
+  Start(1, "héllo STOP ");
+  inference::v1::GenerateRequest request;
+  request.set_text("Hi");
+  request.mutable_sampling()->set_max_tokens(6);
+  request.mutable_sampling()->set_want_logprobs(true);
+  request.mutable_sampling()->set_want_prompt_logprobs(true);
+  Result result = Call(request);
+  EXPECT_TRUE(result.status.ok()) << result.status.error_message();
+  EXPECT_EQ(result.text, "héllo");
+  EXPECT_EQ(result.ids.size(), 6u);
+  EXPECT_EQ(result.logprobs, 6);
+  EXPECT_EQ(result.prompt_logprobs, 2);
+  EXPECT_EQ(result.last.finish_reason(), inference::v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(result.last.prompt_tokens(), 3u);
+  EXPECT_EQ(result.last.completion_tokens(), 6u);
+  request.mutable_sampling()->set_max_tokens(100);
+  request.add_stop("STOP");
+  result = Call(request);
+  EXPECT_EQ(result.text, "héllo ");
+  EXPECT_EQ(result.last.finish_reason(), inference::v1::FINISH_REASON_STOP);
+  EXPECT_TRUE(Eventually([this] { return Active() == 0 && gateway_->active_sequences() == 0; }));
+}
+
+TEST_F(GatewayGrpc, ErrorsAreStatuses) {
+  const std::string path = folder_ + "/keys";
+  std::ofstream(path) << "secret\n";
+  options_.api_key_file = path;
+  Start();
+  inference::v1::GenerateRequest request;
+  request.mutable_token_ids()->add_ids(5);
+  request.mutable_sampling()->set_max_tokens(2);
+  EXPECT_EQ(Call(request).status.error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_TRUE(Call(request, "secret").status.ok());
+  request.set_model("other");
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::NOT_FOUND);
+  request.set_model("small");
+  request.mutable_sampling()->set_temperature(3);
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_token_ids()->add_ids(300);
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  request.clear_prompt();
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  request.mutable_token_ids()->add_ids(5);
+  nodes_[0]->RefuseWith(grpc::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  SendView(false);
+  EXPECT_EQ(Call(request, "secret").status.error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST_F(GatewayGrpc, CallerThatLeavesCancelsItsWork) {
+  Start();
+  nodes_[0]->HoldAfter(2);
+  const auto channel = grpc::CreateChannel("127.0.0.1:" + std::to_string(gateway_->grpc_port()),
+                                           grpc::InsecureChannelCredentials());
+  const auto stub = inference::v1::Inference::NewStub(channel);
+  grpc::ClientContext context;
+  inference::v1::GenerateRequest request;
+  request.mutable_token_ids()->add_ids(5);
+  request.mutable_sampling()->set_max_tokens(20);
+  const auto reader = stub->Generate(&context, request);
+  inference::v1::GenerateResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(Active(), 1);
+  context.TryCancel();
+  EXPECT_TRUE(Eventually([this] { return Active() == 0 && gateway_->active_sequences() == 0; }));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+}  // namespace
+}  // namespace minke::gateway
