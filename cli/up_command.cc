@@ -85,7 +85,7 @@ class ReadyWatch {
             }
             if (answer.ok() && answer->body != last) {
               last = answer->body;
-              log::Info("up", StrCat("not ready: ", Reason(last)));
+              log::Info("up", Reason(last));  // it begins with "not ready"
             }
             absl::SleepFor(absl::Milliseconds(100));
           }
