@@ -154,6 +154,21 @@ class BadFlags(unittest.TestCase):
                 self.assertGreater(result.returncode, 0)
                 self.assertIn(port, result.stderr)
 
+    def test_port_in_use_by_one_of_the_four(self):
+        """Each program alone: one line that names the address, and it is gone before any deadline."""
+        path = checkpoint("v2")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            s.listen()
+            taken = "127.0.0.1:%d" % s.getsockname()[1]
+            for program, flags in (("minke-router", ["--experts=2"]), ("minke-attention", ["--router=127.0.0.1:1"]),
+                                   ("minke-expert", ["--router=127.0.0.1:1"]), ("minke-gateway", ["--router=127.0.0.1:1", "--http-listen=127.0.0.1:0"])):
+                for listen in ("--listen", "--metrics-listen"):
+                    result = subprocess.run([os.path.join(harness.BIN, program), "--checkpoint", path, listen, taken, *flags],
+                                            capture_output=True, text=True, timeout=60)
+                    self.assertGreater(result.returncode, 0, (program, listen, result.stderr))
+                    self.assertIn(taken, result.stderr, (program, listen))
+
     def test_damaged_checkpoints(self):
         path = checkpoint("v2")
         for damage, parts in ((lambda d: os.truncate(d + "/model.safetensors", 5000), ["model.safetensors"]),
