@@ -5,9 +5,9 @@
 #include <atomic>
 #include <thread>
 
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
+#include "libs/base/mutex.h"
 #include "libs/base/strings.h"
 #include "libs/rpc/grpc_server.h"
 #include "proto/cluster/cluster.grpc.pb.h"
@@ -29,7 +29,7 @@ struct MembershipClient::Impl {
   OnUpdate on_update;
   OnRefused on_refused;
 
-  absl::Mutex mutex;
+  Mutex mutex;
   MemberReport report ABSL_GUARDED_BY(mutex);
   uint64_t version ABSL_GUARDED_BY(mutex) = 0;
   bool stop ABSL_GUARDED_BY(mutex) = false;
@@ -45,7 +45,7 @@ struct MembershipClient::Impl {
 grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
   grpc::ClientContext context_here;
   {
-    absl::MutexLock lock(&mutex);
+    const MutexLock lock(mutex);
     if (stop) return grpc::Status::CANCELLED;
     context = &context_here;
   }
@@ -58,11 +58,11 @@ grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
     while (!done.load()) {
       MemberReport copy;
       {
-        absl::MutexLock lock(&mutex);
-        const auto changed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex) {
+        const MutexLock lock(mutex);
+        const auto changed = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
           return version != sent || stop || done.load();
         };
-        mutex.AwaitWithTimeout(absl::Condition(&changed), absl::Milliseconds(lease_ms.load() / 3));
+        mutex.AwaitFor(absl::Milliseconds(lease_ms.load() / 3), changed);
         if (stop) context_here.TryCancel();
         if (stop || done.load()) break;
         copy = report;
@@ -83,7 +83,7 @@ grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
   connected.store(false);
   done.store(true);
   {
-    absl::MutexLock lock(&mutex);  // wakes the writer: its condition looks at `done`
+    const MutexLock lock(mutex);  // wakes the writer: its condition looks at `done`
     context = nullptr;
   }
   writer.join();
@@ -103,7 +103,7 @@ void MembershipClient::Impl::Run() {
   while (true) {
     const grpc::Status status = RunOnce(*stub);
     {
-      absl::MutexLock lock(&mutex);
+      const MutexLock lock(mutex);
       if (stop) return;
     }
     if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) {
@@ -113,9 +113,8 @@ void MembershipClient::Impl::Run() {
                                         "; trying again"));
     }
     complained = true;
-    absl::MutexLock lock(&mutex);
-    mutex.AwaitWithTimeout(absl::Condition(&stop), kReconnectPause);
-    if (stop) return;
+    const MutexLock lock(mutex);
+    if (mutex.AwaitFor(kReconnectPause, [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return stop; })) return;
   }
 }
 
@@ -128,7 +127,7 @@ std::unique_ptr<MembershipClient> MembershipClient::Start(std::string router_add
   impl->on_update = std::move(on_update);
   impl->on_refused = std::move(on_refused);
   {
-    absl::MutexLock lock(&impl->mutex);
+    const MutexLock lock(impl->mutex);
     impl->report = std::move(report);
     impl->version = 1;
   }
@@ -139,7 +138,7 @@ std::unique_ptr<MembershipClient> MembershipClient::Start(std::string router_add
 
 MembershipClient::~MembershipClient() {
   {
-    absl::MutexLock lock(&impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     impl_->stop = true;
     if (impl_->context != nullptr) impl_->context->TryCancel();
   }
@@ -147,7 +146,7 @@ MembershipClient::~MembershipClient() {
 }
 
 void MembershipClient::SetReport(MemberReport report) {
-  absl::MutexLock lock(&impl_->mutex);
+  const MutexLock lock(impl_->mutex);
   if (report.SerializeAsString() == impl_->report.SerializeAsString()) return;
   impl_->report = std::move(report);
   ++impl_->version;

@@ -6,7 +6,7 @@
 
 #include <exception>
 
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "libs/base/strings.h"
 
 namespace minke::telemetry {
@@ -33,17 +33,17 @@ class Source final : public prometheus::Collectable {
  public:
   explicit Source(Collector collector) : collector_(std::move(collector)) {}
   std::vector<prometheus::MetricFamily> Collect() const override {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     return collector_ == nullptr ? std::vector<prometheus::MetricFamily>() : ToFamilies(collector_());
   }
   // Waits for a scrape under way; later ones find nothing.
   void Clear() {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     collector_ = nullptr;
   }
 
  private:
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   Collector collector_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -15,10 +15,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "libs/base/mutex.h"
 #include "libs/transport/credits.h"
 #include "libs/transport/driver.h"
 #include "libs/transport/handshake.h"
-#include "libs/transport/mutex.h"
 #include "libs/transport/ring.h"
 #include "libs/transport/transport.h"
 
@@ -175,8 +175,8 @@ class PeerTransport final : public Transport, private DriverSink {
   int64_t next_timer_ns_ ABSL_GUARDED_BY(mutex_);
   int64_t last_timers_ns_ ABSL_GUARDED_BY(mutex_);
 
-  Inbox delivery_;        // engine thread only: what Poll() is handing over
-  bool polling_ = false;  // engine thread only
+  Inbox delivery_;                // engine thread only: what Poll() is handing over
+  bool polling_ = false;          // engine thread only
   uint32_t fruitless_spins_ = 0;  // engine thread only: waits in a row that had to block
 
   std::atomic<uint64_t> bad_frames_{0};

@@ -31,7 +31,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   service->load_thread_ = std::thread([raw = service.get()] { raw->LoadLoop(); });
   cluster::v1::MemberReport report;
   {
-    absl::MutexLock lock(&service->mutex_);
+    const MutexLock lock(service->mutex_);
     report = service->ReportLocked();
   }
   service->client_ = rpc::MembershipClient::Start(
@@ -61,7 +61,7 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
 
 void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   engine_->SetEpoch(cluster::EpochOf(update.view()));
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   for (const cluster::v1::Unit& unit : update.assigned()) {
     if (assigned_.insert({unit.layer(), unit.group()}).second)
       to_load_.push_back({unit.layer(), unit.group()});
@@ -73,9 +73,9 @@ void ExpertService::LoadLoop() {
   while (true) {
     UnitId unit;
     {
-      absl::MutexLock lock(&mutex_);
-      const auto due = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return stop_ || !to_load_.empty(); };
-      mutex_.Await(absl::Condition(&due));
+      const MutexLock lock(mutex_);
+      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || !to_load_.empty(); };
+      mutex_.Await(due);
       if (stop_) return;
       unit = to_load_.front();
     }
@@ -83,7 +83,7 @@ void ExpertService::LoadLoop() {
     if (!weights.ok()) {  // checked when the checkpoint was opened; a file that changes under us ends here
       log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ",
                                    weights.status().message()));
-      absl::MutexLock lock(&mutex_);
+      const MutexLock lock(mutex_);
       to_load_.pop_front();
       assigned_.erase(unit);
       continue;
@@ -93,7 +93,7 @@ void ExpertService::LoadLoop() {
     cluster::v1::MemberReport report;
     bool all = false;
     {
-      absl::MutexLock lock(&mutex_);
+      const MutexLock lock(mutex_);
       to_load_.pop_front();
       hosted_.insert(unit);
       hosted_bytes_ += bytes;
@@ -114,7 +114,7 @@ void ExpertService::LoadLoop() {
 
 ExpertService::~ExpertService() {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     stop_ = true;
   }
   if (load_thread_.joinable()) load_thread_.join();

@@ -10,7 +10,7 @@
 #include <thread>
 
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
 #include "libs/rpc/grpc_server.h"
@@ -53,7 +53,7 @@ class ExpertService {
   std::unique_ptr<rpc::MembershipClient> client_;
   std::thread engine_thread_, load_thread_;
 
-  absl::Mutex mutex_;
+  Mutex mutex_;
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_), hosted_ ABSL_GUARDED_BY(mutex_);
   int64_t hosted_bytes_ ABSL_GUARDED_BY(mutex_) = 0;

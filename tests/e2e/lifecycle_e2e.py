@@ -1,5 +1,5 @@
 """What operators rely on: start, readiness, signals, deaths, bad flags, bad checkpoints."""
-import json, os, shutil, signal, socket, subprocess, tempfile, threading, time, unittest
+import json, os, pty, select, shutil, signal, socket, subprocess, tempfile, threading, time, unittest
 import harness
 from harness import BIN, MINKE, Cluster, alive, checkpoint, golden, run, wait_until
 
@@ -203,6 +203,49 @@ class Checkpoints(unittest.TestCase):
         self.assertEqual(run("tokenize", path, "--decode", stdin=ids).stdout, text)
         lines = run("tokenize", path, "--lines", stdin="a\nbc\n").stdout.splitlines()
         self.assertEqual(len(lines), 2)
+
+
+class Chat(unittest.TestCase):
+    """`minke chat`: a prompt for a person at a terminal, plain text for a pipe."""
+
+    def test_terminal_and_pipe(self):
+        with Cluster(checkpoint("v2", tokenizer=True)) as cluster:
+            command = [MINKE, "chat", "--url", f"http://127.0.0.1:{cluster.port}", "--max-tokens", "8"]
+            master, slave = pty.openpty()
+            process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+            os.close(slave)
+            screen = b""
+
+            def read_until(end):  # what the terminal shows, up to where the program waits for the person again
+                nonlocal screen
+                deadline = time.time() + 30
+                while not screen.endswith(end):
+                    self.assertLess(time.time(), deadline, screen)
+                    if select.select([master], [], [], 1)[0]:
+                        screen += os.read(master, 4096)
+                text, screen = screen, b""
+                return text
+
+            self.assertIn(b"Ctrl-D ends", read_until(b"\r\n> "))
+            for _ in range(2):
+                os.write(master, b"hello\n")
+                self.assertIn(b"hello\r\n", read_until(b"\r\n> "))
+            os.write(master, b"\x04")
+            self.assertEqual(process.wait(10), 0)
+            os.close(master)
+
+            piped = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=30, errors="replace")
+            self.assertEqual((piped.returncode, piped.stderr), (0, ""))
+            self.assertNotIn("> ", piped.stdout[:2])
+            self.assertTrue(piped.stdout.endswith("\n"))
+
+    def test_nobody_listens(self):
+        with socket.socket() as closed:  # bound, never listening: refuses
+            closed.bind(("127.0.0.1", 0))
+            result = subprocess.run([MINKE, "chat", "--url", f"http://127.0.0.1:{closed.getsockname()[1]}"],
+                                    input="hello\n", capture_output=True, text=True, timeout=30)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "absl/synchronization/mutex.h"
 #include "gtest/gtest.h"
+#include "libs/base/mutex.h"
 #include "tests/support/golden.h"
 #include "tests/support/local_cluster.h"
 

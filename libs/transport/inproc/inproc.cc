@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "libs/base/mutex.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/transport/driver.h"
-#include "libs/transport/mutex.h"
 #include "libs/transport/peer_transport.h"
 
 namespace minke::transport {

@@ -110,7 +110,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
   void Start() { StartRead(&message_); }
 
   void Add(std::vector<const RequestEvent*> events) {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     if (finished_) return;
     for (const RequestEvent* event : events) ToProto(*event, *pending_.add_events());
     if (pending_.events_size() > kPendingEventsMax) {
@@ -120,7 +120,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     WriteNextLocked();
   }
   void Close(const grpc::Status& status) {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     CloseLocked(status);
   }
 
@@ -142,7 +142,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     StartRead(&message_);
   }
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     writing_ = false;
     if (ok) WriteNextLocked();
   }
@@ -167,7 +167,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
   AttentionApi& api_;
   const uint64_t id_;
   GatewayMessage message_;  // being read
-  absl::Mutex mutex_;
+  Mutex mutex_;
   AttentionMessage out_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
@@ -178,7 +178,7 @@ grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session
   std::shared_ptr<SessionStream> stream;
   bool refused = false;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     const uint64_t id = next_session_++;
     stream = std::make_shared<SessionStream>(*this, id);
     sessions_[id] = stream;
@@ -195,7 +195,7 @@ grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session
 void AttentionApi::OnGone(uint64_t session) {
   engine_->CancelSession(session);
   std::shared_ptr<SessionStream> last;  // destroyed after the lock is released
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   auto it = sessions_.find(session);
   last = std::move(it->second);
   sessions_.erase(it);
@@ -207,7 +207,7 @@ void AttentionApi::Deliver(std::vector<RequestEvent> events) {
   for (auto& [session, list] : by_session) {
     std::shared_ptr<SessionStream> stream;
     {
-      absl::MutexLock lock(&mutex_);
+      const MutexLock lock(mutex_);
       auto it = sessions_.find(session);
       if (it != sessions_.end()) stream = it->second;
     }
@@ -218,15 +218,16 @@ void AttentionApi::Deliver(std::vector<RequestEvent> events) {
 void AttentionApi::Shutdown() {
   std::vector<std::shared_ptr<SessionStream>> streams;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     stop_ = true;
     for (const auto& [id, stream] : sessions_) streams.push_back(stream);
   }
   for (const auto& stream : streams)
     stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the attention node is stopping"));
   streams.clear();
-  absl::MutexLock lock(&mutex_);
-  mutex_.AwaitWithTimeout(absl::Condition(this, &AttentionApi::NoSessions), absl::Seconds(5));
+  const MutexLock lock(mutex_);
+  mutex_.AwaitFor(absl::Seconds(5),
+                  [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return sessions_.empty(); });
 }
 
 grpc::ServerUnaryReactor* AttentionApi::GetStatus(grpc::CallbackServerContext* context,

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "proto/inference/inference.grpc.pb.h"
 #include "services/attention/engine/engine.h"
 
@@ -33,10 +33,9 @@ class AttentionApi final : public inference::v1::Attention::CallbackService {
  private:
   class SessionStream;
   void OnGone(uint64_t session);
-  bool NoSessions() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return sessions_.empty(); }
 
   Engine* engine_ = nullptr;
-  absl::Mutex mutex_;
+  Mutex mutex_;
   uint64_t next_session_ ABSL_GUARDED_BY(mutex_) = 1;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   // Shared with the thread that is delivering to one while its stream ends.

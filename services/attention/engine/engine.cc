@@ -60,7 +60,7 @@ Engine::~Engine() = default;
 
 absl::Status Engine::Submit(Request request) {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     if (std::ssize(mail_) >= options_.mailbox_max) {
       return absl::ResourceExhaustedError(
           StrCat("the engine has ", mail_.size(), " submissions it has not seen yet"));
@@ -72,18 +72,18 @@ absl::Status Engine::Submit(Request request) {
 }
 
 void Engine::Cancel(const RequestKey& key) {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   mail_.push_back({key});  // one per submission at most, so bounded by what was let in
 }
 
 void Engine::CancelSession(uint64_t session) {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   mail_.push_back({Command::CancelSessionCommand{session}});
 }
 
 void Engine::UpdateCluster(ClusterSnapshot snapshot) {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     mail_.push_back({std::move(snapshot)});
   }
   transport_->Wake();
@@ -95,7 +95,7 @@ void Engine::Stop() {
 }
 
 EngineStatus Engine::status() const {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   return status_;
 }
 
@@ -120,7 +120,7 @@ void Engine::PublishStatus() {
   status.connected = cluster_.placement != nullptr && routed &&
                      std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
                                  [&](const auto& expert) { return peers_.IsUp(expert.first); });
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   status_ = status;
 }
 
@@ -137,7 +137,7 @@ void Engine::ApplyCluster() {
 void Engine::TakeMail() {
   std::vector<Command> mail;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     mail.swap(mail_);
   }
   std::vector<RequestEvent> refused;

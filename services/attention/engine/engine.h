@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/layers/attention_model.h"
@@ -114,7 +114,7 @@ class Engine {
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::vector<Command> mail_ ABSL_GUARDED_BY(mutex_);
   EngineStatus status_ ABSL_GUARDED_BY(mutex_);
   std::atomic<bool> stop_{false};

@@ -47,14 +47,14 @@ ExpertEngine::~ExpertEngine() = default;
 
 void ExpertEngine::AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weights) {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     new_units_.emplace_back(unit, std::move(weights));
   }
   transport_->Wake();
 }
 
 void ExpertEngine::SetEpoch(Epoch epoch) {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   new_epoch_ = epoch;
 }
 
@@ -64,12 +64,12 @@ void ExpertEngine::Stop() {
 }
 
 ExpertEngineStatus ExpertEngine::status() const {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   return status_;
 }
 
 void ExpertEngine::TakeMail() {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   for (auto& [unit, weights] : new_units_) units_[unit] = std::move(weights);
   new_units_.clear();
   epoch_ = new_epoch_;

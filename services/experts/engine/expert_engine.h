@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/launch.h"
 #include "services/experts/shard/expert_shard.h"
@@ -73,7 +73,7 @@ class ExpertEngine {
   std::vector<Job> jobs_;
   ExpertEngineStatus counters_;
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);
   Epoch new_epoch_ ABSL_GUARDED_BY(mutex_);
   ExpertEngineStatus status_ ABSL_GUARDED_BY(mutex_);

@@ -21,19 +21,19 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
 
   // Sends an update, with the view if `with_view`, once the line is free.
   void Notify(bool with_view) {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     view_pending_ |= with_view;
     pending_ = true;
     WriteNextLocked();
   }
   void Close(const grpc::Status& status) {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     if (finished_) return;
     finished_ = true;
     Finish(status);
   }
   void SetMember(NodeId member) {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     member_ = member;
   }
 
@@ -44,7 +44,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
     StartRead(&report_);
   }
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     writing_ = false;
     if (ok) WriteNextLocked();
   }
@@ -63,7 +63,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
 
   MembershipService& service_;
   MemberReport report_;
-  absl::Mutex mutex_;  // before service_.mutex_
+  Mutex mutex_;  // before service_.mutex_
   ClusterUpdate update_ ABSL_GUARDED_BY(mutex_);
   NodeId member_ ABSL_GUARDED_BY(mutex_);
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
@@ -78,7 +78,7 @@ MembershipService::MembershipService(MembershipOptions options, cluster::v1::Mem
       on_view_(std::move(on_view)),
       self_(std::move(self)) {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     epoch_.term = static_cast<uint32_t>(absl::ToUnixSeconds(absl::Now()));
     RebuildLocked();
   }
@@ -93,21 +93,22 @@ MembershipService::~MembershipService() {
 void MembershipService::Shutdown() {
   std::vector<std::shared_ptr<Stream>> streams;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     stop_ = true;
     for (const auto& [raw, stream] : streams_) streams.push_back(stream);
   }
   for (const auto& stream : streams)
     stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the router is stopping"));
-  absl::MutexLock lock(&mutex_);
-  mutex_.AwaitWithTimeout(absl::Condition(this, &MembershipService::StreamsEnded), absl::Seconds(5));
+  const MutexLock lock(mutex_);
+  mutex_.AwaitFor(absl::Seconds(5),
+                  [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return streams_.empty(); });
 }
 
 grpc::ServerBidiReactor<MemberReport, ClusterUpdate>* MembershipService::Join(grpc::CallbackServerContext*) {
   const auto stream = std::make_shared<Stream>(*this);
   bool refused = false;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     streams_[stream.get()] = stream;
     refused = stop_;
   }
@@ -142,7 +143,7 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
   stream->SetMember(id);
   bool changed = false;
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     auto [it, fresh] = members_.try_emplace(id);
     State& state = it->second;
     changed = fresh || state.report.SerializeAsString() != report.SerializeAsString();
@@ -160,7 +161,7 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
 
 void MembershipService::OnGone(Stream* stream) {
   std::shared_ptr<Stream> last;  // destroyed after the lock is released
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   const bool changed =
       std::erase_if(members_, [&](const auto& member) {
         if (member.second.stream != stream) return false;
@@ -257,7 +258,7 @@ void MembershipService::RebuildLocked() {
 }
 
 void MembershipService::SetSelf(bool ready, std::string detail) {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   if (self_.ready() == ready && self_.detail() == detail) return;
   self_.set_ready(ready);
   self_.set_detail(std::move(detail));
@@ -265,12 +266,12 @@ void MembershipService::SetSelf(bool ready, std::string detail) {
 }
 
 ClusterView MembershipService::view() const {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   return view_;
 }
 
 void MembershipService::FillUpdate(NodeId member, bool with_view, ClusterUpdate& update) const {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   update.set_lease_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options_.lease)));
   if (!with_view) return;
   *update.mutable_view() = view_;
@@ -294,9 +295,9 @@ void MembershipService::Timer() {
     std::vector<Stream*> expired;
     bool publish = false, renew = false;
     {
-      absl::MutexLock lock(&mutex_);
-      const auto due = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return stop_ || dirty_; };
-      mutex_.AwaitWithTimeout(absl::Condition(&due), options_.lease / 6);
+      const MutexLock lock(mutex_);
+      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || dirty_; };
+      mutex_.AwaitFor(options_.lease / 6, due);
       if (stop_) return;
       const absl::Time now = absl::Now();
       renew = now - last_renewal > options_.lease / 3;

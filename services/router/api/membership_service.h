@@ -12,9 +12,9 @@
 #include <string>
 #include <thread>
 
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "libs/base/ids.h"
+#include "libs/base/mutex.h"
 #include "libs/model/config.h"
 #include "proto/cluster/cluster.grpc.pb.h"
 #include "services/router/placement/placement_table.h"
@@ -58,7 +58,6 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
   grpc::Status OnReport(Stream* stream, const cluster::v1::MemberReport& report);
   void OnGone(Stream* stream);
   void FillUpdate(NodeId member, bool with_view, cluster::v1::ClusterUpdate& update) const;
-  bool StreamsEnded() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return streams_.empty(); }
 
   void RebuildLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void PlaceLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -68,7 +67,7 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
   const MembershipOptions options_;
   const std::vector<UnitId> units_;
   const OnView on_view_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   std::map<NodeId, State> members_ ABSL_GUARDED_BY(mutex_);
   std::map<Stream*, std::shared_ptr<Stream>> streams_

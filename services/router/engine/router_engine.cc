@@ -37,7 +37,7 @@ RouterEngine::~RouterEngine() = default;
 void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts,
                                  std::shared_ptr<const PlacementTable> placement) {
   {
-    absl::MutexLock lock(&mutex_);
+    const MutexLock lock(mutex_);
     new_experts_ = std::move(experts);
     new_placement_ = std::move(placement);
     updated_ = true;
@@ -51,7 +51,7 @@ void RouterEngine::Stop() {
 }
 
 RouterStatus RouterEngine::status() const {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   return status_;
 }
 
@@ -67,7 +67,7 @@ std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
 }
 
 void RouterEngine::TakeMail() {
-  absl::MutexLock lock(&mutex_);
+  const MutexLock lock(mutex_);
   if (updated_) {
     updated_ = false;
     experts_ = new_experts_;

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
+#include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
 #include "services/router/dispatch/work_sender.h"
 #include "services/router/gating/gate.h"
@@ -66,7 +66,7 @@ class RouterEngine {
   // Written by the engine thread only; relaxed reads elsewhere.
   std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   bool updated_ ABSL_GUARDED_BY(mutex_) = false;
   std::map<NodeId, std::string> new_experts_ ABSL_GUARDED_BY(mutex_);
   std::shared_ptr<const PlacementTable> new_placement_ ABSL_GUARDED_BY(mutex_);
