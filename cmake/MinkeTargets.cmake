@@ -30,7 +30,7 @@ function(mk_test)
     set(A_TIMEOUT 120)
   endif()
   set_tests_properties(${A_NAME} PROPERTIES TIMEOUT ${A_TIMEOUT} ENVIRONMENT
-    "TSAN_OPTIONS=suppressions=${MK_ROOT}/cmake/tsan.supp;UCX_MEM_MMAP_HOOK_MODE=none")
+    "TSAN_OPTIONS=suppressions=${MK_ROOT}/cmake/tsan.supp ignore_noninstrumented_modules=1;UCX_MEM_MMAP_HOOK_MODE=none")
 endfunction()
 
 # mk_program(NAME minke-router SRCS main.cc DEPS minke::router)

@@ -28,7 +28,6 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
   service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));
   service->engine_thread_ = std::thread([raw = service.get()] { raw->engine_->Run(); });
-  service->load_thread_ = std::thread([raw = service.get()] { raw->LoadLoop(); });
   cluster::v1::MemberReport report;
   {
     const MutexLock lock(service->mutex_);
@@ -38,6 +37,8 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
       o.router, report,
       [raw = service.get()](const cluster::v1::ClusterUpdate& update) { raw->OnUpdate(update); },
       o.on_refused);
+  // After the client, to which it reports.
+  service->load_thread_ = std::thread([raw = service.get()] { raw->LoadLoop(); });
   return service;
 }
 
