@@ -151,8 +151,8 @@ class Cluster {
                     member,
                     {StrCat("--routing=", flags_.routing), StrCat("--microbatches=", flags_.microbatches),
                      StrCat("--mla=", flags_.mla), StrCat("--cache-mib=", flags_.cache_mib),
-                     StrCat("--step-tokens=", flags_.step_tokens), StrCat("--sequences=", flags_.sequences),
-                     StrCat("--waiting=", flags_.waiting),
+                     "--prefix-cache=" + flags_.prefix_cache, StrCat("--step-tokens=", flags_.step_tokens),
+                     StrCat("--sequences=", flags_.sequences), StrCat("--waiting=", flags_.waiting),
                      StrCat("--unavailable-after-s=", flags_.unavailable_after_s)}})));
     }
     std::vector<std::string> gateway = {StrCat("--http-listen=", flags_.host, ":", flags_.port),
@@ -222,6 +222,10 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
       ->capture_default_str();
   app.add_option("--cache-mib", f.cache_mib, "latent cache of each attention node")
       ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--prefix-cache", f.prefix_cache,
+                 "reuse of latent cache pages by requests that begin the same")
+      ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str();
   app.add_option("--step-tokens", f.step_tokens, "rows of one step")
       ->check(CLI::Range(1, 65536))
@@ -344,6 +348,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_flags.microbatches = flags.microbatches;
   attention_flags.mla = flags.mla;
   attention_flags.cache_mib = flags.cache_mib;
+  attention_flags.prefix_cache = flags.prefix_cache;
   attention_flags.step_tokens = flags.step_tokens;
   attention_flags.sequences = flags.sequences;
   attention_flags.waiting = flags.waiting;

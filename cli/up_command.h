@@ -37,6 +37,7 @@ struct UpFlags {
   int heartbeat_ms = 250;
   int64_t body_max_bytes = 16 << 20;
   int64_t cache_mib = 1024;
+  std::string prefix_cache = "on";
   int64_t step_tokens = 512;
   int64_t sequences = 256;
   int64_t waiting = 1024;

@@ -22,6 +22,10 @@ void AddAttentionFlags(CLI::App& app, AttentionFlags& flags) {
   app.add_option("--cache-mib", flags.cache_mib, "size of the latent cache")
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
+  app.add_option("--prefix-cache", flags.prefix_cache,
+                 "reuse of latent cache pages by requests that begin the same")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
   app.add_option("--step-tokens", flags.step_tokens, "rows of one step")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
@@ -42,7 +46,7 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
   AttentionServiceOptions options;
   options.precision = precision;
   options.local_routing = flags.routing == "local";
-  options.engine.limits = {flags.step_tokens, flags.sequences, flags.waiting};
+  options.engine.limits = {flags.step_tokens, flags.sequences, flags.waiting, flags.prefix_cache == "on"};
   options.engine.cache_bytes = flags.cache_mib << 20;
   options.engine.microbatches = flags.microbatches == "auto" ? 0 : flags.microbatches[0] - '0';
   options.engine.mla = flags.mla == "naive"      ? MlaChoice::kNaive
@@ -74,6 +78,9 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
       counter("attention_steps_total", "Engine steps", s.steps),
       counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
       counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
+      counter("attention_prefix_cache_queries_total", "Prompt tokens looked up for reuse", s.reuse_queries),
+      counter("attention_prefix_cache_hits_total", "Prompt tokens whose latents were reused", s.reuse_hits),
+      gauge("attention_cache_pages_kept", "Latent cache pages kept for reuse only", s.pages_cached),
       counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
       counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
       counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),

@@ -19,6 +19,7 @@ struct AttentionFlags {
   std::string microbatches = "auto";  // auto | 1 ... 8
   std::string mla = "auto";           // auto | absorbed | naive
   int64_t cache_mib = 1024;           // latent cache
+  std::string prefix_cache = "on";    // on | off
   int64_t step_tokens = 512;
   int64_t sequences = 256;
   int64_t waiting = 1024;

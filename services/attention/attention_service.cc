@@ -35,7 +35,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->self_.set_data_address(transport->address());
   service->engine_ = std::make_unique<Engine>(
       std::move(model), std::move(transport), std::move(gate), *service->pool_, o.engine, o.allowed_tokens,
-      [raw = service.get()](std::vector<RequestEvent> events) { raw->api_.Deliver(std::move(events)); });
+      [raw = service.get()](EngineOutput output) { raw->api_.Deliver(std::move(output)); });
   service->api_.SetEngine(service->engine_.get());
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {&service->api_}));
   service->server_->SetServing(false);

@@ -1,6 +1,7 @@
 // Attention nodes that go away while sequences are aboard, and the gateway's gRPC API.
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "libs/cluster/prefix_hash.h"
 #include "proto/inference/inference.grpc.pb.h"
 #include "services/gateway/testing/gateway_fixture.h"
 
@@ -47,6 +48,43 @@ TEST_F(GatewayFailover, LostSessionIsContinuedElsewhereInTheSameStream) {
   EXPECT_EQ(text + JoinText(events), "3456789012345678901234567");
   EXPECT_EQ(events.back(), "[DONE]");
   EXPECT_EQ(gateway_->counters().resubmissions.load(), 1u);
+}
+
+// The node whose cache holds most of a prompt gets it, as long as it has not far more to do than the others.
+TEST_F(GatewayFailover, LongestCachedPrefixIsPreferredUnlessItsNodeIsOverloaded) {
+  Start(3);
+  std::vector<uint32_t> prompt(200);
+  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = 2 + static_cast<uint32_t>(i) % 50;
+  const std::vector<uint64_t> names = cluster::PrefixHashes(prompt);
+  ASSERT_EQ(names.size(), 3u);
+  for (const auto& node : nodes_) node->HoldAfter(0);
+  nodes_[1]->SetPrefixes({names[0]}, true);
+  nodes_[2]->SetPrefixes({names[0], names[1]}, true);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // longer than the fake's tick
+
+  std::vector<std::unique_ptr<TestClient>> clients;
+  const auto send = [&](const std::vector<uint32_t>& ids) {
+    clients.push_back(std::make_unique<TestClient>(gateway_->port()));
+    clients.back()->Request("POST", kCompletions,
+                            json{{"prompt", ids}, {"max_tokens", 1}, {"stream", true}}.dump());
+    const int sent = static_cast<int>(clients.size());
+    ASSERT_TRUE(Eventually([&] { return Active() == sent; }));
+  };
+  for (int i = 0; i < 5; ++i) send(prompt);  // up to 2 x 0 + 4 more than the idlest
+  EXPECT_EQ(nodes_[2]->active(), 5);
+  send(prompt);  // overloaded: the idlest
+  EXPECT_EQ(nodes_[0]->active(), 1);
+  send({5, 6, 7});  // known nowhere: the idlest
+  EXPECT_EQ(nodes_[1]->active(), 1);
+  nodes_[2]->SetPrefixes({names[1], names[0]}, false);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  send(prompt);  // what node 2 held is gone: the next best
+  EXPECT_EQ(nodes_[1]->active(), 2);
+  Release();
+  for (const auto& client : clients) {
+    EXPECT_EQ(client->ReadHead().status, 200);
+    EXPECT_EQ(ReadEvents(*client).back(), "[DONE]");
+  }
 }
 
 TEST_F(GatewayFailover, EchoedPromptIsNotScoredTwice) {

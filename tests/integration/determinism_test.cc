@@ -124,6 +124,53 @@ TEST_P(Determinism, SameBitsWhenPagesRunOutAndSequencesAreRecomputed) {
   EXPECT_EQ(cluster.engine().status().pages_used, 0);
 }
 
+// Conversations that share their beginnings, over and over, in a cache that cannot hold them all: what was
+// reused, evicted or computed anew must not show.
+TEST_P(Determinism, SameBitsWithReusedPagesUnderEviction) {
+  const Golden& golden = Golden::Get(GetParam());
+  std::mt19937 rng(11);
+  std::vector<inference::v1::Submit> requests;
+  for (int i = 0; i < 24; ++i) {
+    // One of three beginnings of 70 to 200 tokens, then something of its own.
+    const uint32_t which = rng() % 3;
+    std::vector<uint32_t> prompt(70 + 65 * which);
+    for (size_t j = 0; j < prompt.size(); ++j) prompt[j] = 2 + (j * (7 + which)) % 500;
+    for (int j = rng() % 40; j > 0; --j) prompt.push_back(2 + rng() % 500);
+    requests.push_back(Greedy(prompt, 1 + rng() % 70, false));
+    requests.back().mutable_sampling()->set_want_logprobs(true);
+  }
+  ClusterOptions options = Options(GetParam());
+  options.reuse_prefixes = false;
+  std::vector<Bits> want;
+  {
+    LocalCluster cluster(options);
+    for (const Generation& g : cluster.Run(requests)) {
+      EXPECT_EQ(g.cached_prompt_tokens, 0u);
+      want.push_back(BitsOf(g));
+    }
+  }
+  options.reuse_prefixes = true;
+  const ModelConfig config = ModelConfig::Load(golden.checkpoint).value();
+  for (const int pages : {6, 9, 200}) {
+    options.cache_bytes = pages * 64 * int64_t{config.num_hidden_layers} * config.latent_dim() * 4;
+    LocalCluster cluster(options);
+    uint32_t reused = 0;
+    for (int round = 0; round < 2; ++round) {
+      const std::vector<Generation> results = cluster.Run(requests);
+      for (size_t i = 0; i < results.size(); ++i) {
+        EXPECT_EQ(BitsOf(results[i]), want[i]) << "request " << i << ", " << pages << " pages";
+        reused += results[i].cached_prompt_tokens;
+      }
+    }
+    const attention::EngineStatus status = cluster.engine().status();
+    EXPECT_GT(reused, 0u) << pages;
+    EXPECT_EQ(status.reuse_hits, reused);
+    EXPECT_EQ(status.pages_used, 0);
+    EXPECT_GT(status.pages_cached, 0);
+    EXPECT_TRUE(pages > 6 || status.preemptions > 0);
+  }
+}
+
 // Every kind of loss, over and over: frames dropped, repeated, delayed, reordered between all processes.
 TEST_P(Determinism, SameBitsOverAFaultyTransport) {
   const Golden& golden = Golden::Get(GetParam());

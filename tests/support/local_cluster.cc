@@ -65,6 +65,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   }
   attention::EngineOptions engine;
   engine.limits.step_tokens_max = options_.step_tokens_max;
+  engine.limits.reuse_prefixes = options_.reuse_prefixes;
   engine.cache_bytes = options_.cache_bytes;
   engine.microbatches = options_.microbatches;
   engine.mla = options_.mla;
@@ -131,6 +132,7 @@ std::vector<Generation> LocalCluster::Run(const std::vector<inference::v1::Submi
       for (const auto& logprobs : event.logprobs()) result.logprobs.push_back(logprobs.logprob());
       for (const auto& logprobs : event.prompt_logprobs())
         result.prompt_logprobs.push_back(logprobs.logprob());
+      result.cached_prompt_tokens += event.cached_prompt_tokens();
       result.finish = event.finish_reason();
       if (event.finish_reason() == inference::v1::FINISH_REASON_NONE) continue;
       --open;

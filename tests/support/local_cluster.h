@@ -27,6 +27,7 @@ struct ClusterOptions {
   attention::MlaChoice mla = attention::MlaChoice::kAuto;
   int64_t step_tokens_max = 512;
   int64_t cache_bytes = 64 << 20;
+  bool reuse_prefixes = true;
   int threads = 2;
   std::optional<transport::FaultOptions> faults;  // around every transport
   attention::ExchangeOptions exchange;
@@ -37,6 +38,7 @@ struct Generation {
   std::vector<uint32_t> tokens;
   std::vector<float> logprobs;         // of tokens, when wanted
   std::vector<float> prompt_logprobs;  // of prompt tokens 1...
+  uint32_t cached_prompt_tokens = 0;
   inference::v1::FinishReason finish = inference::v1::FINISH_REASON_NONE;
   absl::Status error;
 };

@@ -443,8 +443,8 @@ UcxDriver::~UcxDriver() {
     log::Warning("transport",
                  StrCat(closing_.size(), " UCX endpoints did not close; their memory is not reused"));
     // UCX may still read from and write to these until the worker is gone, which is after this body.
-    for (auto& link : closing_) link.release();
-    for (auto& operation : sends_) operation.release();
+    for (auto& link : closing_) (void)link.release();
+    for (auto& operation : sends_) (void)operation.release();
   }
 }
 
@@ -586,7 +586,7 @@ ucs_status_t UcxDriver::ReceiveRendezvous(UcxLink* link, FrameRef frame, void* d
     return UCS_OK;
   }
   link->ReceiveBegun();
-  operation.release();  // OnReceived() deletes it
+  (void)operation.release();  // OnReceived() deletes it
   return UCS_INPROGRESS;
 }
 

@@ -14,12 +14,13 @@ namespace {
 // Events a gateway has not taken yet; one that falls this far behind is cut off instead of growing memory
 // here.
 constexpr int kPendingEventsMax = 1 << 16;
+constexpr int kPendingPrefixesMax = 1 << 22;
 
 // INVALID_ARGUMENT names the field, what was expected and found.
 absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit& submit,
                                   const ModelConfig& config) {
   const auto& s = submit.sampling();
-  const auto bad = [](std::string text) { return absl::InvalidArgumentError(std::move(text)); };
+  const auto bad = [](const std::string& text) { return absl::InvalidArgumentError(text); };
   if (submit.prompt_token_ids().empty()) return bad("prompt_token_ids: expected at least one, found none");
   for (const auto* ids : {&submit.prompt_token_ids(), &submit.generated_token_ids()}) {
     for (const uint32_t id : *ids) {
@@ -95,6 +96,7 @@ void ToProto(const RequestEvent& from, inference::v1::Event& to) {
   for (const uint32_t token : from.tokens) to.add_token_ids(token);
   for (const TokenLogprobs& logprobs : from.logprobs) ToProto(logprobs, *to.add_logprobs());
   for (const TokenLogprobs& logprobs : from.prompt_logprobs) ToProto(logprobs, *to.add_prompt_logprobs());
+  to.set_cached_prompt_tokens(static_cast<uint32_t>(from.cached_prompt_tokens));
   to.set_finish_reason(ToProto(from.finish));
   if (!from.error.ok()) {
     to.mutable_error()->set_code(static_cast<uint32_t>(from.error.code()));
@@ -116,6 +118,19 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     if (pending_.events_size() > kPendingEventsMax) {
       return CloseLocked(
           grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the gateway does not read its events"));
+    }
+    WriteNextLocked();
+  }
+  void AddPrefixes(std::span<const PrefixChange> changes) {
+    const MutexLock lock(mutex_);
+    if (finished_) return;
+    for (const PrefixChange& change : changes) {
+      pending_.add_prefixes(change.name);
+      pending_.add_prefix_gained(change.gained);
+    }
+    if (pending_.prefixes_size() > kPendingPrefixesMax) {
+      return CloseLocked(
+          grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the gateway does not read its messages"));
     }
     WriteNextLocked();
   }
@@ -157,7 +172,7 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
   }
   // What gathered while the last message was under way goes out as one.
   void WriteNextLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (writing_ || finished_ || pending_.events().empty()) return;
+    if (writing_ || finished_ || pending_.ByteSizeLong() == 0) return;
     out_.Clear();
     out_.Swap(&pending_);
     writing_ = true;
@@ -183,6 +198,10 @@ grpc::ServerBidiReactor<GatewayMessage, AttentionMessage>* AttentionApi::Session
     stream = std::make_shared<SessionStream>(*this, id);
     sessions_[id] = stream;
     refused = stop_;
+    // Under the lock that Deliver holds while it tells the others of changes: none is missed or told twice.
+    std::vector<PrefixChange> all;
+    for (const uint64_t name : prefixes_) all.push_back({name, true});
+    if (!refused && !all.empty()) stream->AddPrefixes(all);
   }
   if (refused) {
     stream->Close(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the attention node is stopping"));
@@ -201,9 +220,16 @@ void AttentionApi::OnGone(uint64_t session) {
   sessions_.erase(it);
 }
 
-void AttentionApi::Deliver(std::vector<RequestEvent> events) {
+void AttentionApi::Deliver(EngineOutput output) {
+  if (!output.prefixes.empty()) {
+    const MutexLock lock(mutex_);
+    for (const PrefixChange& change : output.prefixes) {
+      change.gained ? (void)prefixes_.insert(change.name) : (void)prefixes_.erase(change.name);
+    }
+    for (const auto& [id, stream] : sessions_) stream->AddPrefixes(output.prefixes);
+  }
   std::map<uint64_t, std::vector<const RequestEvent*>> by_session;
-  for (const RequestEvent& event : events) by_session[event.key.session].push_back(&event);
+  for (const RequestEvent& event : output.events) by_session[event.key.session].push_back(&event);
   for (auto& [session, list] : by_session) {
     std::shared_ptr<SessionStream> stream;
     {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "libs/base/mutex.h"
 #include "proto/inference/inference.grpc.pb.h"
 #include "services/attention/engine/engine.h"
@@ -20,8 +21,8 @@ class AttentionApi final : public inference::v1::Attention::CallbackService {
   ~AttentionApi() override { Shutdown(); }
   // REQUIRES: before the gRPC server starts.
   void SetEngine(Engine* engine) { engine_ = engine; }
-  // The engine's sink: sends each event to its session.
-  void Deliver(std::vector<RequestEvent> events);
+  // The engine's sink: sends each event to its session, and what can be reused to all.
+  void Deliver(EngineOutput output);
   void Shutdown();
 
   grpc::ServerBidiReactor<inference::v1::GatewayMessage, inference::v1::AttentionMessage>* Session(
@@ -40,6 +41,7 @@ class AttentionApi final : public inference::v1::Attention::CallbackService {
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   // Shared with the thread that is delivering to one while its stream ends.
   std::map<uint64_t, std::shared_ptr<SessionStream>> sessions_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_set<uint64_t> prefixes_ ABSL_GUARDED_BY(mutex_);  // what a new session has to be told
 };
 
 }  // namespace minke::attention

@@ -37,7 +37,7 @@ struct Engine::Command {
 
 Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport::Transport> transport,
                std::unique_ptr<router::Gate> local_gate, ThreadPool& pool, EngineOptions options,
-               std::vector<uint8_t> allowed_tokens, EventSink sink)
+               std::vector<uint8_t> allowed_tokens, OutputSink sink)
     : options_(options),
       model_(std::move(model)),
       transport_(std::move(transport)),
@@ -106,6 +106,9 @@ void Engine::PublishStatus() {
   status.waiting = scheduler_.waiting();
   status.pages_total = pages_.total();
   status.pages_used = pages_.used();
+  status.pages_cached = pages_.cached();
+  status.reuse_queries = scheduler_.reuse_queries();
+  status.reuse_hits = scheduler_.reuse_hits();
   status.steps = step_;
   status.preemptions = scheduler_.preemptions();
   status.redispatched_rows = counters.redispatched_rows;
@@ -162,7 +165,8 @@ void Engine::TakeMail() {
 }
 
 void Engine::Emit(std::vector<RequestEvent> events) {
-  if (!events.empty()) sink_(std::move(events));
+  std::vector<PrefixChange> prefixes = pages_.TakeChanges();
+  if (!events.empty() || !prefixes.empty()) sink_({std::move(events), std::move(prefixes)});
 }
 
 void Engine::PollTransport() {
@@ -391,6 +395,7 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
       event.error = OutcomeError(failed[c]);
     }
     sequence.computed = chunk.begin + chunk.count;
+    if (failed[c] == RowOutcome::kOk) scheduler_.Publish(sequence);
     for (; next_output < outputs.size() && outputs[next_output].chunk == c; ++next_output) {
       if (outputs[next_output].prompt_token) {
         event.prompt_logprobs.push_back(std::move(logprobs[next_output]));
@@ -416,7 +421,10 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     const bool worth_sending =
         !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
     const bool finished = event.finish != FinishReason::kNone;
-    if (worth_sending && !sequence.cancelled) events.push_back(std::move(event));
+    if (worth_sending && !sequence.cancelled) {
+      if (!std::exchange(sequence.cached_reported, true)) event.cached_prompt_tokens = sequence.cached_tokens;
+      events.push_back(std::move(event));
+    }
     if (finished) scheduler_.Finish(&sequence);
   }
 }

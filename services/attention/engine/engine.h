@@ -40,23 +40,30 @@ struct ClusterSnapshot {
   std::shared_ptr<const router::PlacementTable> placement;  // shared with other readers of the same view
 };
 
+struct EngineOutput {
+  std::vector<RequestEvent> events;
+  std::vector<PrefixChange> prefixes;  // in order
+};
+
 struct EngineStatus {
-  int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0;
+  int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0, pages_cached = 0;
   uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0,
            bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
-  bool connected = false;  // to a router (if one is needed) and every expert server
+  uint64_t reuse_queries = 0, reuse_hits = 0;  // prompt tokens looked up in, and taken from, earlier pages
+  bool connected = false;                      // to a router (if one is needed) and every expert server
 };
 
 class Engine {
  public:
-  // Called on the engine thread at the end of a step, with the events of all requests it touched.
-  using EventSink = std::function<void(std::vector<RequestEvent>)>;
+  // Called on the engine thread at the end of a step, with the events of all requests it touched and what
+  // became or ceased to be reusable.
+  using OutputSink = std::function<void(EngineOutput)>;
 
   // local_gate: --routing=local. allowed_tokens [vocab] 0/1: ids that may be sampled; empty: all.
   Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport::Transport> transport,
          std::unique_ptr<router::Gate> local_gate, ThreadPool& pool, EngineOptions options,
-         std::vector<uint8_t> allowed_tokens, EventSink sink);
+         std::vector<uint8_t> allowed_tokens, OutputSink sink);
   ~Engine();
 
   // RESOURCE_EXHAUSTED when the mailbox is full. Every accepted request ends with an event that has a finish
@@ -101,7 +108,7 @@ class Engine {
   std::unique_ptr<router::Gate> local_gate_;
   ThreadPool& pool_;
   const std::vector<uint8_t> allowed_tokens_;
-  const EventSink sink_;
+  const OutputSink sink_;
 
   PagePool pages_;
   LatentCache cache_;

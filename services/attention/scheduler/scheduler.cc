@@ -32,9 +32,34 @@ void Scheduler::CancelSession(uint64_t session) {
 }
 
 void Scheduler::ReleasePages(Sequence& sequence) {
-  for (const uint32_t page : sequence.pages) pages_.Release(page);
+  // The end first: of pages kept for reuse the oldest go first, and a prefix without its beginning is of no
+  // use.
+  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) pages_.Release(*page);
   sequence.pages.clear();
   sequence.computed = 0;
+  sequence.published = {};
+  sequence.published_pages = 0;
+}
+
+// Takes the pages that hold a beginning of `sequence` already. At least one token is left to compute: its
+// logits are wanted. Prompt log-probabilities need every row, so they are computed anew.
+void Scheduler::Reuse(Sequence& sequence) {
+  const bool every_row = sequence.request.sampling.want_prompt_logprobs &&
+                         sequence.prompt_logprobs_done + 1 < sequence.prompt_size();
+  if (!limits_.reuse_prefixes || every_row) return;
+  const size_t whole = (sequence.tokens.size() - 1) / kernels::kPageTokens * kernels::kPageTokens;
+  sequence.pages = pages_.Match(std::span(sequence.tokens).first(whole), sequence.published);
+  sequence.published_pages = std::ssize(sequence.pages);
+  sequence.computed = sequence.published_pages * kernels::kPageTokens;
+}
+
+void Scheduler::Publish(Sequence& sequence) {
+  if (!limits_.reuse_prefixes) return;
+  for (int64_t begin = sequence.published_pages * kernels::kPageTokens;
+       begin + kernels::kPageTokens <= sequence.computed; begin += kernels::kPageTokens) {
+    sequence.published = pages_.Publish(sequence.pages[sequence.published_pages++], sequence.published,
+                                        std::span(sequence.tokens).subspan(begin, kernels::kPageTokens));
+  }
 }
 
 void Scheduler::DropCancelled() {
@@ -110,7 +135,7 @@ std::vector<StepChunk> Scheduler::PlanStep(absl::Time now,
     const int64_t count = std::min(budget, left(sequence));
     // Prefill waits for pages instead of taking them from sequences that already produce.
     if (left(sequence) <= 1 ||
-        PagesFor(sequence.computed + count) - std::ssize(sequence.pages) > pages_.free())
+        PagesFor(sequence.computed + count) - std::ssize(sequence.pages) > pages_.available())
       continue;
     MK_CHECK(Reserve(sequence, sequence.computed + count));
     take(sequence, count);
@@ -119,14 +144,22 @@ std::vector<StepChunk> Scheduler::PlanStep(absl::Time now,
     Sequence& sequence = *waiting_.front();
     // Room for the whole prompt and the first new token, so that admission does not lead to preemption at
     // once.
-    if (PagesFor(std::ssize(sequence.tokens) + 1) > pages_.free() &&
-        !(running_.empty() && PagesFor(std::ssize(sequence.tokens)) <= pages_.free())) {
+    Reuse(sequence);
+    const int64_t have = std::ssize(sequence.pages);
+    if (PagesFor(std::ssize(sequence.tokens) + 1) - have > pages_.available() &&
+        !(running_.empty() && PagesFor(std::ssize(sequence.tokens)) - have <= pages_.available())) {
+      ReleasePages(sequence);
       break;
+    }
+    if (sequence.cached_tokens < 0) {
+      sequence.cached_tokens = std::min(sequence.computed, sequence.prompt_size());
+      reuse_queries_ += sequence.prompt_size();
+      reuse_hits_ += sequence.cached_tokens;
     }
     running_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();
     const int64_t count = std::min(budget, left(sequence));
-    MK_CHECK(Reserve(sequence, count));
+    MK_CHECK(Reserve(sequence, sequence.computed + count));
     take(sequence, count);
   }
   // A chunk's sequence may have been preempted after its chunk was planned.

@@ -18,6 +18,7 @@ struct SchedulerLimits {
   int64_t step_tokens_max = 512;  // rows of one step
   int64_t sequences_max = 256;    // running at once
   int64_t waiting_max = 1024;     // admission queue
+  bool reuse_prefixes = true;  // share pages of finished and running sequences with those that begin the same
 };
 
 // Rows [begin, begin + count) of a sequence's tokens.
@@ -41,6 +42,8 @@ class Scheduler {
   // sequence has at most one chunk. `refused` is told of waiting sequences whose time is over.
   std::vector<StepChunk> PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused);
 
+  // After a step that computed all its rows: makes the pages it filled findable for others.
+  void Publish(Sequence& sequence);
   // Ends a running sequence and gives its pages back.
   void Finish(Sequence* sequence);
   // Whether a sequence that needs one page more could get it, preempting others if need be.
@@ -50,8 +53,12 @@ class Scheduler {
   int64_t waiting() const { return std::ssize(waiting_); }
   bool HasWork() const { return !running_.empty() || !waiting_.empty(); }
   uint64_t preemptions() const { return preemptions_; }
+  // Prompt tokens looked up and found at first admissions.
+  uint64_t reuse_queries() const { return reuse_queries_; }
+  uint64_t reuse_hits() const { return reuse_hits_; }
 
  private:
+  void Reuse(Sequence& sequence);
   bool Reserve(Sequence& sequence, int64_t tokens);
   void ReleasePages(Sequence& sequence);
   void PreemptLast();
@@ -61,7 +68,7 @@ class Scheduler {
   PagePool& pages_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
   std::deque<std::unique_ptr<Sequence>> waiting_;
-  uint64_t preemptions_ = 0;
+  uint64_t preemptions_ = 0, reuse_queries_ = 0, reuse_hits_ = 0;
 };
 
 }  // namespace minke::attention

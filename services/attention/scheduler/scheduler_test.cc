@@ -29,6 +29,7 @@ struct Fixture {
   void Apply(const std::vector<StepChunk>& chunks) {
     for (const StepChunk& chunk : chunks) {
       chunk.sequence->computed = chunk.begin + chunk.count;
+      scheduler.Publish(*chunk.sequence);
       if (chunk.sequence->computed == std::ssize(chunk.sequence->tokens)) chunk.sequence->tokens.push_back(1);
     }
   }
@@ -102,9 +103,46 @@ TEST(Scheduler, YoungestIsPreemptedAndComesBackFirst) {
   EXPECT_GE(f.scheduler.running(), 1);
 }
 
+TEST(Scheduler, RepeatedPromptCostsItsLastPageOnly) {
+  Fixture f(100, {.step_tokens_max = 4096});
+  ASSERT_TRUE(f.scheduler.Add(MakeSequence(1, 2000)).ok());
+  auto chunks = f.Plan();
+  ASSERT_EQ(chunks.at(0).count, 2000);
+  f.Apply(chunks);
+  ASSERT_TRUE(f.scheduler.Add(MakeSequence(2, 2000)).ok());  // while the first is running
+  chunks = f.Plan();
+  ASSERT_EQ(chunks.size(), 2u);
+  EXPECT_EQ(chunks[1].begin, 1984);
+  EXPECT_EQ(chunks[1].count, 16);
+  EXPECT_EQ(chunks[1].sequence->cached_tokens, 1984);
+  f.Apply(chunks);
+  f.scheduler.CancelSession(1);
+  ASSERT_TRUE(f.scheduler.Add(MakeSequence(3, 64)).ok());  // whole pages, but one token must be computed
+  ASSERT_TRUE(f.scheduler.Add(MakeSequence(4, 65)).ok());
+  chunks = f.Plan();
+  EXPECT_EQ(chunks.at(0).begin, 0);
+  EXPECT_EQ(chunks.at(1).begin, 64);
+}
+
+TEST(Scheduler, PromptScoresAndSwitchedOffReuseComputeEveryRow) {
+  for (const bool scores : {false, true}) {
+    Fixture f(100, {.step_tokens_max = 4096, .reuse_prefixes = scores});
+    for (const uint64_t id : {1, 2}) {
+      auto sequence = MakeSequence(id, 200);
+      sequence->request.sampling.want_prompt_logprobs = scores;
+      ASSERT_TRUE(f.scheduler.Add(std::move(sequence)).ok());
+      const auto chunks = f.Plan();
+      EXPECT_EQ(chunks.back().count, 200);
+      EXPECT_EQ(chunks.back().sequence->cached_tokens, 0);
+      f.Apply(chunks);
+    }
+  }
+}
+
 // Against a trivial model: whatever comes, no page is leaked or shared, every chunk has its pages, someone
 // moves on, and all sequences end.
 TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
+  uint64_t reused = 0;
   for (int seed = 0; seed < 30; ++seed) {
     std::mt19937 rng(seed);
     const int64_t pages = 4 + rng() % 12;
@@ -123,15 +161,19 @@ TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
       }
       if (rng() % 40 == 0) f.scheduler.Cancel({1, 1 + rng() % next_id, 0});
       const auto chunks = f.Plan();
-      std::set<uint32_t> seen;
+      std::set<uint32_t> seen, written;
       int64_t rows = 0;
       for (const StepChunk& chunk : chunks) {
         ASSERT_GE(std::ssize(chunk.sequence->pages), PagesFor(chunk.begin + chunk.count));
         ASSERT_EQ(chunk.begin, chunk.sequence->computed);
-        for (const uint32_t page : chunk.sequence->pages)
-          ASSERT_TRUE(seen.insert(page).second) << "a page has two owners";
+        // Pages that are written to have one owner; those before may be shared.
+        for (size_t i = chunk.begin / 64; i < chunk.sequence->pages.size(); ++i)
+          ASSERT_TRUE(written.insert(chunk.sequence->pages[i]).second) << "a page has two owners";
+        for (int64_t i = 0; i < chunk.begin / 64; ++i) seen.insert(chunk.sequence->pages[i]);
         rows += chunk.count;
       }
+      for (const uint32_t page : written)
+        ASSERT_TRUE(seen.insert(page).second) << "a shared page is written to";
       ASSERT_LE(std::ssize(seen), f.pool.used());
       f.Apply(chunks);
       for (const StepChunk& chunk : chunks) {
@@ -144,7 +186,9 @@ TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
     EXPECT_FALSE(f.scheduler.HasWork()) << "seed " << seed << ": stands still";
     EXPECT_EQ(f.pool.used(), 0) << "seed " << seed;
     EXPECT_GT(finished, 20);
+    reused += f.scheduler.reuse_hits();
   }
+  EXPECT_GT(reused, 0u);
 }
 
 }  // namespace

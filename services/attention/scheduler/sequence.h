@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/sampling/sampler.h"
 
 namespace minke::attention {
@@ -36,6 +37,7 @@ struct RequestEvent {
   std::vector<uint32_t> tokens;
   std::vector<TokenLogprobs> logprobs;
   std::vector<TokenLogprobs> prompt_logprobs;
+  int64_t cached_prompt_tokens = 0;  // in the first event
   FinishReason finish = FinishReason::kNone;
   absl::Status error;  // with kError
 };
@@ -55,6 +57,11 @@ struct Sequence {
   std::vector<uint32_t> tokens;  // prompt and generated
   int64_t computed = 0;          // tokens whose latents are in the cache
   std::vector<uint32_t> pages;
+  Prefix published;  // by which its first `published_pages` pages are found
+  int64_t published_pages = 0;
+  int64_t cached_tokens =
+      -1;  // prompt tokens that came from the cache at the first admission; -1: not yet admitted
+  bool cached_reported = false;
   TokenCounts counts;
   int64_t prompt_logprobs_done = 0;  // prompt tokens 1 ... done were reported; survives recomputation
   bool cancelled = false;

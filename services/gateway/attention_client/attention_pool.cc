@@ -8,9 +8,11 @@
 #include <unordered_map>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_format.h"
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
+#include "libs/cluster/prefix_hash.h"
 #include "services/gateway/attention_client/convert.h"
 #include "services/gateway/attention_client/session.h"
 
@@ -25,6 +27,10 @@ constexpr char kTag[] = "gateway/attention_client";
 constexpr int kMessageBytesMax = 256 << 20;
 // How often waiting sequences and channels are looked at when nothing wakes the thread.
 constexpr std::chrono::milliseconds kTick{50};
+constexpr size_t kPrefixesMax = 1 << 22;  // remembered of one node: 64 MiB
+// A node may have so many sequences more than twice the idlest one's, and still be preferred for what its
+// cache holds.
+constexpr int64_t kImbalanceFree = 4;
 
 std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
   grpc::ChannelArguments arguments;
@@ -63,6 +69,7 @@ class AttentionPool::Impl final : public SessionOwner {
     Session* session = nullptr;  // owns itself; null: none
     bool cancelling = false;     // its session was told to end
     int64_t sequences = 0;
+    absl::flat_hash_set<uint64_t> prefixes;  // what its latent cache can reuse
     bool in_view = true;
     Clock::time_point absent_since{};
     Clock::time_point connect_at{};
@@ -72,6 +79,7 @@ class AttentionPool::Impl final : public SessionOwner {
     SequenceSpec spec;
     std::shared_ptr<SequenceSink> sink;
     uint32_t generation = 0;
+    std::vector<uint64_t> prefixes;  // names of the prompt's prefixes, one per whole page
     TokenIds generated;              // what the client has: goes along at a resubmission
     size_t prompt_logprobs = 0;      // delivered
     size_t prompt_logprobs_now = 0;  // received in this generation
@@ -82,13 +90,14 @@ class AttentionPool::Impl final : public SessionOwner {
   // Sinks are called after the lock is released.
   using Deliveries = std::vector<std::pair<std::shared_ptr<SequenceSink>, SequenceEvent>>;
 
-  Node* PickLocked() const;
+  Node* PickLocked(const std::vector<uint64_t>& prefixes) const;
   void PlaceLocked(uint64_t id, Sequence* sequence, Node* node);
   void PlaceWaitingLocked(Deliveries* deliveries);
   void ConnectLocked(Node* node);
   void FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries);
   bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event,
                        std::shared_ptr<SequenceSink>* sink);
+  void TakePrefixesLocked(Session* session, const v1::AttentionMessage& message);
   void Maintain();
   static void Deliver(Deliveries deliveries) {
     for (auto& [sink, event] : deliveries) sink->OnEvent(std::move(event));
@@ -152,22 +161,35 @@ void AttentionPool::Impl::UpdateNodes(const std::vector<AttentionNode>& nodes) {
   changed_.notify_all();
 }
 
-AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked() const {
-  Node* best = nullptr;
+AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked(const std::vector<uint64_t>& prefixes) const {
+  Node* idlest = nullptr;
+  Node* nearest = nullptr;  // holds the longest prefix
+  int64_t nearest_pages = 0;
   for (const auto& [id, node] : nodes_) {
     if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready) continue;
-    if (best == nullptr || node->sequences < best->sequences) best = node.get();
+    if (idlest == nullptr || node->sequences < idlest->sequences) idlest = node.get();
+    const auto miss = std::find_if(prefixes.begin(), prefixes.end(),
+                                   [&](uint64_t prefix) { return !node->prefixes.contains(prefix); });
+    const int64_t pages = miss - prefixes.begin();
+    if (pages > nearest_pages ||
+        (pages == nearest_pages && pages > 0 && node->sequences < nearest->sequences)) {
+      nearest = node.get();
+      nearest_pages = pages;
+    }
   }
-  return best;
+  const bool overloaded = nearest != nullptr && nearest->sequences > 2 * idlest->sequences + kImbalanceFree;
+  return nearest == nullptr || overloaded ? idlest : nearest;
 }
 
 uint64_t AttentionPool::Impl::Start(SequenceSpec spec, std::shared_ptr<SequenceSink> sink) {
+  std::vector<uint64_t> prefixes = cluster::PrefixHashes(*spec.prompt);
   const std::lock_guard lock(mutex_);
   const uint64_t id = next_id_++;
   Sequence& sequence = sequences_[id];
   sequence.spec = std::move(spec);
   sequence.sink = std::move(sink);
-  if (Node* node = PickLocked()) {
+  sequence.prefixes = std::move(prefixes);
+  if (Node* node = PickLocked(sequence.prefixes)) {
     PlaceLocked(id, &sequence, node);
   } else {
     sequence.wait_until = Clock::now() + options_.node_wait_max;
@@ -255,6 +277,21 @@ bool AttentionPool::Impl::TakeEventLocked(Session* session, const v1::Event& pro
   return true;
 }
 
+void AttentionPool::Impl::TakePrefixesLocked(Session* session, const v1::AttentionMessage& message) {
+  if (message.prefixes_size() == 0 || message.prefixes_size() != message.prefix_gained_size()) return;
+  const auto node = std::find_if(nodes_.begin(), nodes_.end(),
+                                 [&](const auto& entry) { return entry.second->session == session; });
+  if (node == nodes_.end()) return;
+  absl::flat_hash_set<uint64_t>& held = node->second->prefixes;
+  for (int i = 0; i < message.prefixes_size(); ++i) {
+    if (!message.prefix_gained(i)) {
+      held.erase(message.prefixes(i));
+    } else if (held.size() < kPrefixesMax) {
+      held.insert(message.prefixes(i));
+    }
+  }
+}
+
 void AttentionPool::Impl::OnMessage(Session* session, v1::AttentionMessage* message) {
   std::vector<SequenceEvent> events;
   events.reserve(static_cast<size_t>(message->events_size()));
@@ -263,6 +300,7 @@ void AttentionPool::Impl::OnMessage(Session* session, v1::AttentionMessage* mess
   deliveries.reserve(events.size());
   {
     const std::lock_guard lock(mutex_);
+    TakePrefixesLocked(session, *message);
     for (size_t i = 0; i < events.size(); ++i) {
       std::shared_ptr<SequenceSink> sink;
       if (TakeEventLocked(session, message->events(static_cast<int>(i)), &events[i], &sink)) {
@@ -282,6 +320,7 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
       if (candidate->session == session) node = candidate.get();
     }
     node->session = nullptr;
+    node->prefixes.clear();  // a new session is told all again
     node->cancelling = false;
     node->pause = std::min(std::max(node->pause * 2, options_.reconnect_min), options_.reconnect_max);
     node->connect_at = Clock::now() + node->pause;
@@ -325,7 +364,7 @@ void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
   for (const uint64_t id : waiting_) {
     const auto found = sequences_.find(id);
     if (found == sequences_.end() || found->second.node != nullptr) continue;
-    if (Node* node = PickLocked()) {
+    if (Node* node = PickLocked(found->second.prefixes)) {
       PlaceLocked(id, &found->second, node);
     } else if (now >= found->second.wait_until) {
       FailLocked(id, absl::UnavailableError("no attention node can take the request"), deliveries);
@@ -362,7 +401,7 @@ void AttentionPool::Impl::Maintain() {
       entry = gone && node.session == nullptr ? nodes_.erase(entry) : std::next(entry);
     }
     PlaceWaitingLocked(&deliveries);
-    const bool is_connected = PickLocked() != nullptr;
+    const bool is_connected = PickLocked({}) != nullptr;
     const bool flipped = std::exchange(was_connected, is_connected) != is_connected;
     poke_ = false;
     lock.unlock();

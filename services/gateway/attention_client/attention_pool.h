@@ -1,8 +1,9 @@
 // The gateway's sessions with the attention nodes: one bidirectional stream per node carries all of its
-// sequences. A sequence goes to the ready node with the fewest; when a node's session is lost its sequences
-// go on elsewhere under a new generation, with the tokens the client already has, so that the client's stream
-// does not notice. Thread-safe. One thread of its own (reconnecting, waiting sequences) beside gRPC's
-// callbacks.
+// sequences. A sequence goes to the ready node whose latent cache holds most of its prompt, unless that node
+// has far more to do than others; else to the one with the fewest sequences. When a node's session is lost
+// its sequences go on elsewhere under a new generation, with the tokens the client already has, so that the
+// client's stream does not notice. Thread-safe. One thread of its own (reconnecting, waiting sequences)
+// beside gRPC's callbacks.
 #pragma once
 
 #include <chrono>

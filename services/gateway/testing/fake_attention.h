@@ -48,6 +48,11 @@ class FakeAttention final : public inference::v1::Attention::Service {
   }
   // Sequences stop before generating token `tokens` until it is raised.
   void HoldAfter(uint32_t tokens) { hold_after_ = tokens; }
+  // The node's latent cache now holds (or no longer holds) these prefixes.
+  void SetPrefixes(const std::vector<uint64_t>& names, bool held) {
+    const std::lock_guard lock(mutex_);
+    for (const uint64_t name : names) prefixes_.emplace_back(name, held);
+  }
   // What every new sequence is answered with; OK: generation.
   void RefuseWith(grpc::StatusCode code) { refuse_ = code; }
   // Breaks every session, as a node that dies does.
@@ -77,8 +82,16 @@ class FakeAttention final : public inference::v1::Attention::Service {
       bool done = false;
     } state;
     std::thread engine([&] {
+      size_t told = 0;  // of prefixes_
       for (;;) {
         inference::v1::AttentionMessage message;
+        {
+          const std::lock_guard lock2(mutex_);
+          for (; told < prefixes_.size(); ++told) {
+            message.add_prefixes(prefixes_[told].first);
+            message.add_prefix_gained(prefixes_[told].second);
+          }
+        }
         {
           const std::lock_guard lock(state.mutex);
           if (state.done) return;
@@ -88,7 +101,7 @@ class FakeAttention final : public inference::v1::Attention::Service {
             entry = finished ? state.sequences.erase(entry) : std::next(entry);
           }
         }
-        if (message.events_size() > 0 && !stream->Write(message)) return;
+        if (message.events_size() + message.prefixes_size() > 0 && !stream->Write(message)) return;
         std::this_thread::sleep_for(std::chrono::microseconds(500));
       }
     });
@@ -189,9 +202,10 @@ class FakeAttention final : public inference::v1::Attention::Service {
   }
 
   mutable std::mutex mutex_;
-  std::string script_ = "abc";               // guarded by mutex_
-  std::set<grpc::ServerContext*> contexts_;  // guarded by mutex_
-  inference::v1::Submit last_submit_;        // guarded by mutex_
+  std::string script_ = "abc";                       // guarded by mutex_
+  std::set<grpc::ServerContext*> contexts_;          // guarded by mutex_
+  inference::v1::Submit last_submit_;                // guarded by mutex_
+  std::vector<std::pair<uint64_t, bool>> prefixes_;  // guarded by mutex_
   std::atomic<uint32_t> hold_after_{1u << 30};
   std::atomic<grpc::StatusCode> refuse_{grpc::StatusCode::OK};
   std::atomic<int> active_{0}, cancels_{0}, submits_{0};
