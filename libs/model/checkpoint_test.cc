@@ -24,7 +24,7 @@ std::string ReadFile(const std::string& path) {
 
 std::string Make(const TempDir& dir, uint64_t seed = 7, DType dtype = DType::kBF16,
                  int64_t shard_bytes = int64_t{1} << 30) {
-  const std::string path = StrCat(dir.path(), "/model-", seed, ToString(dtype), shard_bytes);
+  std::string path = StrCat(dir.path(), "/model-", seed, ToString(dtype), shard_bytes);
   const absl::Status made =
       MakeCheckpoint({path, testing_support::TinyConfigJson(), seed, dtype, shard_bytes, 2});
   EXPECT_TRUE(made.ok()) << made;

@@ -78,6 +78,8 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
       counter("attention_steps_total", "Engine steps", s.steps),
       counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
       counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
+      counter("attention_computed_tokens_total", "Rows computed: prompt tokens that were not reused, and decoded ones",
+              s.computed_tokens),
       counter("attention_prefix_cache_queries_total", "Prompt tokens looked up for reuse", s.reuse_queries),
       counter("attention_prefix_cache_hits_total", "Prompt tokens whose latents were reused", s.reuse_hits),
       gauge("attention_cache_pages_kept", "Latent cache pages kept for reuse only", s.pages_cached),

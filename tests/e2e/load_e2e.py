@@ -64,6 +64,37 @@ class Load(unittest.TestCase):
             busy = lambda: cluster.metrics("attention")["minke_attention_sequences_running"]
             self.assertTrue(wait_until(lambda: busy() == 0), busy())
 
+    def test_a_repeated_prefix_is_not_computed_again(self):
+        prompt = [2 + i * 7 % 500 for i in range(1999)]
+        with Cluster(checkpoint("v2"), "--precision=exact", "--attention=2") as cluster:
+            body = dict(max_tokens=4, temperature=0, ignore_eos=True, return_token_ids=True, logprobs=2)
+
+            def ask(p, **more):
+                answer = cluster.complete(prompt=p, **dict(body, **more))
+                return answer["choices"][0], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+            first, cached = ask(prompt)
+            self.assertEqual(cached, 0)
+            computed = lambda: cluster.metrics("attention")["minke_attention_computed_tokens_total"]
+            before = computed()
+            again, cached = ask(prompt)   # of two nodes, the one that has it
+            self.assertEqual(cached, 1984)
+            self.assertEqual(computed() - before, 15 + 4 - 1)   # its last page, and the new tokens but the last
+            self.assertEqual({k: again[k] for k in ("text", "token_ids", "logprobs")},
+                             {k: first[k] for k in ("text", "token_ids", "logprobs")})
+            other, cached = ask(prompt[:640] + [3] * 100)
+            self.assertEqual(cached, 640)
+            events, done = cluster.stream("/v1/completions", dict(body, prompt=prompt, stream_options=dict(include_usage=True)))
+            self.assertEqual(events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"], 1984)
+            scored, cached = ask(prompt, echo=True, max_tokens=0)   # every position is wanted
+            self.assertEqual(cached, 0)
+            self.assertEqual(len(scored["logprobs"]["token_logprobs"]), 1999)
+        with Cluster(checkpoint("v2"), "--precision=exact", "--prefix-cache=off") as cluster:
+            for _ in range(2):
+                plain, cached = ask(prompt)
+                self.assertEqual(cached, 0)
+                self.assertEqual(plain["logprobs"], first["logprobs"])
+
     def test_chat_stream_and_usage(self):
         with Cluster(checkpoint("v2", tokenizer=True), "--model-name", "small") as cluster:
             body = dict(model="small", messages=[{"role": "user", "content": "Hello <｜end▁of▁sentence｜> there"}],

@@ -106,6 +106,7 @@ void Engine::PublishStatus() {
   status.waiting = scheduler_.waiting();
   status.pages_total = pages_.total();
   status.pages_used = pages_.used();
+  status.computed_tokens = computed_tokens_;
   status.pages_cached = pages_.cached();
   status.reuse_queries = scheduler_.reuse_queries();
   status.reuse_hits = scheduler_.reuse_hits();
@@ -395,6 +396,7 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
       event.error = OutcomeError(failed[c]);
     }
     sequence.computed = chunk.begin + chunk.count;
+    computed_tokens_ += chunk.count;
     if (failed[c] == RowOutcome::kOk) scheduler_.Publish(sequence);
     for (; next_output < outputs.size() && outputs[next_output].chunk == c; ++next_output) {
       if (outputs[next_output].prompt_token) {

@@ -50,6 +50,7 @@ struct EngineStatus {
   uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0,
            bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
+  uint64_t computed_tokens = 0;  // rows of all steps
   uint64_t reuse_queries = 0, reuse_hits = 0;  // prompt tokens looked up in, and taken from, earlier pages
   bool connected = false;                      // to a router (if one is needed) and every expert server
 };
@@ -117,7 +118,7 @@ class Engine {
   cluster::PeerKeeper peers_;
   std::vector<Lane> lanes_;
   uint64_t step_ = 0;
-  uint64_t generated_tokens_ = 0, prompt_tokens_ = 0;
+  uint64_t generated_tokens_ = 0, prompt_tokens_ = 0, computed_tokens_ = 0;
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;
 
