@@ -30,9 +30,41 @@ constexpr char kDemoConfig[] = R"({
   "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 1024, "beta_fast": 32,
                    "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}})";
 
+struct Scene {
+  std::string about, prompt;
+  float temperature = 0.7f;
+  bool echo = false;  // show the prompt as the text's beginning
+};
+
+absl::Status Show(const std::string& checkpoint, int port, const Scene& scene) {
+  UpFlags up;
+  up.checkpoint = checkpoint;
+  up.port = port;
+  return RunUp(up, [scene](const std::string& url) {
+    std::cout << "\n" << scene.about << "\n\n" << (scene.echo ? scene.prompt : "") << std::flush;
+    ChatFlags chat;
+    chat.url = url;
+    chat.max_tokens = 200;
+    chat.temperature = scene.temperature;
+    const absl::Status status = StreamCompletion(chat, scene.prompt, std::cout);
+    if (!status.ok()) std::cout << "failed: " << status.message();
+    std::cout << "\n\nServing at " << url << " until Ctrl-C. Try:\n\n  curl " << url
+              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \"" << scene.prompt
+              << "\", \"max_tokens\": 64}'\n\n"
+              << std::flush;
+  });
+}
+
 }  // namespace
 
 absl::Status RunDemo(const DemoFlags& flags) {
+  if (!flags.checkpoint.empty()) {
+    return Show(flags.checkpoint, flags.port,
+                {.about = "A completion, streamed through gateway, attention, router and experts:",
+                 .prompt = "ROMEO:",
+                 .temperature = 0.7f,
+                 .echo = true});
+  }
   std::string root = (std::filesystem::temp_directory_path() / "minke-demo-XXXXXX").string();
   if (::mkdtemp(root.data()) == nullptr) return absl::UnavailableError(StrCat("cannot make ", root));
   const absl::Cleanup remove = [&] {
@@ -43,26 +75,12 @@ absl::Status RunDemo(const DemoFlags& flags) {
   MK_RETURN_IF_ERROR(MakeCheckpoint({.directory = checkpoint, .config_json = kDemoConfig, .seed = 1}));
   MK_RETURN_IF_ERROR(
       tokenizer::WriteByteLevelTokenizer(checkpoint, {.vocab_size = 512, .bos_id = 0, .eos_id = 1}));
-  UpFlags up;
-  up.checkpoint = checkpoint;
-  up.port = flags.port;
-  return RunUp(up, [](const std::string& url) {
-    std::cout << "\nA completion of random weights (it cannot make sense), streamed through gateway, "
-                 "attention, router "
-                 "and experts:\n\n"
-              << std::flush;
-    ChatFlags chat;
-    chat.url = url;
-    chat.max_tokens = 120;
-    chat.temperature = 1.0;
-    const absl::Status status = StreamCompletion(chat, "Whales ", std::cout);
-    if (!status.ok()) std::cout << "failed: " << status.message();
-    std::cout << "\n\nServing at " << url << " until Ctrl-C. Try:\n\n  curl " << url
-              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \"Whales \", "
-                 "\"max_tokens\": "
-                 "16}'\n\n"
-              << std::flush;
-  });
+  return Show(checkpoint, flags.port,
+              {.about = "A completion of random weights (it cannot make sense), streamed through gateway, attention, "
+                        "router and experts:",
+               .prompt = "Whales ",
+               .temperature = 1.0f,
+               .echo = false});
 }
 
 }  // namespace minke::cli

@@ -2,12 +2,15 @@
 // serves until Ctrl-C.
 #pragma once
 
+#include <string>
+
 #include "absl/status/status.h"
 
 namespace minke::cli {
 
 struct DemoFlags {
   int port = 8000;
+  std::string checkpoint;  // empty: random weights, made for the occasion
 };
 
 absl::Status RunDemo(const DemoFlags& flags);

@@ -45,6 +45,8 @@ int main(int argc, char** argv) {
   demo->add_option("--port", demo_flags.port, "port of the HTTP API; 0: a free one")
       ->check(CLI::Range(0, 65535))
       ->capture_default_str();
+  demo->add_option("--checkpoint", demo_flags.checkpoint, "model with a tokenizer (default: random weights)")
+      ->check(CLI::ExistingDirectory);
   demo->callback([&] { exit_code = Finish(cli::RunDemo(demo_flags)); });
 
   cli::ChatFlags chat_flags;

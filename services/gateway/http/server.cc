@@ -236,9 +236,11 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   bool keep_alive = parser.get().keep_alive() && !server_->stopping_;
   exchange = server_->handler_.HandleHead(request);
   if (exchange == nullptr && !too_large) {
-    if (beast::iequals(parser.get()[http::field::expect], "100-continue") &&
-        !co_await Write("HTTP/1.1 100 Continue\r\n\r\n", "")) {
-      co_return Next::kClose;
+    if (beast::iequals(parser.get()[http::field::expect], "100-continue")) {
+      // Named, and no `&&` around co_await: GCC 12 destroys temporaries of such expressions twice.
+      const std::string go_on = "HTTP/1.1 100 Continue\r\n\r\n", nothing;
+      const bool written = co_await Write(go_on, nothing);
+      if (!written) co_return Next::kClose;
     }
     const error_code body_error = co_await ReadBody(parser);
     too_large = body_error == http::error::body_limit;
@@ -309,7 +311,8 @@ asio::awaitable<std::unique_ptr<Exchange>> HttpServer::Impl::Connection::HandleB
   auto on_worker = [&handle, &request]() -> asio::awaitable<std::unique_ptr<Exchange>> {
     co_return handle(std::move(request));
   };
-  co_return co_await asio::co_spawn(server_->workers_, on_worker, asio::use_awaitable);
+  std::unique_ptr<Exchange> exchange = co_await asio::co_spawn(server_->workers_, on_worker, asio::use_awaitable);
+  co_return exchange;
 }
 
 asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, const HttpRequest& request,
@@ -338,7 +341,10 @@ asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, c
     }
     if (chunked && out.done) out.body += "0\r\n\r\n";
     if (head_only || (out.head && out.head->status == 204)) out.body.clear();
-    if ((!head.empty() || !out.body.empty()) && !co_await Write(head, out.body)) co_return false;
+    if (!head.empty() || !out.body.empty()) {
+      const bool written = co_await Write(head, out.body);
+      if (!written) co_return false;
+    }
     if (out.done) co_return !(streaming && version_ == 10);  // without chunks the end is the connection's
   }
 }
