@@ -93,6 +93,25 @@ TEST_P(EveryIsa, RowsDoNotDependOnTheirNeighbours) {
   }
 }
 
+TEST_P(EveryIsa, PairRowsLaysOutValuesForTheBf16Product) {
+  std::mt19937 rng(5);
+  for (const int64_t rows : {1, 2, 7, 64}) {
+    for (const int64_t columns : {1, 24, 64}) {
+      const int64_t ldx = columns + rng() % 9;
+      std::vector<bf16> x(rows * ldx);
+      for (bf16& v : x) v = static_cast<bf16>(1 + rng() % 60000);
+      std::vector<bf16> out((rows + 1) / 2 * 128, bf16{7});
+      tiles_.pair_rows(x.data(), ldx, rows, columns, out.data());
+      for (int64_t i = 0; i < (rows + 1) / 2 * 2; ++i) {
+        for (int64_t j = 0; j < 64; ++j) {
+          const bf16 want = i < rows && j < columns ? x[i * ldx + j] : bf16{0};
+          ASSERT_EQ(out[i / 2 * 128 + 2 * j + i % 2], want) << rows << " " << columns;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(EveryIsa, ElementwiseKernelsMatchReference) {
   std::mt19937 rng(3);
   for (const int64_t n : {1, 5, 16, 24, 64, 100, 1003}) {

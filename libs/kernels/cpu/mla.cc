@@ -31,20 +31,93 @@ void HeadMatMul(const PackedMatrix& w, int64_t head, int64_t width, const std::b
   }
 }
 
-// out [m, n] (+)= p [m, keys] x values [keys, n], values row-major with stride ldv and 64 readable columns
-// past n.
-void ValueProduct(const float* p, const float* values, int64_t ldv, int64_t m, int64_t n, int64_t keys,
-                  float* out, int64_t ldo) {
+// ---- one page of keys and values, in the layout of the products
+// -----------------------------------------------
+
+// Exact: the rows, and their transpose. BF16: key pairs run along the width, value pairs along the keys, so
+// that both products take bf16 operands and accumulate in f32.
+struct PageScratch {
+  Scratch<std::byte> padded, keys, values, probabilities;
+};
+
+int64_t Even(int64_t n) { return n + n % 2; }
+
+// keys [n <= 64, width] Act, row stride ldk, to the form ScoreProduct takes.
+const std::byte* PackKeys(Precision precision, const std::byte* keys, int64_t ldk, int64_t n, int64_t width,
+                          PageScratch& scratch) {
+  auto* out =
+      reinterpret_cast<float*>(scratch.keys.Resize(Even(width) * kPageTokens * ActivationBytes(precision)));
+  if (precision == Precision::kExact) {
+    Tiles().transpose_64(reinterpret_cast<const float*>(keys), ldk, n, width, out);
+    return scratch.keys.data();
+  }
+  // Two bf16 of a row move as one 32-bit value.
+  if (ldk % 2 != 0 || width % 2 != 0) {
+    auto* padded = reinterpret_cast<bf16*>(scratch.padded.Resize(kPageTokens * Even(width) * sizeof(bf16)));
+    for (int64_t i = 0; i < n; ++i) {
+      padded[i * Even(width) + Even(width) - 1] = 0;
+      std::memcpy(padded + i * Even(width), keys + i * ldk * sizeof(bf16), width * sizeof(bf16));
+    }
+    keys = scratch.padded.data();
+    ldk = Even(width);
+  }
+  Tiles().transpose_64(reinterpret_cast<const float*>(keys), ldk / 2, n, Even(width) / 2, out);
+  return scratch.keys.data();
+}
+
+// scores [m, 64] = query [m, width] Act x keys^T.
+void ScoreProduct(Precision precision, const std::byte* packed_keys, const std::byte* query, int64_t ldq,
+                  int64_t m, int64_t width, float* scores) {
+  if (precision == Precision::kExact) {
+    Tiles().gemm_f32(reinterpret_cast<const float*>(packed_keys), kPageTokens,
+                     reinterpret_cast<const float*>(query), ldq, scores, kPageTokens, m, kPageTokens, width,
+                     false);
+  } else {
+    Tiles().gemm_bf16(reinterpret_cast<const bf16*>(packed_keys), reinterpret_cast<const bf16*>(query), ldq,
+                      scores, kPageTokens, m, kPageTokens, width, false);
+  }
+}
+
+// values [n <= 64, width] Act, row stride ldv, to the form ValueProduct takes. Exact: as they are.
+const std::byte* PackValues(Precision precision, const std::byte* values, int64_t ldv, int64_t n,
+                            int64_t width, PageScratch& scratch) {
+  if (precision == Precision::kExact) return values;
+  constexpr int64_t kBlock = kPageTokens * kBlockColumns;
+  auto* out = reinterpret_cast<bf16*>(scratch.values.Resize(HeadBlocks(width) * kBlock * sizeof(bf16)));
+  for (int64_t j = 0; j < width; j += kBlockColumns) {
+    Tiles().pair_rows(reinterpret_cast<const bf16*>(values) + j, ldv, n, std::min(kBlockColumns, width - j),
+                      out + j / kBlockColumns * kBlock);
+  }
+  return scratch.values.data();
+}
+
+// out [m, n] (+)= p [m, keys] x values [keys, n]. Exact: values row-major with stride ldv and 64 readable
+// columns past n.
+void ValueProduct(Precision precision, const float* p, const std::byte* values, int64_t ldv, int64_t m,
+                  int64_t n, int64_t keys, float* out, int64_t ldo, PageScratch& scratch) {
+  const bf16* rounded = nullptr;
+  if (precision == Precision::kBF16) {
+    auto* to = reinterpret_cast<bf16*>(scratch.probabilities.Resize(m * kPageTokens * sizeof(bf16)));
+    Tiles().to_bf16(p, to, m * kPageTokens);
+    rounded = to;
+  }
   for (int64_t j = 0; j < n; j += kBlockColumns) {
-    Tiles().gemm_f32(values + j, ldv, p, kPageTokens, out + j, ldo, m, std::min(kBlockColumns, n - j), keys,
-                     true);
+    const int64_t columns = std::min(kBlockColumns, n - j);
+    if (precision == Precision::kExact) {
+      Tiles().gemm_f32(reinterpret_cast<const float*>(values) + j, ldv, p, kPageTokens, out + j, ldo, m,
+                       columns, keys, true);
+    } else {
+      Tiles().gemm_bf16(reinterpret_cast<const bf16*>(values) + j * kPageTokens, rounded, kPageTokens,
+                        out + j, ldo, m, columns, keys, true);
+    }
   }
 }
 
 // Memory of one work item; per thread, grows only.
 struct ThreadScratch {
-  Scratch<float> query, scores, page, keys_t, values, out, maximum, sum;
-  Scratch<std::byte> act;
+  Scratch<float> query, scores, keys, values, out, maximum, sum;
+  Scratch<std::byte> act, rows, query_act;
+  PageScratch page;
 };
 ThreadScratch& LocalScratch() {
   static thread_local ThreadScratch scratch;
@@ -119,8 +192,15 @@ void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int6
                   s.rope_dim * sizeof(float));
     }
   }
-  float* page = scratch.page.Resize(kPageTokens * latent + kBlockColumns);
-  float* keys_t = scratch.keys_t.Resize(latent * kPageTokens);
+  const Precision precision = context.precision;
+  const std::byte* query_act = reinterpret_cast<const std::byte*>(query);
+  if (precision == Precision::kBF16) {
+    std::byte* rounded = scratch.query_act.Resize(m * latent * context.element());
+    ToActivation(precision, query, rounded, m * latent);
+    query_act = rounded;
+  }
+  // A copy where the exact form would read past the cache's end.
+  std::byte* rows = scratch.rows.Resize((kPageTokens * latent + kBlockColumns) * context.element());
   float* scores = scratch.scores.Resize(m * kPageTokens);
   float* o = scratch.out.Resize(m * rank);
   float* maximum = scratch.maximum.Resize(m);
@@ -131,14 +211,17 @@ void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int6
   const int64_t first_position = chunk.position_begin + token, keys_end = first_position + tokens;
   for (int64_t key = 0; key < keys_end; key += kPageTokens) {
     const int64_t keys = std::min(kPageTokens, keys_end - key);
-    FromActivation(context.precision, context.page(chunk.pages[key / kPageTokens]), page, keys * latent);
-    Tiles().transpose_64(page, latent, keys, latent, keys_t);
-    Tiles().gemm_f32(keys_t, kPageTokens, query, latent, scores, kPageTokens, m, kPageTokens, latent, false);
+    const std::byte* page = context.page(chunk.pages[key / kPageTokens]);
+    if (precision == Precision::kExact)
+      page = static_cast<std::byte*>(std::memcpy(rows, page, keys * latent * sizeof(float)));
+    const std::byte* packed_keys = PackKeys(precision, page, latent, keys, latent, scratch.page);
+    ScoreProduct(precision, packed_keys, query_act, latent, m, latent, scores);
     for (int64_t i = 0; i < m; ++i) {
       SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key),
                   s.softmax_scale, maximum[i], sum[i], o + i * rank, rank);
     }
-    ValueProduct(scores, page, latent, m, rank, keys, o, rank);
+    const std::byte* values = PackValues(precision, page, latent, keys, rank, scratch.page);
+    ValueProduct(precision, scores, values, latent, m, rank, keys, o, rank, scratch.page);
   }
   const std::byte* o_act = Normalised(context, o, sum, m, rank, scratch.act);
   float* value = scratch.values.Resize(tokens * s.v_dim);
@@ -159,10 +242,10 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
   const int64_t m = chunk.rows, latent = s.latent_dim(), rank = s.kv_lora_rank, q_dim = s.q_dim(),
                 v_dim = s.v_dim;
   const int64_t q_stride = s.heads * q_dim;
-  const float* query = context.q + chunk.row_begin * q_stride + head * q_dim;
-  float* keys_rows = scratch.page.Resize(kPageTokens * q_dim);
-  float* latent_row = scratch.query.Resize(latent);
-  float* keys_t = scratch.keys_t.Resize(q_dim * kPageTokens);
+  const Precision precision = context.precision;
+  const std::byte* query = context.q_act + (chunk.row_begin * q_stride + head * q_dim) * context.element();
+  float* keys_rows = scratch.keys.Resize(kPageTokens * q_dim);
+  std::byte* act_rows = scratch.rows.Resize(kPageTokens * std::max(q_dim, v_dim) * context.element());
   float* values = scratch.values.Resize(kPageTokens * v_dim + kBlockColumns);
   float* scores = scratch.scores.Resize(kTileRowsMax * kPageTokens);
   float* o = scratch.out.Resize(m * v_dim);
@@ -178,21 +261,27 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
     HeadMatMul(context.weights.expand_k(), head, s.nope_dim, page, latent, keys, keys_rows, q_dim);
     HeadMatMul(context.weights.expand_v(), head, v_dim, page, latent, keys, values, v_dim);
     for (int64_t i = 0; i < keys; ++i) {
-      FromActivation(context.precision, page + (i * latent + rank) * context.element(), latent_row,
-                     s.rope_dim);
-      std::memcpy(keys_rows + i * q_dim + s.nope_dim, latent_row, s.rope_dim * sizeof(float));
+      ToActivation(precision, keys_rows + i * q_dim, act_rows + i * q_dim * context.element(), s.nope_dim);
+      std::memcpy(act_rows + (i * q_dim + s.nope_dim) * context.element(),
+                  page + (i * latent + rank) * context.element(), s.rope_dim * context.element());
     }
-    Tiles().transpose_64(keys_rows, q_dim, keys, q_dim, keys_t);
+    const std::byte* packed_keys = PackKeys(precision, act_rows, q_dim, keys, q_dim, scratch.page);
+    const std::byte* packed_values = reinterpret_cast<const std::byte*>(values);
+    if (precision == Precision::kBF16) {
+      ToActivation(precision, values, act_rows, keys * v_dim);
+      packed_values = PackValues(precision, act_rows, v_dim, keys, v_dim, scratch.page);
+    }
     // Rows before this page's first key attend to nothing in it.
     for (int64_t t0 = std::max<int64_t>(0, key - chunk.position_begin); t0 < m; t0 += kTileRowsMax) {
       const int64_t tile = std::min(kTileRowsMax, m - t0);
-      Tiles().gemm_f32(keys_t, kPageTokens, query + t0 * q_stride, q_stride, scores, kPageTokens, tile,
-                       kPageTokens, q_dim, false);
+      ScoreProduct(precision, packed_keys, query + t0 * q_stride * context.element(), q_stride, tile, q_dim,
+                   scores);
       for (int64_t i = 0; i < tile; ++i) {
         SoftmaxStep(scores + i * kPageTokens, std::min(keys, chunk.position_begin + t0 + i + 1 - key),
                     s.softmax_scale, maximum[t0 + i], sum[t0 + i], o + (t0 + i) * v_dim, v_dim);
       }
-      ValueProduct(scores, values, v_dim, tile, v_dim, keys, o + t0 * v_dim, v_dim);
+      ValueProduct(precision, scores, packed_values, v_dim, tile, v_dim, keys, o + t0 * v_dim, v_dim,
+                   scratch.page);
     }
   }
   for (int64_t i = 0; i < m; ++i) {

@@ -41,6 +41,9 @@ struct TileKernels {
   // out [columns, 64] = transpose of x [rows <= 64, columns], row stride ldx; the missing rows become zero
   // columns.
   void (*transpose_64)(const float* x, int64_t ldx, int64_t rows, int64_t columns, float* out);
+  // out [ceil(rows / 2), 64, 2]: rows [rows, columns <= 64] as gemm_bf16 wants weights whose k runs over the
+  // rows. What is missing becomes zero.
+  void (*pair_rows)(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* out);
 };
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
