@@ -142,6 +142,27 @@ TEST(MlaForms, AgreeAtLongPositionsAndChunksGiveTheSameBits) {
     EXPECT_EQ(run(MlaForm::kAbsorbed, step), absorbed) << "chunks of " << step;
     EXPECT_EQ(run(MlaForm::kNaive, step), naive) << "chunks of " << step;
   }
+  // A few rows far along: their keys are shared out between the threads, partition by partition.
+  const int64_t row_width = shape.heads * shape.v_dim;
+  for (const int threads : {1, 2, 8}) {
+    ThreadPool other_pool(threads);
+    for (const int64_t tail : {1, 2, 4, 5}) {
+      // The last rows, and some from the middle, in one batch.
+      const MlaChunk chunks[] = {
+          {rows - tail, tail, keys - tail, cache.pages, MlaForm::kAbsorbed},
+          {100, 3, keys - rows + 100, cache.pages, MlaForm::kAbsorbed},
+      };
+      std::vector<float> out(rows * row_width);
+      MlaScratch scratch;
+      MlaAttention(shape, *weights, Precision::kExact, chunks, q.data(), rows, cache.bytes.data(),
+                   reinterpret_cast<std::byte*>(out.data()), scratch, other_pool);
+      for (const auto& [begin, count] : {std::pair{rows - tail, tail}, {int64_t{100}, int64_t{3}}}) {
+        EXPECT_TRUE(std::equal(out.begin() + begin * row_width, out.begin() + (begin + count) * row_width,
+                               absorbed.begin() + begin * row_width))
+            << threads << " threads, " << tail << " rows";
+      }
+    }
+  }
 }
 
 TEST(GroupedFfn, MatchesReferenceForAnyDistributionOfRows) {

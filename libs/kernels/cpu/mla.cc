@@ -173,57 +173,91 @@ const std::byte* Normalised(const Context& context, float* o, const float* sum, 
   return rounded;
 }
 
-// Tokens [token, token + tokens) of a chunk, heads [head, head + heads). Query rows are ordered [head,
-// token].
-void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t head,
-              int64_t heads) {
+// ---- the absorbed form
+// --------------------------------------------------------------------------------------------
+//
+// Keys are reduced page by page inside partitions of kPartitionTokens, and the partitions are merged in
+// order: the same arithmetic whether one thread walks them all or several take one each.
+
+constexpr int64_t kPartitionTokens = 16 * kPageTokens;
+
+// Rows of one softmax under way: o [m, rank], not yet divided by sum [m]; maximum [m].
+struct Partition {
+  float *o, *maximum, *sum;
+};
+
+// out [heads * tokens, latent] Act: the queries of rows [row, row + tokens), ordered [head, token], with W_UK
+// multiplied in.
+void AbsorbQuery(const Context& context, int64_t row, int64_t tokens, int64_t head, int64_t heads,
+                 std::byte* out) {
   const MlaShape& s = context.shape;
-  ThreadScratch& scratch = LocalScratch();
-  const int64_t m = tokens * heads, latent = s.latent_dim(), rank = s.kv_lora_rank,
-                q_stride = s.heads * s.q_dim();
-  const int64_t row = chunk.row_begin + token;
-  float* query = scratch.query.Resize(m * latent);
+  const int64_t latent = s.latent_dim(), rank = s.kv_lora_rank, q_stride = s.heads * s.q_dim();
+  float* query = LocalScratch().query.Resize(tokens * latent);
   for (int64_t h = 0; h < heads; ++h) {
     const int64_t offset = row * q_stride + (head + h) * s.q_dim();
     HeadMatMul(context.weights.absorb_k(), head + h, rank, context.q_act + offset * context.element(),
-               q_stride, tokens, query + h * tokens * latent, latent);
+               q_stride, tokens, query, latent);
     for (int64_t t = 0; t < tokens; ++t) {
-      std::memcpy(query + (h * tokens + t) * latent + rank, context.q + offset + t * q_stride + s.nope_dim,
+      std::memcpy(query + t * latent + rank, context.q + offset + t * q_stride + s.nope_dim,
                   s.rope_dim * sizeof(float));
     }
+    ToActivation(context.precision, query, out + h * tokens * latent * context.element(), tokens * latent);
   }
+}
+
+// Queries [heads, tokens, latent] Act of tokens `token`.. of the chunk, over the keys [key_begin, key_end).
+void AttendPages(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t heads,
+                 const std::byte* query, int64_t key_begin, int64_t key_end, const Partition& result) {
+  const MlaShape& s = context.shape;
   const Precision precision = context.precision;
-  const std::byte* query_act = reinterpret_cast<const std::byte*>(query);
-  if (precision == Precision::kBF16) {
-    std::byte* rounded = scratch.query_act.Resize(m * latent * context.element());
-    ToActivation(precision, query, rounded, m * latent);
-    query_act = rounded;
-  }
+  ThreadScratch& scratch = LocalScratch();
+  const int64_t m = tokens * heads, latent = s.latent_dim(), rank = s.kv_lora_rank;
+  const int64_t first_position = chunk.position_begin + token;
   // A copy where the exact form would read past the cache's end.
   std::byte* rows = scratch.rows.Resize((kPageTokens * latent + kBlockColumns) * context.element());
   float* scores = scratch.scores.Resize(m * kPageTokens);
-  float* o = scratch.out.Resize(m * rank);
-  float* maximum = scratch.maximum.Resize(m);
-  float* sum = scratch.sum.Resize(m);
-  std::fill(o, o + m * rank, 0.0f);
-  std::fill(maximum, maximum + m, -INFINITY);
-  std::fill(sum, sum + m, 0.0f);
-  const int64_t first_position = chunk.position_begin + token, keys_end = first_position + tokens;
-  for (int64_t key = 0; key < keys_end; key += kPageTokens) {
-    const int64_t keys = std::min(kPageTokens, keys_end - key);
+  std::fill(result.o, result.o + m * rank, 0.0f);
+  std::fill(result.maximum, result.maximum + m, -INFINITY);
+  std::fill(result.sum, result.sum + m, 0.0f);
+  for (int64_t key = key_begin; key < key_end; key += kPageTokens) {
+    const int64_t keys = std::min(kPageTokens, key_end - key);
     const std::byte* page = context.page(chunk.pages[key / kPageTokens]);
     if (precision == Precision::kExact)
       page = static_cast<std::byte*>(std::memcpy(rows, page, keys * latent * sizeof(float)));
     const std::byte* packed_keys = PackKeys(precision, page, latent, keys, latent, scratch.page);
-    ScoreProduct(precision, packed_keys, query_act, latent, m, latent, scores);
+    ScoreProduct(precision, packed_keys, query, latent, m, latent, scores);
     for (int64_t i = 0; i < m; ++i) {
       SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key),
-                  s.softmax_scale, maximum[i], sum[i], o + i * rank, rank);
+                  s.softmax_scale, result.maximum[i], result.sum[i], result.o + i * rank, rank);
     }
     const std::byte* values = PackValues(precision, page, latent, keys, rank, scratch.page);
-    ValueProduct(precision, scores, values, latent, m, rank, keys, o, rank, scratch.page);
+    ValueProduct(precision, scores, values, latent, m, rank, keys, result.o, rank, scratch.page);
   }
-  const std::byte* o_act = Normalised(context, o, sum, m, rank, scratch.act);
+}
+
+// into (+)= part, rows [0, m).
+void MergePartition(const Partition& into, const Partition& part, int64_t m, int64_t rank) {
+  const TileKernels& tiles = Tiles();
+  for (int64_t i = 0; i < m; ++i) {
+    if (part.maximum[i] == -INFINITY) continue;  // keys after this row's position
+    const float maximum = std::max(into.maximum[i], part.maximum[i]);
+    float scale_into = into.maximum[i], scale_part = part.maximum[i];
+    tiles.exp_sum(&scale_into, maximum, 1);
+    tiles.exp_sum(&scale_part, maximum, 1);
+    tiles.scale(into.o + i * rank, scale_into, rank);
+    tiles.add_scaled(into.o + i * rank, part.o + i * rank, scale_part, rank);
+    into.sum[i] = into.sum[i] * scale_into + part.sum[i] * scale_part;
+    into.maximum[i] = maximum;
+  }
+}
+
+// out of rows [row, row + tokens): the mean latents o [heads * tokens, rank] / sum, times W_UV.
+void ExpandOutput(const Context& context, int64_t row, int64_t tokens, int64_t head, int64_t heads, float* o,
+                  const float* sum) {
+  const MlaShape& s = context.shape;
+  ThreadScratch& scratch = LocalScratch();
+  const int64_t rank = s.kv_lora_rank;
+  const std::byte* o_act = Normalised(context, o, sum, tokens * heads, rank, scratch.act);
   float* value = scratch.values.Resize(tokens * s.v_dim);
   for (int64_t h = 0; h < heads; ++h) {
     HeadMatMul(context.weights.expand_v(), head + h, s.v_dim, o_act + h * tokens * rank * context.element(),
@@ -233,6 +267,74 @@ void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int6
       ToActivation(context.precision, value + t * s.v_dim, context.out + at * context.element(), s.v_dim);
     }
   }
+}
+
+// Tokens [token, token + tokens) of a chunk, heads [head, head + heads), from query to output.
+void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t head,
+              int64_t heads) {
+  const MlaShape& s = context.shape;
+  ThreadScratch& scratch = LocalScratch();
+  const int64_t m = tokens * heads, rank = s.kv_lora_rank;
+  const int64_t row = chunk.row_begin + token, key_end = chunk.position_begin + token + tokens;
+  std::byte* query = scratch.query_act.Resize(m * s.latent_dim() * context.element());
+  AbsorbQuery(context, row, tokens, head, heads, query);
+  float* const o = scratch.out.Resize(2 * m * rank);
+  float* const maximum = scratch.maximum.Resize(2 * m);
+  float* const sum = scratch.sum.Resize(2 * m);
+  const Partition all{o, maximum, sum}, next{o + m * rank, maximum + m, sum + m};
+  for (int64_t begin = 0; begin < key_end; begin += kPartitionTokens) {
+    const Partition& into = begin == 0 ? all : next;
+    AttendPages(context, chunk, token, tokens, heads, query, begin,
+                std::min(begin + kPartitionTokens, key_end), into);
+    if (begin > 0) MergePartition(all, next, m, rank);
+  }
+  ExpandOutput(context, row, tokens, head, heads, o, sum);
+}
+
+// A few sequences with long contexts cannot keep all threads busy one item each, and splitting heads would
+// make every thread lay out every page. Such chunks go through three loops instead: queries, partitions,
+// outputs.
+constexpr int64_t kSplitRowsMax = 4;  // decode, and speculative decoding
+constexpr int64_t kSplitHeads = 4;    // of one task of the first and last loop
+
+struct SplitChunk {
+  const MlaChunk* chunk;
+  int64_t partitions;
+  std::byte* query;  // [heads, rows, latent] Act
+  float* state;      // per partition: o [heads * rows, rank], then maximum and sum [heads * rows]
+  int64_t m(const MlaShape& s) const { return s.heads * chunk->rows; }
+  Partition partition(const MlaShape& s, int64_t index, int64_t first_row) const {
+    float* begin = state + index * m(s) * (s.kv_lora_rank + 2);
+    float* maximum = begin + m(s) * s.kv_lora_rank;
+    return {begin + first_row * s.kv_lora_rank, maximum + first_row, maximum + m(s) + first_row};
+  }
+};
+
+void AbsorbSplit(const Context& context, const SplitChunk& split, int64_t head) {
+  const MlaShape& s = context.shape;
+  AbsorbQuery(context, split.chunk->row_begin, split.chunk->rows, head, std::min(kSplitHeads, s.heads - head),
+              split.query + head * split.chunk->rows * s.latent_dim() * context.element());
+}
+
+void AttendSplit(const Context& context, const SplitChunk& split, int64_t head, int64_t heads,
+                 int64_t index) {
+  const MlaShape& s = context.shape;
+  const MlaChunk& chunk = *split.chunk;
+  const int64_t begin = index * kPartitionTokens, first = head * chunk.rows;
+  AttendPages(context, chunk, 0, chunk.rows, heads, split.query + first * s.latent_dim() * context.element(),
+              begin, std::min(begin + kPartitionTokens, chunk.position_begin + chunk.rows),
+              split.partition(s, index, first));
+}
+
+void FinishSplit(const Context& context, const SplitChunk& split, int64_t head) {
+  const MlaShape& s = context.shape;
+  const int64_t heads = std::min(kSplitHeads, s.heads - head), tokens = split.chunk->rows,
+                first = head * tokens;
+  const Partition all = split.partition(s, 0, first);
+  for (int64_t i = 1; i < split.partitions; ++i) {
+    MergePartition(all, split.partition(s, i, first), heads * tokens, s.kv_lora_rank);
+  }
+  ExpandOutput(context, split.chunk->row_begin, tokens, head, heads, all.o, all.sum);
 }
 
 // A whole chunk, one head.
@@ -291,10 +393,13 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
   }
 }
 
-// Tokens `token`.. of chunk `chunk`, heads `head`..; naive items take a whole chunk.
+// Tokens `token`.. of chunk `chunk`, heads `head`..; naive items take a whole chunk. Of a split chunk (index
+// `split`): its partition.
 struct Item {
   int32_t chunk;
   int64_t token, tokens, head, heads;
+  int32_t split = -1;
+  int64_t partition = 0;
 };
 
 }  // namespace
@@ -354,13 +459,46 @@ void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision pr
   }
   const Context context{shape, weights, precision, q, q_act, cache, out};
   static thread_local std::vector<Item> items;
+  static thread_local std::vector<SplitChunk> splits;
   items.clear();
+  splits.clear();
+  const auto is_split = [&](const MlaChunk& chunk) {
+    return chunk.form == MlaForm::kAbsorbed && std::ssize(chunks) < 2 * pool.threads() &&
+           chunk.rows <= kSplitRowsMax && chunk.position_begin + chunk.rows > kPartitionTokens;
+  };
+  int64_t query_rows = 0, state_rows = 0;
+  for (const MlaChunk& chunk : chunks) {
+    if (!is_split(chunk)) continue;
+    const int64_t partitions = (chunk.position_begin + chunk.rows + kPartitionTokens - 1) / kPartitionTokens;
+    splits.push_back({&chunk, partitions, nullptr, nullptr});
+    query_rows += shape.heads * chunk.rows;
+    state_rows += shape.heads * chunk.rows * partitions;
+  }
+  std::byte* split_query = scratch.split_query.Resize(query_rows * shape.latent_dim() * context.element());
+  float* split_state = scratch.split_state.Resize(state_rows * (shape.kv_lora_rank + 2));
+  for (SplitChunk& split : splits) {
+    split.query = split_query;
+    split.state = split_state;
+    split_query += split.m(shape) * shape.latent_dim() * context.element();
+    split_state += split.m(shape) * split.partitions * (shape.kv_lora_rank + 2);
+  }
   // Enough items for every thread: heads are split when there are few sequences.
   const int64_t head_splits =
       std::clamp<int64_t>((pool.threads() + std::ssize(chunks) - 1) / std::ssize(chunks), 1, shape.heads);
   const int64_t heads = (shape.heads + head_splits - 1) / head_splits;
   const int64_t tile_tokens = std::max<int64_t>(1, kTileRowsMax / heads);
-  for (int32_t c = 0; c < std::ssize(chunks); ++c) {
+  for (int32_t c = 0, next_split = 0; c < std::ssize(chunks); ++c) {
+    if (is_split(chunks[c])) {
+      const int64_t group = std::max<int64_t>(1, kTileRowsMax / chunks[c].rows);
+      for (int64_t partition = 0; partition < splits[next_split].partitions; ++partition) {
+        for (int64_t head = 0; head < shape.heads; head += group) {
+          items.push_back(
+              {c, 0, chunks[c].rows, head, std::min(group, shape.heads - head), next_split, partition});
+        }
+      }
+      ++next_split;
+      continue;
+    }
     if (chunks[c].form == MlaForm::kNaive) {
       for (int64_t head = 0; head < shape.heads; ++head) items.push_back({c, 0, chunks[c].rows, head, 1});
       continue;
@@ -372,14 +510,25 @@ void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision pr
       }
     }
   }
-  const Item* const item_data = items.data();
+  const Item* const item_data = items.data();  // thread_local: workers must not look them up themselves
+  const SplitChunk* const split_data = splits.data();
+  const int64_t head_tasks = (shape.heads + kSplitHeads - 1) / kSplitHeads,
+                split_tasks = std::ssize(splits) * head_tasks;
+  pool.ParallelFor(split_tasks, [&](int64_t i) {
+    AbsorbSplit(context, split_data[i / head_tasks], i % head_tasks * kSplitHeads);
+  });
   pool.ParallelFor(std::ssize(items), [&](int64_t i) {
     const Item& item = item_data[i];
-    if (chunks[item.chunk].form == MlaForm::kNaive) {
+    if (item.split >= 0) {
+      AttendSplit(context, split_data[item.split], item.head, item.heads, item.partition);
+    } else if (chunks[item.chunk].form == MlaForm::kNaive) {
       Naive(context, chunks[item.chunk], item.head);
     } else {
       Absorbed(context, chunks[item.chunk], item.token, item.tokens, item.head, item.heads);
     }
+  });
+  pool.ParallelFor(split_tasks, [&](int64_t i) {
+    FinishSplit(context, split_data[i / head_tasks], i % head_tasks * kSplitHeads);
   });
 }
 

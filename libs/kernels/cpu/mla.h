@@ -8,8 +8,9 @@
 //   chunk
 //             has more than about 170 rows.
 //
-// Both reduce the keys in blocks of one page (64 tokens), in order, with a running maximum, so a row's result
-// does not depend on the chunk it arrives in, nor on threads or neighbours.
+// Both reduce the keys in blocks of one page (64 tokens), in order, with a running maximum (the absorbed form
+// in partitions of 16 pages, merged in order), so a row's result does not depend on the chunk it arrives in,
+// nor on threads or neighbours.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,8 @@ struct MlaChunk {
 
 struct MlaScratch {
   Scratch<std::byte> q_act;  // q in the activation dtype
+  Scratch<std::byte> split_query;
+  Scratch<float> split_state;  // partitions of long contexts on their way to be merged
 };
 
 // q [rows, heads, nope + rope] f32, rotated; out [rows, heads, v] Act.
