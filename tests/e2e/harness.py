@@ -72,8 +72,8 @@ class Cluster:
         return [int(m.group(2)) for m in (re.search(r"started (\S+).* pid=(\d+)", l) for l in self.lines)
                 if m and m.group(1) == name]
 
-    def metrics(self, process):
-        """Sum of each metric over the processes of one role."""
+    def metrics(self, process, labels=False):
+        """Sum of each metric over the processes of one role; by (name, values of its labels) if `labels`."""
         out = {}
         for line in list(self.lines):
             found = re.search(r" %s \[metrics\] serving http://([^:]+):(\d+)/metrics" % process, line)
@@ -88,7 +88,9 @@ class Cluster:
             for sample in text.splitlines():
                 m = re.match(r"(\w+)(\{.*\})? (\S+)$", sample)
                 if m:
-                    out[m.group(1)] = out.get(m.group(1), 0) + float(m.group(3))
+                    values = ",".join(re.findall(r'="([^"]*)"', m.group(2) or ""))
+                    key = (m.group(1), values) if labels else m.group(1)
+                    out[key] = out.get(key, 0) + float(m.group(3))
         return out
 
     def request(self, method, path, body=None, headers=None, timeout=60):
