@@ -123,37 +123,47 @@ class Cluster {
     const std::vector<std::string> common = {StrCat("--checkpoint=", flags_.checkpoint),
                                              StrCat("--precision=", flags_.precision),
                                              StrCat("--log-level=", flags_.log_level)};
-    const std::vector<std::string> data = {StrCat("--cluster-secret-file=", directory_, "/cluster-secret"),
-                                           StrCat("--transport=", flags_.transport),
-                                           StrCat("--poll=", flags_.poll),
-                                           StrCat("--heartbeat-ms=", flags_.heartbeat_ms),
-                                           StrCat("--device=", flags_.device),
-                                           StrCat("--threads=", flags_.threads)};
+    const std::vector<std::string> data = {
+        StrCat("--cluster-secret-file=", directory_, "/cluster-secret"),
+        StrCat("--transport=", flags_.transport), StrCat("--poll=", flags_.poll),
+        StrCat("--heartbeat-ms=", flags_.heartbeat_ms), StrCat("--device=", flags_.device)};
+    const std::vector<std::string> threads = {StrCat("--threads=", flags_.threads)};
+    const int attention_threads = flags_.attention_threads > 0 ? flags_.attention_threads : flags_.threads;
     const auto join = [](std::vector<std::vector<std::string>> parts) {
       std::vector<std::string> all;
       for (auto& part : parts) all.insert(all.end(), part.begin(), part.end());
       return all;
     };
-    MK_RETURN_IF_ERROR(Add(
-        "router", "minke-router",
-        join(
-            {common, data, {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
+    MK_RETURN_IF_ERROR(
+        Add("router", "minke-router",
+            join({common,
+                  data,
+                  threads,
+                  {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
     MK_ASSIGN_OR_RETURN(const std::string router, ReadReport(children_.back(), kListenTimeout, stop_fd));
     const std::vector<std::string> member = {"--router=" + router};
     for (int i = 0; i < flags_.experts; ++i) {
-      MK_RETURN_IF_ERROR(Add(StrCat("expert ", i), "minke-expert", join({common, data, member})));
+      MK_RETURN_IF_ERROR(Add(StrCat("expert ", i), "minke-expert", join({common, data, threads, member})));
     }
     for (int i = 0; i < flags_.attention; ++i) {
+      // Not `--trace-file=`: an empty value would be taken from the next argument.
+      const std::vector<std::string> trace =
+          i == 0 && !flags_.trace_file.empty()
+              ? std::vector<std::string>{"--trace-file=" + flags_.trace_file,
+                                         StrCat("--trace-steps=", flags_.trace_steps)}
+              : std::vector<std::string>{};
       MK_RETURN_IF_ERROR(
           Add(StrCat("attention ", i), "minke-attention",
               join({common,
                     data,
                     member,
-                    {StrCat("--routing=", flags_.routing), StrCat("--microbatches=", flags_.microbatches),
-                     StrCat("--mla=", flags_.mla), StrCat("--cache-mib=", flags_.cache_mib),
-                     "--prefix-cache=" + flags_.prefix_cache, StrCat("--step-tokens=", flags_.step_tokens),
-                     StrCat("--sequences=", flags_.sequences), StrCat("--waiting=", flags_.waiting),
-                     StrCat("--unavailable-after-s=", flags_.unavailable_after_s)}})));
+                    {StrCat("--threads=", attention_threads), StrCat("--routing=", flags_.routing),
+                     StrCat("--microbatches=", flags_.microbatches), StrCat("--mla=", flags_.mla),
+                     StrCat("--cache-mib=", flags_.cache_mib), "--prefix-cache=" + flags_.prefix_cache,
+                     StrCat("--step-tokens=", flags_.step_tokens), StrCat("--sequences=", flags_.sequences),
+                     StrCat("--decode-stretch=", flags_.decode_stretch), StrCat("--waiting=", flags_.waiting),
+                     StrCat("--unavailable-after-s=", flags_.unavailable_after_s)},
+                    trace})));
     }
     std::vector<std::string> gateway = {StrCat("--http-listen=", flags_.host, ":", flags_.port),
                                         StrCat("--body-max-bytes=", flags_.body_max_bytes),
@@ -230,11 +240,20 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--step-tokens", f.step_tokens, "rows of one step")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
+  app.add_option("--decode-stretch", f.decode_stretch,
+                 "while others decode, a lone prompt may make a step take so many times as long; 0: no limit")
+      ->check(CLI::Range(0.0, 1000.0))
+      ->capture_default_str();
   app.add_option("--sequences", f.sequences, "sequences running at once, per attention node")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   app.add_option("--waiting", f.waiting, "requests waiting, per attention node")
       ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--trace-file", f.trace_file,
+                 "write where the time of the first steps goes, for ui.perfetto.dev (first attention node)");
+  app.add_option("--trace-steps", f.trace_steps, "steps of the trace")
+      ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   app.add_option("--unavailable-after-s", f.unavailable_after_s,
                  "how long a request waits for unreachable experts")
@@ -279,6 +298,10 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--routers", f.routers, "routers")->check(CLI::Range(1, 64))->capture_default_str();
   app.add_option("--replicas", f.replicas, "servers per (layer, group)")
       ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_option("--attention-threads", f.attention_threads,
+                 "compute threads of an attention node; 0: as --threads")
+      ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   app.add_option("--registry", f.registry)->check(CLI::IsMember({"static"}))->capture_default_str();
   app.add_option("--transport", f.transport)
@@ -351,7 +374,10 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_flags.prefix_cache = flags.prefix_cache;
   attention_flags.step_tokens = flags.step_tokens;
   attention_flags.sequences = flags.sequences;
+  attention_flags.decode_stretch = flags.decode_stretch;
   attention_flags.waiting = flags.waiting;
+  attention_flags.trace_file = flags.trace_file;
+  attention_flags.trace_steps = flags.trace_steps;
   attention_flags.unavailable_after_s = flags.unavailable_after_s;
   MK_ASSIGN_OR_RETURN(auto attention_options,
                       attention::ToServiceOptions(attention_flags, *checkpoint, precision));

@@ -29,6 +29,7 @@ struct UpFlags {
   std::string microbatches = "auto";
   std::string mla = "auto";
   int threads = 0;
+  int attention_threads = 0;  // up only; 0: as `threads`
   std::string model_name;
   std::string chat_template = "auto";
   std::string api_key_file;
@@ -39,8 +40,11 @@ struct UpFlags {
   int64_t cache_mib = 1024;
   std::string prefix_cache = "on";
   int64_t step_tokens = 512;
+  double decode_stretch = 2;
   int64_t sequences = 256;
   int64_t waiting = 1024;
+  std::string trace_file;
+  int64_t trace_steps = 200;
   int unavailable_after_s = 60;
   std::string log_level = "info";
 };

@@ -29,11 +29,20 @@ void AddAttentionFlags(CLI::App& app, AttentionFlags& flags) {
   app.add_option("--step-tokens", flags.step_tokens, "rows of one step")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
+  app.add_option("--decode-stretch", flags.decode_stretch,
+                 "while others decode, a lone prompt may make a step take so many times as long; 0: no limit")
+      ->check(CLI::Range(0.0, 1000.0))
+      ->capture_default_str();
   app.add_option("--sequences", flags.sequences, "sequences running at once")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   app.add_option("--waiting", flags.waiting, "requests waiting for admission")
       ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--trace-file", flags.trace_file,
+                 "write where the time of the first steps goes, for ui.perfetto.dev");
+  app.add_option("--trace-steps", flags.trace_steps, "steps of the trace")
+      ->check(CLI::Range(1, 100000))
       ->capture_default_str();
   app.add_option("--unavailable-after-s", flags.unavailable_after_s,
                  "how long a request waits for experts that nobody can reach before it fails")
@@ -46,7 +55,10 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
   AttentionServiceOptions options;
   options.precision = precision;
   options.local_routing = flags.routing == "local";
-  options.engine.limits = {flags.step_tokens, flags.sequences, flags.waiting, flags.prefix_cache == "on"};
+  options.engine.limits = {flags.step_tokens, flags.sequences, flags.waiting, flags.decode_stretch,
+                           flags.prefix_cache == "on"};
+  options.engine.trace_file = flags.trace_file;
+  options.engine.trace_steps = flags.trace_steps;
   options.engine.cache_bytes = flags.cache_mib << 20;
   options.engine.microbatches = flags.microbatches == "auto" ? 0 : flags.microbatches[0] - '0';
   options.engine.mla = flags.mla == "naive"      ? MlaChoice::kNaive
@@ -74,15 +86,16 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
   const auto gauge = [](const char* name, const char* help, int64_t value) {
     return Sample{name, help, Sample::Type::kGauge, {}, static_cast<double>(value)};
   };
-  return {
+  std::vector<Sample> samples = {
       counter("attention_steps_total", "Engine steps", s.steps),
       counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
       counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
-      counter("attention_computed_tokens_total", "Rows computed: prompt tokens that were not reused, and decoded ones",
-              s.computed_tokens),
+      counter("attention_computed_tokens_total",
+              "Rows computed: prompt tokens that were not reused, and decoded ones", s.computed_tokens),
       counter("attention_prefix_cache_queries_total", "Prompt tokens looked up for reuse", s.reuse_queries),
       counter("attention_prefix_cache_hits_total", "Prompt tokens whose latents were reused", s.reuse_hits),
       gauge("attention_cache_pages_kept", "Latent cache pages kept for reuse only", s.pages_cached),
+      counter("attention_split_steps_total", "Steps computed in more than one microbatch", s.split_steps),
       counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
       counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
       counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),
@@ -93,6 +106,14 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
       gauge("attention_sequences_waiting", "Requests waiting for admission", s.waiting),
       gauge("attention_cache_pages", "Pages of the latent cache", s.pages_total),
       gauge("attention_cache_pages_used", "Pages in use", s.pages_used)};
+  for (int phase = 0; phase < kStepPhases; ++phase) {
+    samples.push_back({"attention_step_seconds_total",
+                       "Where the engine thread's time goes",
+                       Sample::Type::kCounter,
+                       {{"phase", std::string(ToString(static_cast<StepPhase>(phase)))}},
+                       s.phase_seconds[phase]});
+  }
+  return samples;
 }
 
 }  // namespace minke::attention

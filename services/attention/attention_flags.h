@@ -21,8 +21,11 @@ struct AttentionFlags {
   int64_t cache_mib = 1024;           // latent cache
   std::string prefix_cache = "on";    // on | off
   int64_t step_tokens = 512;
+  double decode_stretch = 2;
   int64_t sequences = 256;
   int64_t waiting = 1024;
+  std::string trace_file;
+  int64_t trace_steps = 200;
   int unavailable_after_s = 60;  // wait for unreachable experts before a request fails
 };
 

@@ -1,5 +1,7 @@
 #include "services/attention/attention_service.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
@@ -50,8 +52,13 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   report.mutable_member()->set_detail("connecting to the data plane");
   const auto on_update = [raw = service.get()](const cluster::v1::ClusterUpdate& update) {
     const cluster::v1::ClusterView& view = update.view();
+    const bool elsewhere = std::any_of(view.members().begin(), view.members().end(), [&](const auto& member) {
+      return member.role() == cluster::v1::ROLE_EXPERT &&
+             rpc::HostOf(member.rpc_address()) != rpc::HostOf(raw->self_.rpc_address());
+    });
     raw->engine_->UpdateCluster({.routers = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER),
                                  .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
+                                 .experts_elsewhere = elsewhere,
                                  .placement = std::make_shared<router::PlacementTable>(
                                      cluster::EpochOf(view), cluster::Replicas(view))});
   };

@@ -73,6 +73,11 @@ class Hosts(unittest.TestCase):
         r = c.getresponse()
         return r.status, json.loads(r.read())
 
+    def metric(self, host, name):
+        c = http.client.HTTPConnection(address(host), 7001, timeout=10)
+        c.request("GET", "/metrics")
+        return next(float(l.split()[-1]) for l in c.getresponse().read().decode().splitlines() if l.startswith(name + " "))
+
     def status(self):
         try:
             return self.get("/health")[0]
@@ -85,7 +90,7 @@ class Hosts(unittest.TestCase):
     def test_parity_over_tcp_between_hosts(self):
         router = "--router=%s:7000" % address("router")
         self.start("router", "minke-router", "--experts=2", "--metrics-listen=127.0.0.1:0")
-        self.start("attention", "minke-attention", router)
+        self.start("attention", "minke-attention", router, "--metrics-listen=%s:7001" % address("attention"))
         self.start("expert0", "minke-expert", router)
         self.start("expert1", "minke-expert", router)
         self.start("gateway", "minke-gateway", router, "--http-listen=%s:8000" % address("gateway"))
@@ -97,6 +102,13 @@ class Hosts(unittest.TestCase):
         error = sum((a - b) ** 2 for a, b in zip(got, g["token_logprobs"])) / sum(b * b for b in g["token_logprobs"])
         self.assertLess(error ** 0.5, 1e-4)
         self.assertIn("transport=tcp", self.logs())
+        # Experts elsewhere: steps with enough sequences go in two microbatches, and the numbers stay the same.
+        prompts = [g["input_ids"]] * 40
+        status, answer = self.get("/v1/completions", dict(prompt=prompts, max_tokens=2, temperature=0, ignore_eos=True,
+                                                          return_token_ids=True))
+        self.assertEqual(status, 200, answer)
+        self.assertEqual(len({tuple(c["token_ids"]) for c in answer["choices"]}), 1)
+        self.assertGreater(self.metric("attention", "minke_attention_split_steps_total"), 0)
 
     def test_router_that_restarts_on_its_port_rebuilds_the_table(self):
         router = "--router=%s:7000" % address("router")

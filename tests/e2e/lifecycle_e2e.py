@@ -205,6 +205,23 @@ class Checkpoints(unittest.TestCase):
         self.assertEqual(len(lines), 2)
 
 
+class Trace(unittest.TestCase):
+    def test_first_steps_are_written_for_perfetto(self):
+        path = os.path.join(harness._scratch, "trace.json")
+        here = set(os.listdir("."))
+        with Cluster(checkpoint("v2"), "--trace-file", path, "--trace-steps=5", "--attention=2") as cluster:
+            for _ in range(4):
+                cluster.complete(prompt=[5, 6, 7], max_tokens=8, ignore_eos=True)
+            self.assertTrue(wait_until(lambda: os.path.exists(path)))
+            phases = cluster.metrics("attention", labels=True)
+            self.assertGreater(phases[("minke_attention_step_seconds_total", "attention")], 0)
+        with open(path) as f:
+            events = json.load(f)["traceEvents"]
+        self.assertEqual({e["args"]["layer"] for e in events if e["name"] == "wait"}, {1, 2, 3})   # the MoE layers
+        self.assertLess({"attention", "dispatch", "shared_experts", "combine", "head", "sampling"}, {e["name"] for e in events})
+        self.assertEqual(set(os.listdir(".")), here, "wrote a file nobody asked for")
+
+
 class Chat(unittest.TestCase):
     """`minke chat`: a prompt for a person at a terminal, plain text for a pipe."""
 

@@ -82,6 +82,8 @@ class Load(unittest.TestCase):
             self.assertEqual(computed() - before, 15 + 4 - 1)   # its last page, and the new tokens but the last
             self.assertEqual({k: again[k] for k in ("text", "token_ids", "logprobs")},
                              {k: first[k] for k in ("text", "token_ids", "logprobs")})
+            # On one host two microbatches would only read the weights twice.
+            self.assertEqual(cluster.metrics("attention")["minke_attention_split_steps_total"], 0)
             other, cached = ask(prompt[:640] + [3] * 100)
             self.assertEqual(cached, 640)
             events, done = cluster.stream("/v1/completions", dict(body, prompt=prompt, stream_options=dict(include_usage=True)))

@@ -20,6 +20,13 @@ constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 // Longest sleep inside a step: deadlines of the exchange are looked at this often.
 constexpr absl::Duration kExchangeWait = absl::Milliseconds(2);
 
+// Rows of a microbatch below which sending it alone gains less than reading the weights once more costs.
+constexpr int64_t kMicrobatchRowsMin = 16;
+
+int MicrobatchesMax(const EngineOptions& options) {
+  return options.microbatches > 0 ? options.microbatches : 2;
+}
+
 absl::Status OutcomeError(RowOutcome outcome) {
   return outcome == RowOutcome::kRejected
              ? absl::InternalError("the model produced values that are not finite for this request")
@@ -50,9 +57,10 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
       cache_(model_->config(), model_->precision(), pages_.total()),
       scheduler_(options.limits, pages_),
       exchange_(model_->config(), model_->precision(), *transport_, options.exchange,
-                std::max(1, options.microbatches), local_gate_.get(), pool),
+                MicrobatchesMax(options), local_gate_.get(), pool),
       peers_(*transport_),
-      lanes_(std::max(1, options.microbatches)) {
+      lanes_(MicrobatchesMax(options)),
+      profile_(options_.trace_file, options_.trace_steps) {
   PublishStatus();
 }
 
@@ -106,6 +114,8 @@ void Engine::PublishStatus() {
   status.waiting = scheduler_.waiting();
   status.pages_total = pages_.total();
   status.pages_used = pages_.used();
+  status.phase_seconds = profile_.seconds();
+  status.split_steps = split_steps_;
   status.computed_tokens = computed_tokens_;
   status.pages_cached = pages_.cached();
   status.reuse_queries = scheduler_.reuse_queries();
@@ -190,6 +200,7 @@ void Engine::PollTransport() {
 
 void Engine::Run() {
   while (!stop_.load()) {
+    profile_.Enter(StepPhase::kPlan);
     TakeMail();
     PollTransport();
     std::vector<RequestEvent> refused;
@@ -202,10 +213,15 @@ void Engine::Run() {
     Emit(std::move(refused));
     PublishStatus();
     if (chunks.empty()) {
+      profile_.Enter(StepPhase::kIdle);
       transport_->Wait(scheduler_.HasWork() ? kExchangeWait : kIdleWait);
       continue;
     }
+    int64_t decode_rows = 0, prompt_rows = 0;
+    for (const StepChunk& chunk : chunks) (chunk.count == 1 ? decode_rows : prompt_rows) += chunk.count;
+    const absl::Time begin = absl::Now();
     RunStep(std::move(chunks));
+    scheduler_.StepTook(absl::Now() - begin, decode_rows, prompt_rows);
   }
 }
 
@@ -223,7 +239,18 @@ kernels::MlaForm Engine::FormOf(int64_t rows) const {
   return rows >= kNaiveRowsMin ? kernels::MlaForm::kNaive : kernels::MlaForm::kAbsorbed;
 }
 
+// Two microbatches keep this node busy while the other's rows are away, at the price of reading the weights
+// twice. That pays where the experts have memory of their own, and enough to do.
+int64_t Engine::MicrobatchesFor(const std::vector<StepChunk>& chunks) const {
+  if (options_.microbatches > 0) return options_.microbatches;
+  int64_t rows = 0;
+  for (const StepChunk& chunk : chunks) rows += chunk.count;
+  return cluster_.experts_elsewhere && chunks.size() > 1 && rows >= 2 * kMicrobatchRowsMin ? 2 : 1;
+}
+
 void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
+  const int64_t in_use = MicrobatchesFor(chunks);
+  if (in_use > 1 && chunks.size() > 1) ++split_steps_;
   for (Lane& lane : lanes_) {
     lane.batch.rows.clear();
     lane.batch.chunks.clear();
@@ -236,7 +263,7 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
   std::stable_sort(order.begin(), order.end(),
                    [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
   for (const StepChunk& chunk : order) {
-    Lane& lane = *std::min_element(lanes_.begin(), lanes_.end(), [](const Lane& a, const Lane& b) {
+    Lane& lane = *std::min_element(lanes_.begin(), lanes_.begin() + in_use, [](const Lane& a, const Lane& b) {
       return a.batch.size() < b.batch.size();
     });
     if (chunk.count > 1) lane.traffic_class = wire::TrafficClass::kPrefill;
@@ -262,14 +289,18 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
 // Computes until the lane has to wait for experts or has passed the last layer.
 void Engine::Advance(Lane& lane, int index) {
   const ModelConfig& config = model_->config();
+  profile_.Enter(StepPhase::kAttention, lane.layer);
   if (lane.layer == 0) model_->Embed(lane.batch);
   while (lane.layer < config.num_hidden_layers) {
     model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer));
     if (config.IsMoeLayer(lane.layer)) {
+      profile_.Enter(StepPhase::kDispatch, lane.layer);
       exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed.data(),
                       lane.batch.size(), absl::Now());
+      profile_.Enter(StepPhase::kSharedExperts, lane.layer);
       model_->FeedForward(lane.layer, lane.batch);  // the shared experts, while the rows are away
       lane.phase = Phase::kExchange;
+      profile_.Enter(StepPhase::kWait, lane.layer);
       return;
     }
     model_->FeedForward(lane.layer, lane.batch);
@@ -279,6 +310,7 @@ void Engine::Advance(Lane& lane, int index) {
 }
 
 void Engine::FinishExchange(Lane& lane, int index) {
+  profile_.Enter(StepPhase::kCombine, lane.layer);
   std::vector<RowOutcome> outcomes(lane.batch.size());
   exchange_.Combine(index, lane.batch.x.data(), outcomes);
   for (size_t i = 0; i < outcomes.size(); ++i) {
@@ -291,6 +323,9 @@ void Engine::FinishExchange(Lane& lane, int index) {
 void Engine::RunStep(std::vector<StepChunk> chunks) {
   ++step_;
   FillLanes(chunks);
+  int64_t rows = 0;
+  for (const Lane& lane : lanes_) rows += lane.batch.size();
+  profile_.StepBegins(rows);
   const auto done = [&] {
     return std::all_of(lanes_.begin(), lanes_.end(),
                        [](const Lane& lane) { return lane.phase == Phase::kDone; });
@@ -316,6 +351,7 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
     transport_->Wait(kExchangeWait);
   }
   if (stop_.load()) return;
+  profile_.Enter(StepPhase::kOutput);
   std::vector<RequestEvent> events;
   for (Lane& lane : lanes_) CollectOutputs(lane, events);
   PublishStatus();  // before the events: whoever sees a stream end may look at the pages next
@@ -366,7 +402,9 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     selected.clear();
     for (size_t i = 0; i < count; ++i) selected.push_back(outputs[begin + i].row);
     float* logits = logits_.Resize(static_cast<int64_t>(count) * vocab);
+    profile_.Enter(StepPhase::kHead);
     model_->Logits(lane.batch, selected, logits);
+    profile_.Enter(StepPhase::kSampling);
     pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) {
       const OutputRow& output = outputs[begin + i];
       const Sequence& sequence = *lane.chunks[output.chunk].sequence;
@@ -385,6 +423,7 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     });
   }
 
+  profile_.Enter(StepPhase::kOutput);
   size_t next_output = 0;
   for (size_t c = 0; c < lane.chunks.size(); ++c) {
     const StepChunk& chunk = lane.chunks[c];

@@ -5,6 +5,7 @@
 // Everything else is thread-safe and only posts to the engine's mailbox.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -16,6 +17,7 @@
 #include "absl/base/thread_annotations.h"
 #include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
+#include "services/attention/engine/step_profile.h"
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/layers/attention_model.h"
 #include "services/attention/moe_exchange/expert_exchange.h"
@@ -28,15 +30,18 @@ enum class MlaChoice { kAuto, kAbsorbed, kNaive };
 struct EngineOptions {
   SchedulerLimits limits;
   int64_t cache_bytes = int64_t{1} << 30;  // of the latent cache; untouched memory costs nothing
-  int microbatches = 0;                    // 0: auto
+  int microbatches = 0;                    // 0: auto, 1 or 2 by step
   MlaChoice mla = MlaChoice::kAuto;        // auto: naive for long chunks; absorbed for all in exact mode
   ExchangeOptions exchange;
+  std::string trace_file;  // of the first trace_steps steps; empty: none
+  int64_t trace_steps = 200;
   int64_t mailbox_max = 4096;  // submissions not yet seen by the engine
 };
 
 // The part of the cluster this node talks to.
 struct ClusterSnapshot {
   std::map<NodeId, std::string> routers, experts;           // data-plane addresses
+  bool experts_elsewhere = false;                           // some expert server is on another host
   std::shared_ptr<const router::PlacementTable> placement;  // shared with other readers of the same view
 };
 
@@ -47,12 +52,14 @@ struct EngineOutput {
 
 struct EngineStatus {
   int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0, pages_cached = 0;
+  uint64_t split_steps = 0;  // in more than one microbatch
   uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, stale_frames = 0, duplicate_rows = 0,
            bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
-  uint64_t computed_tokens = 0;  // rows of all steps
+  uint64_t computed_tokens = 0;                // rows of all steps
   uint64_t reuse_queries = 0, reuse_hits = 0;  // prompt tokens looked up in, and taken from, earlier pages
-  bool connected = false;                      // to a router (if one is needed) and every expert server
+  std::array<double, kStepPhases> phase_seconds{};
+  bool connected = false;  // to a router (if one is needed) and every expert server
 };
 
 class Engine {
@@ -95,6 +102,7 @@ class Engine {
   void PollTransport();
   void ApplyCluster();
   void RunStep(std::vector<StepChunk> chunks);
+  int64_t MicrobatchesFor(const std::vector<StepChunk>& chunks) const;
   void FillLanes(const std::vector<StepChunk>& chunks);
   void Advance(Lane& lane, int index);
   void FinishExchange(Lane& lane, int index);
@@ -117,8 +125,9 @@ class Engine {
   ExpertExchange exchange_;
   cluster::PeerKeeper peers_;
   std::vector<Lane> lanes_;
-  uint64_t step_ = 0;
+  uint64_t step_ = 0, split_steps_ = 0;
   uint64_t generated_tokens_ = 0, prompt_tokens_ = 0, computed_tokens_ = 0;
+  StepProfile profile_;
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;
 

@@ -18,6 +18,9 @@ struct SchedulerLimits {
   int64_t step_tokens_max = 512;  // rows of one step
   int64_t sequences_max = 256;    // running at once
   int64_t waiting_max = 1024;     // admission queue
+  // While others decode, a lone prompt is cut so that a step takes at most this many times a step of
+  // decoding; 0: prompts always get what is left of step_tokens_max.
+  double decode_stretch = 2;
   bool reuse_prefixes = true;  // share pages of finished and running sequences with those that begin the same
 };
 
@@ -42,6 +45,8 @@ class Scheduler {
   // sequence has at most one chunk. `refused` is told of waiting sequences whose time is over.
   std::vector<StepChunk> PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused);
 
+  // What a planned step took, by which the next ones' prompts are cut.
+  void StepTook(absl::Duration duration, int64_t decode_rows, int64_t prompt_rows);
   // After a step that computed all its rows: makes the pages it filled findable for others.
   void Publish(Sequence& sequence);
   // Ends a running sequence and gives its pages back.
@@ -58,6 +63,7 @@ class Scheduler {
   uint64_t reuse_hits() const { return reuse_hits_; }
 
  private:
+  int64_t PromptBudget(int64_t decode_rows, int64_t budget) const;
   void Reuse(Sequence& sequence);
   bool Reserve(Sequence& sequence, int64_t tokens);
   void ReleasePages(Sequence& sequence);
@@ -68,6 +74,8 @@ class Scheduler {
   PagePool& pages_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
   std::deque<std::unique_ptr<Sequence>> waiting_;
+  double decode_seconds_ = 0;      // of a step without prompt rows, lately; 0: none yet
+  double prompt_row_seconds_ = 0;  // what a prompt row adds, lately
   uint64_t preemptions_ = 0, reuse_queries_ = 0, reuse_hits_ = 0;
 };
 

@@ -103,6 +103,52 @@ TEST(Scheduler, YoungestIsPreemptedAndComesBackFirst) {
   EXPECT_GE(f.scheduler.running(), 1);
 }
 
+// A machine on which a step of decoding takes 40 ms and a prompt row adds 2 ms.
+struct SlowMachine : Fixture {
+  using Fixture::Fixture;
+  absl::Duration Step() {
+    const auto chunks = Plan();
+    int64_t decode_rows = 0, prompt_rows = 0;
+    for (const StepChunk& chunk : chunks) (chunk.count == 1 ? decode_rows : prompt_rows) += chunk.count;
+    const absl::Duration took =
+        absl::Milliseconds((decode_rows > 0 ? 40 : 0) + 2 * static_cast<int64_t>(prompt_rows));
+    scheduler.StepTook(took, decode_rows, prompt_rows);
+    Apply(chunks);
+    return took;
+  }
+};
+
+TEST(Scheduler, ALonePromptAtMostDoublesTheStepsOfThoseThatDecode) {
+  for (const double stretch : {2.0, 1.5, 0.0}) {
+    SlowMachine f(1000, {.decode_stretch = stretch, .reuse_prefixes = false});
+    for (uint64_t id = 1; id <= 8; ++id) ASSERT_TRUE(f.scheduler.Add(MakeSequence(id, 10)).ok());
+    for (int i = 0; i < 5; ++i) f.Step();
+    auto prompt = MakeSequence(9, 2000);
+    const Sequence& watched = *prompt;
+    ASSERT_TRUE(f.scheduler.Add(std::move(prompt)).ok());
+    absl::Duration longest;
+    int steps = 0;
+    for (; watched.generated_size() == 0; ++steps) {
+      ASSERT_LT(steps, 300);
+      longest = std::max(longest, f.Step());
+    }
+    if (stretch == 0) {
+      EXPECT_EQ(steps, 4);  // as fast as it can
+    } else {
+      EXPECT_LE(longest, absl::Milliseconds(40 * stretch + 2));
+      EXPECT_LE(steps, 2000 / (20 * (stretch - 1)) + 2);  // and no slower than it may
+    }
+  }
+}
+
+TEST(Scheduler, ACrowdOfPromptsGoesBeforeAFewThatDecode) {
+  SlowMachine f(1000, {.reuse_prefixes = false});
+  for (uint64_t id = 1; id <= 2; ++id) ASSERT_TRUE(f.scheduler.Add(MakeSequence(id, 10)).ok());
+  for (int i = 0; i < 5; ++i) f.Step();
+  for (uint64_t id = 3; id <= 12; ++id) ASSERT_TRUE(f.scheduler.Add(MakeSequence(id, 300)).ok());
+  EXPECT_GT(f.Step(), absl::Milliseconds(1000));  // 10 wait, 2 decode: all the rows there are
+}
+
 TEST(Scheduler, RepeatedPromptCostsItsLastPageOnly) {
   Fixture f(100, {.step_tokens_max = 4096});
   ASSERT_TRUE(f.scheduler.Add(MakeSequence(1, 2000)).ok());
