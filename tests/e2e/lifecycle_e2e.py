@@ -209,7 +209,7 @@ class Trace(unittest.TestCase):
     def test_first_steps_are_written_for_perfetto(self):
         path = os.path.join(harness._scratch, "trace.json")
         here = set(os.listdir("."))
-        with Cluster(checkpoint("v2"), "--trace-file", path, "--trace-steps=5", "--attention=2") as cluster:
+        with Cluster(checkpoint("v2"), "--trace-file", path, "--trace-steps=5") as cluster:
             for _ in range(4):
                 cluster.complete(prompt=[5, 6, 7], max_tokens=8, ignore_eos=True)
             self.assertTrue(wait_until(lambda: os.path.exists(path)))

@@ -208,7 +208,6 @@ TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
       if (rng() % 40 == 0) f.scheduler.Cancel({1, 1 + rng() % next_id, 0});
       const auto chunks = f.Plan();
       std::set<uint32_t> seen, written;
-      int64_t rows = 0;
       for (const StepChunk& chunk : chunks) {
         ASSERT_GE(std::ssize(chunk.sequence->pages), PagesFor(chunk.begin + chunk.count));
         ASSERT_EQ(chunk.begin, chunk.sequence->computed);
@@ -216,7 +215,6 @@ TEST(Scheduler, RandomTrafficNeverLeaksAPageNorStandsStill) {
         for (size_t i = chunk.begin / 64; i < chunk.sequence->pages.size(); ++i)
           ASSERT_TRUE(written.insert(chunk.sequence->pages[i]).second) << "a page has two owners";
         for (int64_t i = 0; i < chunk.begin / 64; ++i) seen.insert(chunk.sequence->pages[i]);
-        rows += chunk.count;
       }
       for (const uint32_t page : written)
         ASSERT_TRUE(seen.insert(page).second) << "a shared page is written to";

@@ -37,7 +37,6 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
                            std::unique_ptr<transport::Transport> transport, ThreadPool& pool,
                            ExpertEngineOptions options)
     : config_(config),
-      precision_(precision),
       shape_(RowShapeOf(config, precision)),
       options_(options),
       transport_(std::move(transport)),

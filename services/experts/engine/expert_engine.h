@@ -62,7 +62,6 @@ class ExpertEngine {
                                    std::span<const GroupRow> rows, const wire::WorkView& view);
 
   const ModelConfig config_;
-  const Precision precision_;
   const wire::RowShape shape_;
   const ExpertEngineOptions options_;
   std::unique_ptr<transport::Transport> transport_;
