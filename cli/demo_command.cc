@@ -49,8 +49,8 @@ absl::Status Show(const std::string& checkpoint, int port, const Scene& scene) {
     const absl::Status status = StreamCompletion(chat, scene.prompt, std::cout);
     if (!status.ok()) std::cout << "failed: " << status.message();
     std::cout << "\n\nServing at " << url << " until Ctrl-C. Try:\n\n  curl " << url
-              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \"" << scene.prompt
-              << "\", \"max_tokens\": 64}'\n\n"
+              << "/v1/completions -H 'content-type: application/json' \\\n    -d '{\"prompt\": \""
+              << scene.prompt << "\", \"max_tokens\": 64}'\n\n"
               << std::flush;
   });
 }
@@ -75,12 +75,13 @@ absl::Status RunDemo(const DemoFlags& flags) {
   MK_RETURN_IF_ERROR(MakeCheckpoint({.directory = checkpoint, .config_json = kDemoConfig, .seed = 1}));
   MK_RETURN_IF_ERROR(
       tokenizer::WriteByteLevelTokenizer(checkpoint, {.vocab_size = 512, .bos_id = 0, .eos_id = 1}));
-  return Show(checkpoint, flags.port,
-              {.about = "A completion of random weights (it cannot make sense), streamed through gateway, attention, "
-                        "router and experts:",
-               .prompt = "Whales ",
-               .temperature = 1.0f,
-               .echo = false});
+  return Show(
+      checkpoint, flags.port,
+      {.about = "A completion of random weights (it cannot make sense), streamed through gateway, attention, "
+                "router and experts:",
+       .prompt = "Whales ",
+       .temperature = 1.0f,
+       .echo = false});
 }
 
 }  // namespace minke::cli

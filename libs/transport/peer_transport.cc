@@ -260,9 +260,9 @@ void PeerTransport::Wait(absl::Duration timeout) {
   engine_waits_.store(false, std::memory_order_relaxed);
 }
 
-// Spinning is for peers that answer from another core. Where they do not (they compute for long, or wait for the very
-// core this thread spins on) it only keeps the core from them: then most waits spin for a fraction, and every 32nd
-// tries the full time again.
+// Spinning is for peers that answer from another core. Where they do not (they compute for long, or wait for
+// the very core this thread spins on) it only keeps the core from them: then most waits spin for a fraction,
+// and every 32nd tries the full time again.
 int64_t PeerTransport::SpinNs() const {
   const int64_t full_ns = absl::ToInt64Nanoseconds(options_.spin);
   return fruitless_spins_ < kFruitlessSpinsMax || fruitless_spins_ % kSpinRetryInterval == 0

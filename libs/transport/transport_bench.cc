@@ -1,4 +1,5 @@
-// Ping-pong between two processes over UCX, and between two threads in process: round trips, adaptive polling.
+// Ping-pong between two processes over UCX, and between two threads in process: round trips, adaptive
+// polling.
 //   transport_bench [auto|tcp] [interface]
 #include <signal.h>
 #include <sys/prctl.h>

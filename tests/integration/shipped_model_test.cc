@@ -56,7 +56,9 @@ TEST(ShippedModel, Loads) {
 }
 
 // The training code computes in f32 from the same BF16 weights.
-TEST(ShippedModel, ExactLogitsAreTheTrainingCodes) { EXPECT_LT(LogprobErrors(Precision::kExact).back(), 2e-3); }
+TEST(ShippedModel, ExactLogitsAreTheTrainingCodes) {
+  EXPECT_LT(LogprobErrors(Precision::kExact).back(), 2e-3);
+}
 
 TEST(ShippedModel, Bf16LogitsAgreeWithinRounding) {
   const std::vector<double> errors = LogprobErrors(Precision::kBF16);

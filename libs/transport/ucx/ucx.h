@@ -16,7 +16,7 @@ enum class UcxSelection : uint8_t {
   kAuto,  // RDMA device present: UCX chooses. Otherwise shared memory on a loopback interface, tcp on any
           // other, because UCX takes shared memory also between network namespaces of one host, where its
           // wake-up is lost.
-  kShm,  // shared memory where peers are on this host (and in this network namespace), tcp elsewhere
+  kShm,   // shared memory where peers are on this host (and in this network namespace), tcp elsewhere
   kTcp,
   kRdma,  // as kAuto with an RDMA device; FAILED_PRECONDITION without
 };

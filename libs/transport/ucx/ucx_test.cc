@@ -37,7 +37,9 @@ using ::testing::HasSubstr;
 
 constexpr char kEchoArgument[] = "--echo-peer";
 
-Identity MakeIdentity(uint64_t id) { return {.node_id = NodeId{id}, .model_fingerprint = 5, .cluster_secret = "s"}; }
+Identity MakeIdentity(uint64_t id) {
+  return {.node_id = NodeId{id}, .model_fingerprint = 5, .cluster_secret = "s"};
+}
 
 std::unique_ptr<Transport> Make(uint64_t id, UcxOptions options = {}) {
   auto made = CreateUcx(MakeIdentity(id), options);
@@ -86,8 +88,8 @@ class EchoProcess {
     if (pid_ == 0) {
       dup2(in[0], STDIN_FILENO);
       dup2(out[1], STDOUT_FILENO);
-      execl("/proc/self/exe", "ucx_test", kEchoArgument, id_text.c_str(), selection.c_str(), heartbeat_text.c_str(),
-            nullptr);
+      execl("/proc/self/exe", "ucx_test", kEchoArgument, id_text.c_str(), selection.c_str(),
+            heartbeat_text.c_str(), nullptr);
       _exit(127);
     }
     close(in[0]);
@@ -120,16 +122,23 @@ struct Log {
   std::vector<absl::Status> lost;
 };
 
-bool WaitFor(Transport& transport, Log& log, const std::function<bool()>& done, absl::Duration limit = absl::Seconds(20)) {
+bool WaitFor(Transport& transport, Log& log, const std::function<bool()>& done,
+             absl::Duration limit = absl::Seconds(20)) {
   const absl::Time deadline = absl::Now() + limit;
   while (!done()) {
     if (absl::Now() > deadline) return false;
     transport.Wait(absl::Milliseconds(10));
     transport.Poll([&](Event& event) {
       switch (event.kind) {
-        case Event::Kind::kFrame: ++log.frames; break;
-        case Event::Kind::kPeerUp: ++log.up; break;
-        case Event::Kind::kPeerLost: log.lost.push_back(event.reason); break;
+        case Event::Kind::kFrame:
+          ++log.frames;
+          break;
+        case Event::Kind::kPeerUp:
+          ++log.up;
+          break;
+        case Event::Kind::kPeerLost:
+          log.lost.push_back(event.reason);
+          break;
       }
     });
   }
@@ -199,7 +208,8 @@ TEST_P(UcxProcessTest, FrozenPeerIsFoundByHeartbeats) {
   ASSERT_TRUE(transport->Connect(NodeId{2}, peer.address).ok());
   ASSERT_TRUE(WaitFor(*transport, log, [&] { return log.up == 1; }));
   // Ten periods of nothing but heartbeats first.
-  ASSERT_FALSE(WaitFor(*transport, log, [&] { return !log.lost.empty(); }, absl::Milliseconds(10 * kHeartbeatMs)));
+  ASSERT_FALSE(WaitFor(
+      *transport, log, [&] { return !log.lost.empty(); }, absl::Milliseconds(10 * kHeartbeatMs)));
   const absl::Time frozen = absl::Now();
   peer.Signal(SIGSTOP);
   ASSERT_TRUE(WaitFor(*transport, log, [&] { return !log.lost.empty(); }));
@@ -220,24 +230,28 @@ TEST_P(UcxProcessTest, FrozenPeerIsFoundByHeartbeats) {
 
 TEST_P(UcxProcessTest, SendsToAFrozenPeerAreBoundedAndHaveADeadline) {
   EchoProcess peer(2, GetParam(), 60000);
-  const auto transport = MakeHere({.heartbeat = absl::Seconds(60), .send_timeout = absl::Milliseconds(300),
-                                   .sends_per_peer_max = 50});
+  const auto transport = MakeHere(
+      {.heartbeat = absl::Seconds(60), .send_timeout = absl::Milliseconds(300), .sends_per_peer_max = 50});
   Log log;
   ASSERT_TRUE(transport->Connect(NodeId{2}, peer.address).ok());
   ASSERT_TRUE(WaitFor(*transport, log, [&] { return log.up == 1; }));
   peer.Signal(SIGSTOP);
   absl::Status status;
-  for (int i = 0; i < 5000 && status.ok(); ++i) status = transport->Send(NodeId{2}, MakeFrame(*transport, 200000));
+  for (int i = 0; i < 5000 && status.ok(); ++i)
+    status = transport->Send(NodeId{2}, MakeFrame(*transport, 200000));
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
-  ASSERT_TRUE(WaitFor(*transport, log, [&] { return !log.lost.empty(); }, absl::Seconds(60)));
+  ASSERT_TRUE(WaitFor(
+      *transport, log, [&] { return !log.lost.empty(); }, absl::Seconds(60)));
   EXPECT_EQ(log.lost[0].code(), absl::StatusCode::kDeadlineExceeded) << log.lost[0];
   EXPECT_TRUE(WaitFor(*transport, log, [&] { return transport->frames().frames_in_use() == 0; }));
 }
 
-// ---- Input that is not ours -----------------------------------------------------------------------------------
+// ---- Input that is not ours
+// -----------------------------------------------------------------------------------
 
-// Of bytes that are not UCX's, the listener of UCX 1.13 takes: none, or a beginning that is no whole header of its
-// own. On more it may abort the process, before any code of ours sees them (docs/wire_format.md, "Trust").
+// Of bytes that are not UCX's, the listener of UCX 1.13 takes: none, or a beginning that is no whole header
+// of its own. On more it may abort the process, before any code of ours sees them (docs/wire_format.md,
+// "Trust").
 TEST(UcxListener, BrokenConnectionAttemptsAreNeitherACrashNorAPeer) {
   const auto transport = Make(1);
   Log log;
@@ -279,8 +293,8 @@ class Stranger {
     EXPECT_EQ(ucp_worker_create(context_, &worker_parameters, &worker_), UCS_OK);
     const auto resolved = internal::ResolveHostPort(address);
     ucp_ep_params_t ep{};
-    ep.field_mask = UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                    UCP_EP_PARAM_FIELD_ERR_HANDLER;
+    ep.field_mask = UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR |
+                    UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
     ep.flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER;
     ep.sockaddr = {resolved->get(), resolved->bytes};
     ep.err_mode = UCP_ERR_HANDLING_MODE_PEER;
@@ -305,7 +319,8 @@ class Stranger {
     ucp_request_param_t parameters{};
     parameters.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     parameters.flags = flags;
-    void* request = ucp_am_send_nbx(ep_, 1, header, header_bytes, payload_.data(), payload_bytes, &parameters);
+    void* request =
+        ucp_am_send_nbx(ep_, 1, header, header_bytes, payload_.data(), payload_bytes, &parameters);
     if (UCS_PTR_IS_PTR(request)) requests_.push_back(request);
   }
   void Progress() { ucp_worker_progress(worker_); }
@@ -330,8 +345,8 @@ TEST(UcxListener, MalformedMessagesAreCountedAndTheirEndpointClosed) {
   wire::FrameHeader good;
   good.kind = wire::Kind::kHello;
   uint64_t expected_bad = 0;
-  const auto expect_closed = [&](const char* what, const void* header, size_t header_bytes, size_t payload_bytes,
-                                 uint32_t flags) {
+  const auto expect_closed = [&](const char* what, const void* header, size_t header_bytes,
+                                 size_t payload_bytes, uint32_t flags) {
     Stranger stranger(transport->address());
     stranger.Send(header, header_bytes, payload_bytes, UCP_AM_SEND_FLAG_REPLY | flags);
     ++expected_bad;
@@ -369,7 +384,8 @@ TEST(UcxListener, MalformedMessagesAreCountedAndTheirEndpointClosed) {
   EXPECT_EQ(log.up, 1);
 }
 
-// ---- Rendezvous and options -----------------------------------------------------------------------------------
+// ---- Rendezvous and options
+// -----------------------------------------------------------------------------------
 
 TEST(UcxRendezvous, LargeFramesAreReceivedInPlace) {
   // What an RDMA network does with large frames, forced upon tcp by a user's own setting.

@@ -168,9 +168,9 @@ AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked(const std::vector<uin
   for (const auto& [id, node] : nodes_) {
     if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready) continue;
     if (idlest == nullptr || node->sequences < idlest->sequences) idlest = node.get();
-    const auto miss = std::find_if(prefixes.begin(), prefixes.end(), [&held = node->prefixes](uint64_t prefix) {
-      return !held.contains(prefix);
-    });
+    const auto miss =
+        std::find_if(prefixes.begin(), prefixes.end(),
+                     [&held = node->prefixes](uint64_t prefix) { return !held.contains(prefix); });
     const int64_t pages = miss - prefixes.begin();
     if (pages > nearest_pages ||
         (pages == nearest_pages && pages > 0 && node->sequences < nearest->sequences)) {

@@ -311,7 +311,8 @@ asio::awaitable<std::unique_ptr<Exchange>> HttpServer::Impl::Connection::HandleB
   auto on_worker = [&handle, &request]() -> asio::awaitable<std::unique_ptr<Exchange>> {
     co_return handle(std::move(request));
   };
-  std::unique_ptr<Exchange> exchange = co_await asio::co_spawn(server_->workers_, on_worker, asio::use_awaitable);
+  std::unique_ptr<Exchange> exchange =
+      co_await asio::co_spawn(server_->workers_, on_worker, asio::use_awaitable);
   co_return exchange;
 }
 
@@ -423,7 +424,7 @@ absl::Status HttpServer::Impl::Listen() {
   for (int i = 0; i < options_.io_threads; ++i) io_threads_.push_back(std::make_shared<IoThread>());
   const std::string& listen = options_.listen;
   const size_t colon = listen.rfind(':');
-  const absl::Status malformed =
+  absl::Status malformed =
       absl::InvalidArgumentError(StrCat("listen address: expected HOST:PORT, found \"", listen, "\""));
   if (colon == std::string::npos) return malformed;
   std::string host = listen.substr(0, colon);
