@@ -237,7 +237,7 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   exchange = server_->handler_.HandleHead(request);
   if (exchange == nullptr && !too_large) {
     if (beast::iequals(parser.get()[http::field::expect], "100-continue")) {
-      // Named, and no `&&` around co_await: GCC 12 destroys temporaries of such expressions twice.
+      // Named, and no `&&` around co_await: GCC 12 mishandles temporaries of some such expressions.
       const std::string go_on = "HTTP/1.1 100 Continue\r\n\r\n", nothing;
       const bool written = co_await Write(go_on, nothing);
       if (!written) co_return Next::kClose;
