@@ -65,8 +65,8 @@ std::string ReadRequest(int fd) {
 }
 void WriteText(int fd, const std::string& text) { send(fd, text.data(), text.size(), MSG_NOSIGNAL); }
 void WaitForLeaving(int fd) {
-  char byte;
-  while (recv(fd, &byte, 1, 0) > 0) {
+  std::vector<char> ignored(1 << 16);
+  while (recv(fd, ignored.data(), ignored.size(), 0) > 0) {
   }
 }
 
