@@ -49,19 +49,6 @@ std::string ErrorText(const std::string& body) {
 
 }  // namespace
 
-absl::StatusOr<Url> ParseUrl(const std::string& url) {
-  constexpr std::string_view kScheme = "http://";
-  if (url.rfind(kScheme, 0) != 0)
-    return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
-  std::string rest = url.substr(kScheme.size());
-  rest = rest.substr(0, rest.find('/'));
-  const size_t colon = rest.rfind(':');
-  if (rest.empty() || colon == 0)
-    return absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
-  if (colon == std::string::npos) return Url{rest, "80"};
-  return Url{rest.substr(0, colon), rest.substr(colon + 1)};
-}
-
 absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout) {
   asio::io_context context;
   tcp::socket socket(context);

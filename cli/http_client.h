@@ -6,14 +6,9 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "cli/url.h"
 
 namespace minke::cli {
-
-struct Url {
-  std::string host, port;
-};
-// "http://HOST:PORT" with or without a path; INVALID_ARGUMENT otherwise.
-absl::StatusOr<Url> ParseUrl(const std::string& url);
 
 struct HttpAnswer {
   int status = 0;

@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <iostream>
 
+#include "cli/bench/serve_command.h"
 #include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
 #include "cli/demo_command.h"
@@ -91,6 +92,17 @@ int main(int argc, char** argv) {
   make->callback([&] {
     node::UnblockSignals();
     exit_code = Finish(cli::MakeCheckpointFromFlags(make_flags, std::cout));
+  });
+
+  CLI::App* bench = app.add_subcommand("bench", "measure");
+  bench->require_subcommand(1);
+  cli::bench::ServeFlags bench_serve_flags;
+  CLI::App* bench_serve =
+      bench->add_subcommand("serve", "load on a server with the OpenAI API; latencies, throughput");
+  cli::bench::AddServeFlags(*bench_serve, bench_serve_flags);
+  bench_serve->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::bench::RunServe(bench_serve_flags, MK_VERSION, std::cout));
   });
 
   tokenizer::TokenizeOptions tokenize_options;
