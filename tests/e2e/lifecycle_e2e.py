@@ -61,7 +61,7 @@ class Lifecycle(unittest.TestCase):
             events, done = result["events"]
             self.assertTrue(done)
             self.assertEqual([t for e in events for c in e["choices"] for t in c["token_ids"]], want)
-            self.assertIn("nothing is restarted", cluster.log())
+            self.assertTrue(wait_until(lambda: "nothing is restarted" in cluster.log()), cluster.log())
             self.assertEqual(cluster.request("GET", "/health")[0], 200, cluster.log())
 
     def test_health_says_what_is_missing(self):
