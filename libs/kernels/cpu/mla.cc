@@ -116,7 +116,7 @@ void ValueProduct(Precision precision, const float* p, const std::byte* values, 
 // Memory of one work item; per thread, grows only.
 struct ThreadScratch {
   Scratch<float> query, scores, keys, values, out, maximum, sum;
-  Scratch<std::byte> act, rows, query_act;
+  Scratch<std::byte> act, rows;
   PageScratch page;
 };
 ThreadScratch& LocalScratch() {
@@ -162,17 +162,6 @@ struct Context {
   }
 };
 
-// Rounds o [m, dim] / sum to Act.
-const std::byte* Normalised(const Context& context, float* o, const float* sum, int64_t m, int64_t dim,
-                            Scratch<std::byte>& act) {
-  std::byte* rounded = act.Resize(m * dim * context.element());
-  for (int64_t i = 0; i < m; ++i) {
-    Tiles().scale(o + i * dim, 1.0f / sum[i], dim);
-    ToActivation(context.precision, o + i * dim, rounded + i * dim * context.element(), dim);
-  }
-  return rounded;
-}
-
 // ---- the absorbed form
 // --------------------------------------------------------------------------------------------
 //
@@ -185,25 +174,6 @@ constexpr int64_t kPartitionTokens = 16 * kPageTokens;
 struct Partition {
   float *o, *maximum, *sum;
 };
-
-// out [heads * tokens, latent] Act: the queries of rows [row, row + tokens), ordered [head, token], with W_UK
-// multiplied in.
-void AbsorbQuery(const Context& context, int64_t row, int64_t tokens, int64_t head, int64_t heads,
-                 std::byte* out) {
-  const MlaShape& s = context.shape;
-  const int64_t latent = s.latent_dim(), rank = s.kv_lora_rank, q_stride = s.heads * s.q_dim();
-  float* query = LocalScratch().query.Resize(tokens * latent);
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t offset = row * q_stride + (head + h) * s.q_dim();
-    HeadMatMul(context.weights.absorb_k(), head + h, rank, context.q_act + offset * context.element(),
-               q_stride, tokens, query, latent);
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::memcpy(query + t * latent + rank, context.q + offset + t * q_stride + s.nope_dim,
-                  s.rope_dim * sizeof(float));
-    }
-    ToActivation(context.precision, query, out + h * tokens * latent * context.element(), tokens * latent);
-  }
-}
 
 // Queries [heads, tokens, latent] Act of tokens `token`.. of the chunk, over the keys [key_begin, key_end).
 void AttendPages(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t heads,
@@ -251,91 +221,95 @@ void MergePartition(const Partition& into, const Partition& part, int64_t m, int
   }
 }
 
-// out of rows [row, row + tokens): the mean latents o [heads * tokens, rank] / sum, times W_UV.
-void ExpandOutput(const Context& context, int64_t row, int64_t tokens, int64_t head, int64_t heads, float* o,
-                  const float* sum) {
+// Tokens of a chunk that go through the pages together.
+struct Piece {
+  const MlaChunk* chunk;
+  int64_t token, tokens;
+  int64_t partitions;  // kept apart, for as many tasks; 1: one task walks them all
+  std::byte* query;    // [heads, tokens, latent] Act
+  float* state;        // per partition: o [heads * tokens, rank], then maximum and sum [heads * tokens]
+  int64_t row() const { return chunk->row_begin + token; }
+  int64_t key_end() const { return chunk->position_begin + token + tokens; }
+  Partition partition(const MlaShape& s, int64_t index, int64_t first_row) const {
+    const int64_t m = s.heads * tokens;
+    float* begin = state + index * m * (s.kv_lora_rank + 2);
+    float* maximum = begin + m * s.kv_lora_rank;
+    return {begin + first_row * s.kv_lora_rank, maximum + first_row, maximum + m + first_row};
+  }
+};
+
+// Pieces whose rows follow each other: their projections by one head's weights are one product.
+struct Wave {
+  std::span<const Piece> pieces;
+  int64_t row_begin, rows;
+};
+
+// The queries of a wave, with the head's W_UK multiplied in.
+void AbsorbQueries(const Context& context, const Wave& wave, int64_t head) {
   const MlaShape& s = context.shape;
-  ThreadScratch& scratch = LocalScratch();
-  const int64_t rank = s.kv_lora_rank;
-  const std::byte* o_act = Normalised(context, o, sum, tokens * heads, rank, scratch.act);
-  float* value = scratch.values.Resize(tokens * s.v_dim);
-  for (int64_t h = 0; h < heads; ++h) {
-    HeadMatMul(context.weights.expand_v(), head + h, s.v_dim, o_act + h * tokens * rank * context.element(),
-               rank, tokens, value, s.v_dim);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t at = ((row + t) * s.heads + head + h) * s.v_dim;
-      ToActivation(context.precision, value + t * s.v_dim, context.out + at * context.element(), s.v_dim);
+  const int64_t latent = s.latent_dim(), rank = s.kv_lora_rank, q_stride = s.heads * s.q_dim();
+  const int64_t offset = wave.row_begin * q_stride + head * s.q_dim();
+  float* query = LocalScratch().query.Resize(wave.rows * latent);
+  HeadMatMul(context.weights.absorb_k(), head, rank, context.q_act + offset * context.element(), q_stride,
+             wave.rows, query, latent);
+  const float* rotated = context.q + offset + s.nope_dim;
+  for (const Piece& piece : wave.pieces) {
+    for (int64_t t = 0; t < piece.tokens; ++t, query += latent, rotated += q_stride) {
+      std::memcpy(query + rank, rotated, s.rope_dim * sizeof(float));
+      ToActivation(context.precision, query,
+                   piece.query + (head * piece.tokens + t) * latent * context.element(), latent);
     }
   }
 }
 
-// Tokens [token, token + tokens) of a chunk, heads [head, head + heads), from query to output.
-void Absorbed(const Context& context, const MlaChunk& chunk, int64_t token, int64_t tokens, int64_t head,
-              int64_t heads) {
+// One partition of a piece, or all of them merged in order.
+void Attend(const Context& context, const Piece& piece, int64_t head, int64_t heads, int64_t index) {
+  const MlaShape& s = context.shape;
+  const int64_t first = head * piece.tokens, m = heads * piece.tokens, key_end = piece.key_end();
+  const std::byte* query = piece.query + first * s.latent_dim() * context.element();
+  const Partition result = piece.partition(s, index, first);
+  const auto attend = [&](int64_t begin, const Partition& into) {
+    AttendPages(context, *piece.chunk, piece.token, piece.tokens, heads, query, begin,
+                std::min(begin + kPartitionTokens, key_end), into);
+  };
+  attend(index * kPartitionTokens, result);
+  if (piece.partitions > 1 || key_end <= kPartitionTokens) return;
+  ThreadScratch& scratch = LocalScratch();
+  const Partition next{scratch.out.Resize(m * s.kv_lora_rank), scratch.maximum.Resize(m),
+                       scratch.sum.Resize(m)};
+  for (int64_t begin = kPartitionTokens; begin < key_end; begin += kPartitionTokens) {
+    attend(begin, next);
+    MergePartition(result, next, m, s.kv_lora_rank);
+  }
+}
+
+// out of a wave's rows: the mean latents times the head's W_UV.
+void ExpandOutputs(const Context& context, const Wave& wave, int64_t head) {
   const MlaShape& s = context.shape;
   ThreadScratch& scratch = LocalScratch();
-  const int64_t m = tokens * heads, rank = s.kv_lora_rank;
-  const int64_t row = chunk.row_begin + token, key_end = chunk.position_begin + token + tokens;
-  std::byte* query = scratch.query_act.Resize(m * s.latent_dim() * context.element());
-  AbsorbQuery(context, row, tokens, head, heads, query);
-  float* const o = scratch.out.Resize(2 * m * rank);
-  float* const maximum = scratch.maximum.Resize(2 * m);
-  float* const sum = scratch.sum.Resize(2 * m);
-  const Partition all{o, maximum, sum}, next{o + m * rank, maximum + m, sum + m};
-  for (int64_t begin = 0; begin < key_end; begin += kPartitionTokens) {
-    const Partition& into = begin == 0 ? all : next;
-    AttendPages(context, chunk, token, tokens, heads, query, begin,
-                std::min(begin + kPartitionTokens, key_end), into);
-    if (begin > 0) MergePartition(all, next, m, rank);
+  const int64_t rank = s.kv_lora_rank;
+  std::byte* means = scratch.act.Resize(wave.rows * rank * context.element());
+  std::byte* mean = means;
+  for (const Piece& piece : wave.pieces) {
+    const Partition all = piece.partition(s, 0, head * piece.tokens);
+    for (int64_t i = 1; i < piece.partitions; ++i) {
+      MergePartition(all, piece.partition(s, i, head * piece.tokens), piece.tokens, rank);
+    }
+    for (int64_t t = 0; t < piece.tokens; ++t, mean += rank * context.element()) {
+      Tiles().scale(all.o + t * rank, 1.0f / all.sum[t], rank);
+      ToActivation(context.precision, all.o + t * rank, mean, rank);
+    }
   }
-  ExpandOutput(context, row, tokens, head, heads, o, sum);
-}
-
-// A few sequences with long contexts cannot keep all threads busy one item each, and splitting heads would
-// make every thread lay out every page. Such chunks go through three loops instead: queries, partitions,
-// outputs.
-constexpr int64_t kSplitRowsMax = 4;  // decode, and speculative decoding
-constexpr int64_t kSplitHeads = 4;    // of one task of the first and last loop
-
-struct SplitChunk {
-  const MlaChunk* chunk;
-  int64_t partitions;
-  std::byte* query;  // [heads, rows, latent] Act
-  float* state;      // per partition: o [heads * rows, rank], then maximum and sum [heads * rows]
-  int64_t m(const MlaShape& s) const { return s.heads * chunk->rows; }
-  Partition partition(const MlaShape& s, int64_t index, int64_t first_row) const {
-    float* begin = state + index * m(s) * (s.kv_lora_rank + 2);
-    float* maximum = begin + m(s) * s.kv_lora_rank;
-    return {begin + first_row * s.kv_lora_rank, maximum + first_row, maximum + m(s) + first_row};
+  float* value = scratch.values.Resize(wave.rows * s.v_dim);
+  HeadMatMul(context.weights.expand_v(), head, s.v_dim, means, rank, wave.rows, value, s.v_dim);
+  for (int64_t i = 0; i < wave.rows; ++i) {
+    const int64_t at = ((wave.row_begin + i) * s.heads + head) * s.v_dim;
+    ToActivation(context.precision, value + i * s.v_dim, context.out + at * context.element(), s.v_dim);
   }
-};
-
-void AbsorbSplit(const Context& context, const SplitChunk& split, int64_t head) {
-  const MlaShape& s = context.shape;
-  AbsorbQuery(context, split.chunk->row_begin, split.chunk->rows, head, std::min(kSplitHeads, s.heads - head),
-              split.query + head * split.chunk->rows * s.latent_dim() * context.element());
 }
 
-void AttendSplit(const Context& context, const SplitChunk& split, int64_t head, int64_t heads,
-                 int64_t index) {
-  const MlaShape& s = context.shape;
-  const MlaChunk& chunk = *split.chunk;
-  const int64_t begin = index * kPartitionTokens, first = head * chunk.rows;
-  AttendPages(context, chunk, 0, chunk.rows, heads, split.query + first * s.latent_dim() * context.element(),
-              begin, std::min(begin + kPartitionTokens, chunk.position_begin + chunk.rows),
-              split.partition(s, index, first));
-}
-
-void FinishSplit(const Context& context, const SplitChunk& split, int64_t head) {
-  const MlaShape& s = context.shape;
-  const int64_t heads = std::min(kSplitHeads, s.heads - head), tokens = split.chunk->rows,
-                first = head * tokens;
-  const Partition all = split.partition(s, 0, first);
-  for (int64_t i = 1; i < split.partitions; ++i) {
-    MergePartition(all, split.partition(s, i, first), heads * tokens, s.kv_lora_rank);
-  }
-  ExpandOutput(context, split.chunk->row_begin, tokens, head, heads, all.o, all.sum);
-}
+// ---- the naive form
+// -----------------------------------------------------------------------------------------------
 
 // A whole chunk, one head.
 void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
@@ -393,14 +367,94 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
   }
 }
 
-// Tokens `token`.. of chunk `chunk`, heads `head`..; naive items take a whole chunk. Of a split chunk (index
-// `split`): its partition.
+// Rows of one product with a head's weights, which stay in the L2 cache beside them.
+constexpr int64_t kWaveRows = 96;
+// Queries and sums of pieces under way: what a shared L3 cache holds.
+constexpr int64_t kPassBytes = 16 << 20;
+
+// A task of the middle loop: heads of an absorbed piece, or one head of a naive chunk.
 struct Item {
-  int32_t chunk;
-  int64_t token, tokens, head, heads;
-  int32_t split = -1;
-  int64_t partition = 0;
+  const Piece* piece;
+  const MlaChunk* naive;
+  int64_t head, heads, partition;
 };
+
+// Memory of the calling thread's plans: grows only.
+struct Plan {
+  std::vector<Piece> pieces;
+  std::vector<Wave> waves;
+  std::vector<Item> items;
+};
+
+// Pieces of the absorbed chunks; partitions are kept apart where there are too few pieces to keep all threads
+// busy, since splitting heads makes every thread lay out every page.
+void PlanPieces(const MlaShape& s, std::span<const MlaChunk> chunks, int threads,
+                std::vector<Piece>& pieces) {
+  const int64_t tile_tokens = std::max<int64_t>(1, kTileRowsMax / s.heads);
+  pieces.clear();
+  for (const MlaChunk& chunk : chunks) {
+    if (chunk.form != MlaForm::kAbsorbed) continue;
+    for (int64_t token = 0; token < chunk.rows; token += tile_tokens) {
+      pieces.push_back({&chunk, token, std::min(tile_tokens, chunk.rows - token), 1, nullptr, nullptr});
+    }
+  }
+  if (std::ssize(pieces) >= 2 * threads) return;
+  for (Piece& piece : pieces) piece.partitions = (piece.key_end() + kPartitionTokens - 1) / kPartitionTokens;
+}
+
+// Places the memory of pieces `first`.. and makes waves of them; returns the end of those that fit a pass.
+size_t PlanPass(const MlaShape& s, int64_t element, std::vector<Piece>& pieces, size_t first,
+                std::vector<Wave>& waves, MlaScratch& scratch) {
+  const auto query_bytes = [&](const Piece& p) { return s.heads * p.tokens * s.latent_dim() * element; };
+  const auto state_floats = [&](const Piece& p) {
+    return p.partitions * s.heads * p.tokens * (s.kv_lora_rank + 2);
+  };
+  size_t end = first;
+  int64_t queries = 0, states = 0;
+  do {
+    queries += query_bytes(pieces[end]);
+    states += state_floats(pieces[end]);
+    ++end;
+  } while (end < pieces.size() &&
+           queries + query_bytes(pieces[end]) +
+                   (states + state_floats(pieces[end])) * static_cast<int64_t>(sizeof(float)) <=
+               kPassBytes);
+  std::byte* query = scratch.query.Resize(queries);
+  float* state = scratch.state.Resize(states);
+  waves.clear();
+  for (size_t i = first; i < end; ++i) {
+    Piece& piece = pieces[i];
+    piece.query = query;
+    piece.state = state;
+    query += query_bytes(piece);
+    state += state_floats(piece);
+    if (!waves.empty()) {
+      Wave& wave = waves.back();
+      if (wave.row_begin + wave.rows == piece.row() && wave.rows + piece.tokens <= kWaveRows) {
+        wave.pieces = {wave.pieces.data(), wave.pieces.size() + 1};
+        wave.rows += piece.tokens;
+        continue;
+      }
+    }
+    waves.push_back({{&piece, 1}, piece.row(), piece.tokens});
+  }
+  return end;
+}
+
+// Items of the pieces; heads are split where there are fewer than threads.
+void PlanItems(const MlaShape& s, std::span<const Piece> pieces, int threads, std::vector<Item>& items) {
+  int64_t tasks = 0;
+  for (const Piece& piece : pieces) tasks += piece.partitions;
+  const int64_t splits = std::clamp<int64_t>((threads + tasks - 1) / tasks, 1, s.heads);
+  const int64_t heads = (s.heads + splits - 1) / splits;
+  for (const Piece& piece : pieces) {
+    for (int64_t partition = 0; partition < piece.partitions; ++partition) {
+      for (int64_t head = 0; head < s.heads; head += heads) {
+        items.push_back({&piece, nullptr, head, std::min(heads, s.heads - head), partition});
+      }
+    }
+  }
+}
 
 }  // namespace
 
@@ -458,78 +512,39 @@ void MlaAttention(const MlaShape& shape, const MlaWeights& weights, Precision pr
     q_act = rounded;
   }
   const Context context{shape, weights, precision, q, q_act, cache, out};
-  static thread_local std::vector<Item> items;
-  static thread_local std::vector<SplitChunk> splits;
-  items.clear();
-  splits.clear();
-  const auto is_split = [&](const MlaChunk& chunk) {
-    return chunk.form == MlaForm::kAbsorbed && std::ssize(chunks) < 2 * pool.threads() &&
-           chunk.rows <= kSplitRowsMax && chunk.position_begin + chunk.rows > kPartitionTokens;
-  };
-  int64_t query_rows = 0, state_rows = 0;
+  static thread_local Plan local_plan;
+  Plan& plan = local_plan;  // workers must not look up their own
+  PlanPieces(shape, chunks, pool.threads(), plan.pieces);
+  plan.items.clear();
   for (const MlaChunk& chunk : chunks) {
-    if (!is_split(chunk)) continue;
-    const int64_t partitions = (chunk.position_begin + chunk.rows + kPartitionTokens - 1) / kPartitionTokens;
-    splits.push_back({&chunk, partitions, nullptr, nullptr});
-    query_rows += shape.heads * chunk.rows;
-    state_rows += shape.heads * chunk.rows * partitions;
+    if (chunk.form != MlaForm::kNaive) continue;
+    for (int64_t head = 0; head < shape.heads; ++head) plan.items.push_back({nullptr, &chunk, head, 1, 0});
   }
-  std::byte* split_query = scratch.split_query.Resize(query_rows * shape.latent_dim() * context.element());
-  float* split_state = scratch.split_state.Resize(state_rows * (shape.kv_lora_rank + 2));
-  for (SplitChunk& split : splits) {
-    split.query = split_query;
-    split.state = split_state;
-    split_query += split.m(shape) * shape.latent_dim() * context.element();
-    split_state += split.m(shape) * split.partitions * (shape.kv_lora_rank + 2);
-  }
-  // Enough items for every thread: heads are split when there are few sequences.
-  const int64_t head_splits =
-      std::clamp<int64_t>((pool.threads() + std::ssize(chunks) - 1) / std::ssize(chunks), 1, shape.heads);
-  const int64_t heads = (shape.heads + head_splits - 1) / head_splits;
-  const int64_t tile_tokens = std::max<int64_t>(1, kTileRowsMax / heads);
-  for (int32_t c = 0, next_split = 0; c < std::ssize(chunks); ++c) {
-    if (is_split(chunks[c])) {
-      const int64_t group = std::max<int64_t>(1, kTileRowsMax / chunks[c].rows);
-      for (int64_t partition = 0; partition < splits[next_split].partitions; ++partition) {
-        for (int64_t head = 0; head < shape.heads; head += group) {
-          items.push_back(
-              {c, 0, chunks[c].rows, head, std::min(group, shape.heads - head), next_split, partition});
-        }
+  size_t next = 0;
+  do {
+    plan.waves.clear();
+    if (next < plan.pieces.size()) {
+      const size_t first = next;
+      next = PlanPass(shape, context.element(), plan.pieces, first, plan.waves, scratch);
+      PlanItems(shape, std::span(plan.pieces).subspan(first, next - first), pool.threads(), plan.items);
+    }
+    const int64_t projections = std::ssize(plan.waves) * shape.heads;
+    pool.ParallelFor(projections, [&](int64_t i) {
+      AbsorbQueries(context, plan.waves[i / shape.heads], i % shape.heads);
+    });
+    pool.ParallelFor(std::ssize(plan.items), [&](int64_t i) {
+      const Item& item = plan.items[i];
+      if (item.piece != nullptr) {
+        Attend(context, *item.piece, item.head, item.heads, item.partition);
+      } else {
+        Naive(context, *item.naive, item.head);
       }
-      ++next_split;
-      continue;
-    }
-    if (chunks[c].form == MlaForm::kNaive) {
-      for (int64_t head = 0; head < shape.heads; ++head) items.push_back({c, 0, chunks[c].rows, head, 1});
-      continue;
-    }
-    for (int64_t token = 0; token < chunks[c].rows; token += tile_tokens) {
-      for (int64_t head = 0; head < shape.heads; head += heads) {
-        items.push_back({c, token, std::min(tile_tokens, chunks[c].rows - token), head,
-                         std::min(heads, shape.heads - head)});
-      }
-    }
-  }
-  const Item* const item_data = items.data();  // thread_local: workers must not look them up themselves
-  const SplitChunk* const split_data = splits.data();
-  const int64_t head_tasks = (shape.heads + kSplitHeads - 1) / kSplitHeads,
-                split_tasks = std::ssize(splits) * head_tasks;
-  pool.ParallelFor(split_tasks, [&](int64_t i) {
-    AbsorbSplit(context, split_data[i / head_tasks], i % head_tasks * kSplitHeads);
-  });
-  pool.ParallelFor(std::ssize(items), [&](int64_t i) {
-    const Item& item = item_data[i];
-    if (item.split >= 0) {
-      AttendSplit(context, split_data[item.split], item.head, item.heads, item.partition);
-    } else if (chunks[item.chunk].form == MlaForm::kNaive) {
-      Naive(context, chunks[item.chunk], item.head);
-    } else {
-      Absorbed(context, chunks[item.chunk], item.token, item.tokens, item.head, item.heads);
-    }
-  });
-  pool.ParallelFor(split_tasks, [&](int64_t i) {
-    FinishSplit(context, split_data[i / head_tasks], i % head_tasks * kSplitHeads);
-  });
+    });
+    pool.ParallelFor(projections, [&](int64_t i) {
+      ExpandOutputs(context, plan.waves[i / shape.heads], i % shape.heads);
+    });
+    plan.items.clear();
+  } while (next < plan.pieces.size());
 }
 
 }  // namespace minke::kernels

@@ -71,8 +71,8 @@ struct MlaChunk {
 
 struct MlaScratch {
   Scratch<std::byte> q_act;  // q in the activation dtype
-  Scratch<std::byte> split_query;
-  Scratch<float> split_state;  // partitions of long contexts on their way to be merged
+  Scratch<std::byte> query;  // with W_UK multiplied in
+  Scratch<float> state;      // sums over pages, before W_UV
 };
 
 // q [rows, heads, nope + rope] f32, rotated; out [rows, heads, v] Act.
