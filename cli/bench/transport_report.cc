@@ -14,7 +14,7 @@ std::string ShowSize(uint32_t bytes) {
 }
 
 std::string ShowGiga(double bytes_per_s) {
-  return absl::StrFormat(bytes_per_s < 1e10 ? "%.2f" : "%.1f", bytes_per_s / 1e9);
+  return absl::StrFormat("%.*f", bytes_per_s < 1e10 ? 2 : 1, bytes_per_s / 1e9);
 }
 
 Json ToJson(const TransportRow& row) {

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <numeric>
 #include <random>
 
@@ -25,7 +26,7 @@ std::vector<int64_t> RaggedCounts(int64_t experts) {
 }
 
 KernelCase FfnCase(const Pool& shape, const std::string& rows_name, const std::vector<int64_t>& counts) {
-  const auto [experts, hidden, inner] = shape;
+  const int64_t experts = shape.experts, hidden = shape.hidden, inner = shape.inner;
   const int64_t expert_elements = 3 * hidden * inner;
   const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   const auto active = std::count_if(counts.begin(), counts.end(), [](int64_t count) { return count > 0; });
@@ -57,7 +58,7 @@ KernelCase FfnCase(const Pool& shape, const std::string& rows_name, const std::v
               state->items.push_back({nullptr, begin, count});
               begin += count;
             }
-            return [weights, state, &pool, experts = experts] {
+            return [weights, state, &pool, experts] {
               for (int64_t i = 0; i < experts; ++i)
                 state->items[i].weights = &(*weights)[state->set * experts + i];
               state->set = (state->set + 1) % (weights->size() / experts);

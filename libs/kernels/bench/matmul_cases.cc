@@ -12,7 +12,7 @@ struct Shape {
 constexpr Shape kShapes[] = {{5120, 1536}, {1024, 384}, {1024, 102400}};
 
 KernelCase MatMulCase(Precision precision, Shape shape, int64_t rows) {
-  const auto [k, n] = shape;
+  const int64_t k = shape.k, n = shape.n;
   const char* const name = precision == Precision::kExact ? "MatMulExact" : "MatMulBf16";
   return {.name = StrCat(name, "/", rows, "/", k, "/", n),
           .precision = precision,

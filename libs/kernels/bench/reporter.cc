@@ -27,7 +27,7 @@ std::string ShowTime(double seconds) {
 }
 
 std::string ShowGiga(double value) {
-  return absl::StrFormat(value < 1e10 ? "%.2f" : value < 1e11 ? "%.1f" : "%.0f", value / 1e9);
+  return absl::StrFormat("%.*f", value < 1e10 ? 2 : value < 1e11 ? 1 : 0, value / 1e9);
 }
 
 std::string ShowCeilings(const Ceilings& ceilings) {
