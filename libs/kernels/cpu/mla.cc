@@ -466,6 +466,16 @@ MlaShape::MlaShape(const ModelConfig& config)
       kv_lora_rank(config.kv_lora_rank),
       softmax_scale(static_cast<float>(config.softmax_scale())) {}
 
+MlaForm CheaperForm(const MlaShape& s, int64_t rows, int64_t position_begin) {
+  // Fewer rows than this leave the naive form's products without enough of them per page and head.
+  constexpr int64_t kNaiveRowsMin = 16;
+  const int64_t keys = position_begin + rows, pairs = rows * position_begin + rows * (rows + 1) / 2;
+  const int64_t per_projection = (s.nope_dim + s.v_dim) * s.kv_lora_rank;  // of a row, or of a key
+  const int64_t absorbed = rows * per_projection + pairs * (s.latent_dim() + s.kv_lora_rank);
+  const int64_t naive = keys * per_projection + pairs * (s.q_dim() + s.v_dim);
+  return rows >= kNaiveRowsMin && naive < absorbed ? MlaForm::kNaive : MlaForm::kAbsorbed;
+}
+
 absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const std::string& kv_b_name,
                                             const MlaShape& s, Precision precision, ThreadPool& pool) {
   const int64_t shape[] = {s.heads * (s.nope_dim + s.v_dim), s.kv_lora_rank};
