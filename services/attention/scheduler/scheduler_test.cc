@@ -156,30 +156,34 @@ TEST(Scheduler, ACrowdOfPromptsGoesBeforeAFewThatDecode) {
 TEST(Scheduler, TheLastOfACrowdIsNotForgottenBesideThoseThatDecode) {
   const auto last_first_token = [](double stretch) {
     SlowMachine f(1000, {.decode_stretch = stretch, .reuse_prefixes = false});
-    std::vector<const Sequence*> all;
-    for (uint64_t id = 1; id <= 32; ++id) {
-      auto sequence = MakeSequence(id, 128);
-      all.push_back(sequence.get());
-      EXPECT_TRUE(f.scheduler.Add(std::move(sequence)).ok());
-    }
-    absl::Duration time;
-    for (int step = 0; step < 1000; ++step) {
+    const auto step = [&] {
       const std::vector<StepChunk> chunks = f.Plan();
       int decode_rows = 0, prompt_rows = 0;
       for (const StepChunk& chunk : chunks) (chunk.count == 1 ? decode_rows : prompt_rows) += chunk.count;
-      const double ms = (decode_rows > 0 ? 25 * std::sqrt(decode_rows) : 0) +
-                        (prompt_rows > 0 ? 60 + 1.5 * prompt_rows : 0);
-      const absl::Duration took = absl::Milliseconds(ms);
+      const absl::Duration took = absl::Milliseconds((decode_rows > 0 ? 25 * std::sqrt(decode_rows) : 0) +
+                                                     (prompt_rows > 0 ? 60 + 1.5 * prompt_rows : 0));
       f.scheduler.StepTook(took, decode_rows, prompt_rows);
       f.Apply(chunks);
-      time += took;
-      if (std::all_of(all.begin(), all.end(), [](const Sequence* s) { return s->generated_size() > 0; }))
-        return time;
+      return took;
+    };
+    // Two decode alone first: what was learned from them does not hold for many.
+    for (uint64_t id = 1; id <= 2; ++id) EXPECT_TRUE(f.scheduler.Add(MakeSequence(id, 10)).ok());
+    for (int i = 0; i < 5; ++i) step();
+    std::vector<const Sequence*> crowd;
+    for (uint64_t id = 3; id <= 32; ++id) {
+      auto sequence = MakeSequence(id, 128);
+      crowd.push_back(sequence.get());
+      EXPECT_TRUE(f.scheduler.Add(std::move(sequence)).ok());
     }
-    ADD_FAILURE() << "some sequence never got its first token";
-    return absl::InfiniteDuration();
+    absl::Duration time;
+    const auto waits = [](const Sequence* s) { return s->generated_size() == 0; };
+    for (int steps = 0; std::any_of(crowd.begin(), crowd.end(), waits); ++steps) {
+      if (steps == 1000) return absl::InfiniteDuration();
+      time += step();
+    }
+    return time;
   };
-  EXPECT_LE(last_first_token(2), 1.6 * last_first_token(0));
+  EXPECT_LE(last_first_token(2), 2.5 * last_first_token(0));  // forgotten: 4.5
 }
 
 TEST(Scheduler, RepeatedPromptCostsItsLastPageOnly) {
