@@ -2,7 +2,9 @@
 #include <CLI/CLI.hpp>
 #include <iostream>
 
+#include "cli/bench/kernels_command.h"
 #include "cli/bench/serve_command.h"
+#include "cli/bench/transport_command.h"
 #include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
 #include "cli/demo_command.h"
@@ -103,6 +105,23 @@ int main(int argc, char** argv) {
   bench_serve->callback([&] {
     node::UnblockSignals();
     exit_code = Finish(cli::bench::RunServe(bench_serve_flags, MK_VERSION, std::cout));
+  });
+
+  cli::bench::KernelsFlags bench_kernels_flags;
+  CLI::App* bench_kernels = bench->add_subcommand("kernels", "every kernel beside this machine's ceilings");
+  cli::bench::AddKernelsFlags(*bench_kernels, bench_kernels_flags);
+  bench_kernels->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::bench::RunKernels(bench_kernels_flags, std::cout));
+  });
+
+  cli::bench::TransportFlags bench_transport_flags;
+  CLI::App* bench_transport =
+      bench->add_subcommand("transport", "messages between two processes, beside ucx_perftest");
+  cli::bench::AddTransportFlags(*bench_transport, bench_transport_flags);
+  bench_transport->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::bench::RunTransport(bench_transport_flags, MK_VERSION, std::cout));
   });
 
   tokenizer::TokenizeOptions tokenize_options;

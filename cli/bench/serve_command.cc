@@ -6,10 +6,10 @@
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/io_context.hpp>
 #include <exception>
-#include <fstream>
 #include <iostream>
 
 #include "absl/strings/str_format.h"
+#include "cli/bench/json_output.h"
 #include "cli/bench/report.h"
 #include "cli/bench/stream_client.h"
 #include "libs/base/status.h"
@@ -144,25 +144,9 @@ absl::Status WarmUp(asio::io_context& context, StreamClient& client, const Serve
 }
 
 absl::Status Write(const ServeReport& report, std::ostream& out) {
-  const std::string& file_name = report.flags.json;
-  (file_name == "-" ? std::cerr : out) << FormatTable(report) << std::flush;
-  if (file_name.empty()) return absl::OkStatus();
-  if (file_name == "-") {
-    out << FormatJson(report) << std::flush;
-    return absl::OkStatus();
-  }
-  std::ofstream file(file_name, std::ios::trunc);
-  file << FormatJson(report);
-  file.close();
-  if (!file) return absl::UnavailableError(StrCat("--json: cannot write ", file_name));
-  return absl::OkStatus();
-}
-
-// Before the run, so that an hour's result does not end in a folder that is not there.
-absl::Status CheckWritable(const std::string& file_name) {
-  if (file_name.empty() || file_name == "-") return absl::OkStatus();
-  if (std::ofstream(file_name, std::ios::app)) return absl::OkStatus();
-  return absl::InvalidArgumentError(StrCat("--json: cannot write ", file_name));
+  const std::string& json = report.flags.json;
+  TableStream(json, out) << FormatTable(report) << std::flush;
+  return json.empty() ? absl::OkStatus() : WriteJson(json, FormatJson(report), out);
 }
 
 absl::Status ExitStatus(const ServeReport& report) {

@@ -36,6 +36,16 @@ absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const 
   MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint.Find(prefix + "gate_proj.weight", wide));
   MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint.Find(prefix + "up_proj.weight", wide));
   MK_ASSIGN_OR_RETURN(const TensorView down, checkpoint.Find(prefix + "down_proj.weight", tall));
+  const auto reader = [](const TensorView& view) {
+    return [&view](int64_t begin, std::span<float> out) { view.Read(begin, out); };
+  };
+  FfnWeights weights = Pack(hidden, inner, precision, reader(gate), reader(up), reader(down), pool);
+  for (const TensorView& view : {gate, up, down}) checkpoint.Release(view);
+  return weights;
+}
+
+FfnWeights FfnWeights::Pack(int64_t hidden, int64_t inner, Precision precision, ElementReader gate,
+                            ElementReader up, ElementReader down, ThreadPool& pool) {
   FfnWeights weights;
   const int64_t half_blocks = (inner + kBlockColumns - 1) / kBlockColumns;
   weights.gate_up_ = PackedMatrix::Pack(
@@ -43,14 +53,14 @@ absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const 
       [&](int64_t row, std::span<float> out) {
         const int64_t block = row / kBlockColumns, column = block / 2 * kBlockColumns + row % kBlockColumns;
         if (column < inner) {
-          (block % 2 == 0 ? gate : up).Read(column * hidden, out);
+          (block % 2 == 0 ? gate : up)(column * hidden, out);
         } else {
           std::fill(out.begin(), out.end(), 0.0f);
         }
       },
       pool);
-  weights.down_ = PackedMatrix::Pack(precision, down, pool);
-  for (const TensorView& view : {gate, up, down}) checkpoint.Release(view);
+  weights.down_ = PackedMatrix::Pack(
+      precision, hidden, inner, [&](int64_t row, std::span<float> out) { down(row * inner, out); }, pool);
   return weights;
 }
 

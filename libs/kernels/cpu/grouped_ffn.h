@@ -21,6 +21,9 @@ class FfnWeights {
   static absl::StatusOr<FfnWeights> Load(const Checkpoint& checkpoint, const std::string& prefix,
                                          int64_t hidden, int64_t inner, Precision precision,
                                          ThreadPool& pool);
+  // gate, up: [inner, hidden]; down: [hidden, inner].
+  static FfnWeights Pack(int64_t hidden, int64_t inner, Precision precision, ElementReader gate,
+                         ElementReader up, ElementReader down, ThreadPool& pool);
   int64_t hidden() const { return down_.n(); }
   int64_t inner() const { return down_.k(); }
   int64_t bytes() const { return gate_up_.bytes() + down_.bytes(); }

@@ -512,6 +512,13 @@ absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const 
                                             const MlaShape& s, Precision precision, ThreadPool& pool) {
   const int64_t shape[] = {s.heads * (s.nope_dim + s.v_dim), s.kv_lora_rank};
   MK_ASSIGN_OR_RETURN(const TensorView kv_b, checkpoint.Find(kv_b_name, shape));
+  MlaWeights weights = Pack(
+      s, precision, [&](int64_t begin, std::span<float> out) { kv_b.Read(begin, out); }, pool);
+  checkpoint.Release(kv_b);
+  return weights;
+}
+
+MlaWeights MlaWeights::Pack(const MlaShape& s, Precision precision, ElementReader kv_b, ThreadPool& pool) {
   const int64_t rank = s.kv_lora_rank, head_rows = s.nope_dim + s.v_dim;
   // One matrix for all heads: head h in rows [h * padded, h * padded + width), the rest of its blocks zero.
   const auto pack = [&](int64_t width, int64_t k, auto read) {
@@ -529,16 +536,14 @@ absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const 
   };
   MlaWeights weights;
   weights.absorb_k_ = pack(rank, s.nope_dim, [&](int64_t head, int64_t column, std::span<float> out) {
-    for (int64_t i = 0; i < s.nope_dim; ++i)
-      kv_b.Read((head * head_rows + i) * rank + column, out.subspan(i, 1));
+    for (int64_t i = 0; i < s.nope_dim; ++i) kv_b((head * head_rows + i) * rank + column, out.subspan(i, 1));
   });
   weights.expand_k_ = pack(s.nope_dim, rank, [&](int64_t head, int64_t i, std::span<float> out) {
-    kv_b.Read((head * head_rows + i) * rank, out);
+    kv_b((head * head_rows + i) * rank, out);
   });
   weights.expand_v_ = pack(s.v_dim, rank, [&](int64_t head, int64_t i, std::span<float> out) {
-    kv_b.Read((head * head_rows + s.nope_dim + i) * rank, out);
+    kv_b((head * head_rows + s.nope_dim + i) * rank, out);
   });
-  checkpoint.Release(kv_b);
   return weights;
 }
 

@@ -45,6 +45,8 @@ class MlaWeights {
  public:
   static absl::StatusOr<MlaWeights> Load(const Checkpoint& checkpoint, const std::string& kv_b_name,
                                          const MlaShape& shape, Precision precision, ThreadPool& pool);
+  // kv_b: [heads * (nope + v), kv_lora_rank].
+  static MlaWeights Pack(const MlaShape& shape, Precision precision, ElementReader kv_b, ThreadPool& pool);
   const PackedMatrix& absorb_k() const {
     return absorb_k_;
   }  // per head [kv_lora_rank, nope]: q_nope -> latent

@@ -32,6 +32,10 @@ class HugeBuffer {
   int64_t mapped_bytes_ = 0;
 };
 
+// Elements [begin, begin + out.size()) of a row-major weight tensor, widened to f32. Called on the pool's
+// threads.
+using ElementReader = absl::FunctionRef<void(int64_t begin, std::span<float> out)>;
+
 // Immutable after Pack; thread-safe. A linear layer y [n] = W x [k], W stored [n, k] in the checkpoint.
 class PackedMatrix {
  public:

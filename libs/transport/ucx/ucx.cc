@@ -78,6 +78,14 @@ bool RdmaDevicePresent() {
   return present;
 }
 
+absl::StatusOr<std::vector<UcxSetting>> ChooseSettings(UcxSelection selection, const Interface& interface) {
+  const bool rdma_present = RdmaDevicePresent();
+  if (selection == UcxSelection::kRdma && !rdma_present) {
+    return absl::FailedPreconditionError("transport rdma: UCX sees no RDMA device on this host");
+  }
+  return SettingsFor(selection, interface.name, interface.loopback, rdma_present);
+}
+
 absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
   // Users may well have UCX variables for other versions in their environment.
   if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr)
@@ -376,12 +384,8 @@ void UcxLink::Remove(SendOperation* operation) {
 
 absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, const UcxOptions& options) {
   MK_ASSIGN_OR_RETURN(Interface interface, FindInterface(options.interface));
-  const bool rdma_present = RdmaDevicePresent();
-  if (options.selection == UcxSelection::kRdma && !rdma_present) {
-    return absl::FailedPreconditionError("transport rdma: UCX sees no RDMA device on this host");
-  }
-  MK_ASSIGN_OR_RETURN(Context context, CreateContext(SettingsFor(options.selection, interface.name,
-                                                                 interface.loopback, rdma_present)));
+  MK_ASSIGN_OR_RETURN(const std::vector<UcxSetting> settings, ChooseSettings(options.selection, interface));
+  MK_ASSIGN_OR_RETURN(Context context, CreateContext(settings));
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
   int worker_fd = -1;
   if (ucs_status_t status = ucp_worker_get_efd(worker.get(), &worker_fd); status != UCS_OK) {
@@ -670,6 +674,18 @@ absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptio
                       internal::UcxDriver::Create(pool.get(), options));
   return std::make_unique<internal::PeerTransport>(std::move(pool), std::move(driver), std::move(identity),
                                                    options.transport);
+}
+
+absl::StatusOr<std::vector<std::pair<std::string, std::string>>> UcxEnvironment(const UcxOptions& options) {
+  MK_ASSIGN_OR_RETURN(const internal::Interface interface, internal::FindInterface(options.interface));
+  MK_ASSIGN_OR_RETURN(const std::vector<internal::UcxSetting> settings,
+                      internal::ChooseSettings(options.selection, interface));
+  std::vector<std::pair<std::string, std::string>> variables;
+  for (const internal::UcxSetting& setting : settings) {
+    std::string name = StrCat("UCX_", setting.name);
+    if (std::getenv(name.c_str()) == nullptr) variables.emplace_back(std::move(name), setting.value);
+  }
+  return variables;
 }
 
 }  // namespace minke::transport

@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "libs/transport/transport.h"
@@ -33,5 +35,9 @@ struct UcxOptions {
 
 // INVALID_ARGUMENT: no such interface. UNAVAILABLE: the port is taken, or UCX does not start.
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptions options = {});
+
+// UCX_* variables and values with which another program (ucx_perftest) makes the choices of CreateUcx;
+// without those that this process's environment has already. Same errors.
+absl::StatusOr<std::vector<std::pair<std::string, std::string>>> UcxEnvironment(const UcxOptions& options);
 
 }  // namespace minke::transport

@@ -1,0 +1,3 @@
+#define MK_CEILING_LOOPS k_ceiling_loops_portable
+#define MK_LANES 4
+#include "libs/kernels/bench/ceiling_loops.inc"
