@@ -165,6 +165,23 @@ TEST(MlaForms, AgreeAtLongPositionsAndChunksGiveTheSameBits) {
   }
 }
 
+TEST(MlaForms, CheaperFormDependsOnRowsAndOnWhatIsBeforeThem) {
+  ModelConfig config = testing_support::TinyConfig();
+  config.kv_lora_rank = 512;
+  config.qk_nope_head_dim = 128;
+  config.qk_rope_head_dim = 64;
+  config.v_head_dim = 128;
+  const MlaShape shape(config);
+  EXPECT_EQ(CheaperForm(shape, 1, 0), MlaForm::kAbsorbed);
+  EXPECT_EQ(CheaperForm(shape, 4, 8192), MlaForm::kAbsorbed);
+  EXPECT_EQ(CheaperForm(shape, 128, 0), MlaForm::kNaive);
+  // Far behind the prompt's beginning the expansion of all keys pays from about 171 rows on.
+  EXPECT_EQ(CheaperForm(shape, 128, 1 << 20), MlaForm::kAbsorbed);
+  EXPECT_EQ(CheaperForm(shape, 170, 1 << 20), MlaForm::kAbsorbed);
+  EXPECT_EQ(CheaperForm(shape, 172, 1 << 20), MlaForm::kNaive);
+  EXPECT_EQ(CheaperForm(shape, 512, 8192), MlaForm::kNaive);
+}
+
 TEST(GroupedFfn, MatchesReferenceForAnyDistributionOfRows) {
   std::mt19937 rng(11);
   ThreadPool pool(2);

@@ -37,19 +37,22 @@ void HeadMatMul(const PackedMatrix& w, int64_t head, int64_t width, const std::b
 // Exact: the rows, and their transpose. BF16: key pairs run along the width, value pairs along the keys, so
 // that both products take bf16 operands and accumulate in f32.
 struct PageScratch {
-  Scratch<std::byte> padded, keys, values, probabilities;
+  Scratch<std::byte> padded, keys, values, probabilities, queries;
+  Scratch<float> by_key;
 };
 
 int64_t Even(int64_t n) { return n + n % 2; }
 
-// keys [n <= 64, width] Act, row stride ldk, to the form ScoreProduct takes.
-const std::byte* PackKeys(Precision precision, const std::byte* keys, int64_t ldk, int64_t n, int64_t width,
-                          PageScratch& scratch) {
-  auto* out =
-      reinterpret_cast<float*>(scratch.keys.Resize(Even(width) * kPageTokens * ActivationBytes(precision)));
+int64_t PackedKeysBytes(Precision precision, int64_t width) {
+  return Even(width) * kPageTokens * ActivationBytes(precision);
+}
+
+// keys [n <= 64, width] Act, row stride ldk, as the packed operand of a product with 64 columns.
+void PackKeys(Precision precision, const std::byte* keys, int64_t ldk, int64_t n, int64_t width,
+              std::byte* packed, PageScratch& scratch) {
+  auto* out = reinterpret_cast<float*>(packed);
   if (precision == Precision::kExact) {
-    Tiles().transpose_64(reinterpret_cast<const float*>(keys), ldk, n, width, out);
-    return scratch.keys.data();
+    return Tiles().transpose_64(reinterpret_cast<const float*>(keys), ldk, n, width, out);
   }
   // Two bf16 of a row move as one 32-bit value.
   if (ldk % 2 != 0 || width % 2 != 0) {
@@ -62,7 +65,6 @@ const std::byte* PackKeys(Precision precision, const std::byte* keys, int64_t ld
     ldk = Even(width);
   }
   Tiles().transpose_64(reinterpret_cast<const float*>(keys), ldk / 2, n, Even(width) / 2, out);
-  return scratch.keys.data();
 }
 
 // scores [m, 64] = query [m, width] Act x keys^T.
@@ -75,6 +77,21 @@ void ScoreProduct(Precision precision, const std::byte* packed_keys, const std::
   } else {
     Tiles().gemm_bf16(reinterpret_cast<const bf16*>(packed_keys), reinterpret_cast<const bf16*>(query), ldq,
                       scores, kPageTokens, m, kPageTokens, width, false);
+  }
+}
+
+// The same with the queries packed, in blocks of 64 rows, and a page's keys read where they are: a page meets
+// few queries when sequences decode, and laying out its keys would cost more than the product.
+void ScorePage(const std::byte* packed_queries, const std::byte* page, int64_t keys, int64_t m, int64_t width,
+               float* scores, PageScratch& scratch) {
+  float* by_key = scratch.by_key.Resize(kPageTokens * kPageTokens);
+  for (int64_t i = 0; i < m; i += kPageTokens) {
+    const int64_t rows = std::min(kPageTokens, m - i);
+    Tiles().gemm_bf16(reinterpret_cast<const bf16*>(
+                          packed_queries + i / kPageTokens * PackedKeysBytes(Precision::kBF16, width)),
+                      reinterpret_cast<const bf16*>(page), width, by_key, kPageTokens, keys, rows, width,
+                      false);
+    Tiles().transpose_64(by_key, kPageTokens, keys, rows, scores + i * kPageTokens);
   }
 }
 
@@ -183,19 +200,33 @@ void AttendPages(const Context& context, const MlaChunk& chunk, int64_t token, i
   ThreadScratch& scratch = LocalScratch();
   const int64_t m = tokens * heads, latent = s.latent_dim(), rank = s.kv_lora_rank;
   const int64_t first_position = chunk.position_begin + token;
-  // A copy where the exact form would read past the cache's end.
-  std::byte* rows = scratch.rows.Resize((kPageTokens * latent + kBlockColumns) * context.element());
   float* scores = scratch.scores.Resize(m * kPageTokens);
   std::fill(result.o, result.o + m * rank, 0.0f);
   std::fill(result.maximum, result.maximum + m, -INFINITY);
   std::fill(result.sum, result.sum + m, 0.0f);
+  const int64_t packed_bytes = PackedKeysBytes(precision, latent);
+  std::byte *rows = nullptr, *packed_keys = nullptr, *packed_queries = nullptr;
+  if (precision == Precision::kExact) {
+    // A copy, since the products would read past the cache's end.
+    rows = scratch.rows.Resize((kPageTokens * latent + kBlockColumns) * context.element());
+    packed_keys = scratch.page.keys.Resize(packed_bytes);
+  } else {
+    packed_queries = scratch.page.queries.Resize((m + kPageTokens - 1) / kPageTokens * packed_bytes);
+    for (int64_t i = 0; i < m; i += kPageTokens) {
+      PackKeys(precision, query + i * latent * context.element(), latent, std::min(kPageTokens, m - i),
+               latent, packed_queries + i / kPageTokens * packed_bytes, scratch.page);
+    }
+  }
   for (int64_t key = key_begin; key < key_end; key += kPageTokens) {
     const int64_t keys = std::min(kPageTokens, key_end - key);
     const std::byte* page = context.page(chunk.pages[key / kPageTokens]);
-    if (precision == Precision::kExact)
+    if (precision == Precision::kExact) {
       page = static_cast<std::byte*>(std::memcpy(rows, page, keys * latent * sizeof(float)));
-    const std::byte* packed_keys = PackKeys(precision, page, latent, keys, latent, scratch.page);
-    ScoreProduct(precision, packed_keys, query, latent, m, latent, scores);
+      PackKeys(precision, page, latent, keys, latent, packed_keys, scratch.page);
+      ScoreProduct(precision, packed_keys, query, latent, m, latent, scores);
+    } else {
+      ScorePage(packed_queries, page, keys, m, latent, scores, scratch.page);
+    }
     for (int64_t i = 0; i < m; ++i) {
       SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key),
                   s.softmax_scale, result.maximum[i], result.sum[i], result.o + i * rank, rank);
@@ -341,7 +372,8 @@ void Naive(const Context& context, const MlaChunk& chunk, int64_t head) {
       std::memcpy(act_rows + (i * q_dim + s.nope_dim) * context.element(),
                   page + (i * latent + rank) * context.element(), s.rope_dim * context.element());
     }
-    const std::byte* packed_keys = PackKeys(precision, act_rows, q_dim, keys, q_dim, scratch.page);
+    std::byte* packed_keys = scratch.page.keys.Resize(PackedKeysBytes(precision, q_dim));
+    PackKeys(precision, act_rows, q_dim, keys, q_dim, packed_keys, scratch.page);
     const std::byte* packed_values = reinterpret_cast<const std::byte*>(values);
     if (precision == Precision::kBF16) {
       ToActivation(precision, values, act_rows, keys * v_dim);
@@ -465,6 +497,16 @@ MlaShape::MlaShape(const ModelConfig& config)
       v_dim(config.v_head_dim),
       kv_lora_rank(config.kv_lora_rank),
       softmax_scale(static_cast<float>(config.softmax_scale())) {}
+
+MlaForm CheaperForm(const MlaShape& s, int64_t rows, int64_t position_begin) {
+  // Fewer rows than this leave the naive form's products without enough of them per page and head.
+  constexpr int64_t kNaiveRowsMin = 16;
+  const int64_t keys = position_begin + rows, pairs = rows * position_begin + rows * (rows + 1) / 2;
+  const int64_t per_projection = (s.nope_dim + s.v_dim) * s.kv_lora_rank;  // of a row, or of a key
+  const int64_t absorbed = rows * per_projection + pairs * (s.latent_dim() + s.kv_lora_rank);
+  const int64_t naive = keys * per_projection + pairs * (s.q_dim() + s.v_dim);
+  return rows >= kNaiveRowsMin && naive < absorbed ? MlaForm::kNaive : MlaForm::kAbsorbed;
+}
 
 absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const std::string& kv_b_name,
                                             const MlaShape& s, Precision precision, ThreadPool& pool) {

@@ -4,9 +4,8 @@
 //   absorbed  W_UK is multiplied into the query and W_UV into the output: attention runs over the latent
 //   itself,
 //             one key of width kv_lora_rank + rope for all heads. For decode and short chunks.
-//   naive     keys and values are expanded from the latent, page by page, per head. Fewer operations once a
-//   chunk
-//             has more than about 170 rows.
+//   naive     keys and values are expanded from the latent, page by page, per head. Fewer operations for long
+//             chunks, and for shorter ones with little before them (CheaperForm).
 //
 // Both reduce the keys in blocks of one page (64 tokens), in order, with a running maximum (the absorbed form
 // in partitions of 16 pages, merged in order), so a row's result does not depend on the chunk it arrives in,
@@ -70,6 +69,9 @@ struct MlaChunk {
   std::span<const uint32_t> pages;  // of the sequence, in order; enough for position_begin + rows tokens
   MlaForm form = MlaForm::kAbsorbed;
 };
+
+// The form with fewer operations for `rows` rows after `position_begin` cached ones.
+MlaForm CheaperForm(const MlaShape& shape, int64_t rows, int64_t position_begin);
 
 struct MlaScratch {
   Scratch<std::byte> q_act;  // q in the activation dtype

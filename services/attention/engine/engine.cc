@@ -11,9 +11,6 @@
 namespace minke::attention {
 namespace {
 
-// Above this many rows expanding keys and values costs less than attending over the wide latent:
-// 2 * 512 * 256 * P against 1536 * t * P operations per head (docs/mathematics.md).
-constexpr int64_t kNaiveRowsMin = 171;
 // Head rows whose logits are held at once: 64 x 102,400 x 4 B = 25 MiB.
 constexpr int64_t kLogitRowsMax = 64;
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
@@ -47,6 +44,7 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
                std::vector<uint8_t> allowed_tokens, OutputSink sink)
     : options_(options),
       model_(std::move(model)),
+      mla_shape_(model_->config()),
       transport_(std::move(transport)),
       local_gate_(std::move(local_gate)),
       pool_(pool),
@@ -225,7 +223,7 @@ void Engine::Run() {
   }
 }
 
-kernels::MlaForm Engine::FormOf(int64_t rows) const {
+kernels::MlaForm Engine::FormOf(const StepChunk& chunk) const {
   switch (options_.mla) {
     case MlaChoice::kAbsorbed:
       return kernels::MlaForm::kAbsorbed;
@@ -236,7 +234,7 @@ kernels::MlaForm Engine::FormOf(int64_t rows) const {
   }
   // Exact mode promises the same bits for every chunking, so it has one form.
   if (model_->precision() == Precision::kExact) return kernels::MlaForm::kAbsorbed;
-  return rows >= kNaiveRowsMin ? kernels::MlaForm::kNaive : kernels::MlaForm::kAbsorbed;
+  return kernels::CheaperForm(mla_shape_, chunk.count, chunk.begin);
 }
 
 // Two microbatches keep this node busy while the other's rows are away, at the price of reading the weights
@@ -272,7 +270,7 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
                                  .rows = chunk.count,
                                  .position_begin = chunk.begin,
                                  .pages = chunk.sequence->pages,
-                                 .form = FormOf(chunk.count)});
+                                 .form = FormOf(chunk)});
     for (int64_t position = chunk.begin; position < chunk.begin + chunk.count; ++position) {
       lane.batch.rows.push_back({.token = chunk.sequence->tokens[position],
                                  .page = chunk.sequence->pages[position / kernels::kPageTokens],

@@ -109,10 +109,11 @@ class Engine {
   void CollectOutputs(Lane& lane, std::vector<RequestEvent>& events);
   void Emit(std::vector<RequestEvent> events);
   void PublishStatus();
-  kernels::MlaForm FormOf(int64_t rows) const;
+  kernels::MlaForm FormOf(const StepChunk& chunk) const;
 
   const EngineOptions options_;
   std::unique_ptr<AttentionModel> model_;
+  const kernels::MlaShape mla_shape_;
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<router::Gate> local_gate_;
   ThreadPool& pool_;

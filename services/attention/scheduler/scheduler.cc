@@ -107,31 +107,25 @@ bool Scheduler::Reserve(Sequence& sequence, int64_t tokens) {
 }
 
 void Scheduler::StepTook(absl::Duration duration, int64_t decode_rows, int64_t prompt_rows) {
-  constexpr double kNews = 0.2;  // weight of the newest step
-  const double seconds = absl::ToDoubleSeconds(duration);
-  const auto learn = [&](double& value, double news) {
-    value = value == 0 ? news : value + kNews * (news - value);
-  };
-  if (prompt_rows == 0) {
-    if (decode_rows > 0) learn(decode_seconds_, seconds);
-  } else {
-    const double added = decode_rows > 0 ? seconds - decode_seconds_ : seconds;
-    learn(prompt_row_seconds_, std::max(added, 1e-7) / static_cast<double>(prompt_rows));
-  }
+  cost_.Took(absl::ToDoubleSeconds(duration), decode_rows, prompt_rows);
 }
 
 // Prompt rows of a step with `decode_rows` decoding sequences. A lone prompt gets as much time as they do
 // together; the more prompts wait compared to them, the more: a crowd that has no first token yet goes before
 // tokens that come a bit later.
 int64_t Scheduler::PromptBudget(int64_t decode_rows, int64_t budget) const {
-  constexpr int64_t kRowsMin = 8;  // a prompt always moves on
-  if (limits_.decode_stretch == 0 || decode_rows == 0 || decode_seconds_ == 0 || prompt_row_seconds_ == 0)
-    return budget;
+  constexpr int64_t kRowsMin = 8;     // a prompt always moves on
+  constexpr int64_t kRowsTrial = 64;  // tell what a row costs
+  constexpr double kCrowd = 8;        // goes first, whatever it costs
+  if (limits_.decode_stretch == 0 || decode_rows == 0) return budget;
   double prompts = static_cast<double>(waiting_.size());
   for (const auto& sequence : running_) prompts += std::ssize(sequence->tokens) - sequence->computed > 1;
   const double share = std::max(1.0, prompts * prompts / static_cast<double>(decode_rows));
-  const double rows =
-      decode_seconds_ * std::max(0.0, limits_.decode_stretch - 1) * share / prompt_row_seconds_;
+  if (prompts == 0 || share >= kCrowd) return budget;
+  const std::optional<double> decode = cost_.DecodeSeconds(decode_rows), row = cost_.PromptRowSeconds();
+  if (!decode.has_value()) return row.has_value() ? 0 : budget;
+  const double rows = row.has_value() ? *decode * std::max(0.0, limits_.decode_stretch - 1) * share / *row
+                                      : static_cast<double>(kRowsTrial);
   return rows >= static_cast<double>(budget)
              ? budget
              : std::min(budget, std::max(kRowsMin, static_cast<int64_t>(rows)));

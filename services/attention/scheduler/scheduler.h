@@ -11,6 +11,7 @@
 
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/scheduler/sequence.h"
+#include "services/attention/scheduler/step_cost.h"
 
 namespace minke::attention {
 
@@ -74,8 +75,7 @@ class Scheduler {
   PagePool& pages_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
   std::deque<std::unique_ptr<Sequence>> waiting_;
-  double decode_seconds_ = 0;      // of a step without prompt rows, lately; 0: none yet
-  double prompt_row_seconds_ = 0;  // what a prompt row adds, lately
+  StepCost cost_;
   uint64_t preemptions_ = 0, reuse_queries_ = 0, reuse_hits_ = 0;
 };
 
