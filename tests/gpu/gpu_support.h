@@ -78,4 +78,23 @@ inline void ExpectClose(const std::vector<bf16>& got, const std::vector<double>&
   EXPECT_LE(worst, row_limit) << what << ", row " << worst_row << " of " << want.size() / width;
 }
 
+inline void ExpectSameBits(const std::vector<bf16>& got, const std::vector<bf16>& want, int64_t width,
+                           const std::string& what) {
+  ASSERT_EQ(got.size(), want.size());
+  std::string rows;
+  int64_t differing = 0;
+  for (int64_t row = 0; row * width < std::ssize(want); ++row) {
+    int64_t first = -1, last = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      if (got[row * width + i] == want[row * width + i]) continue;
+      if (first < 0) first = i;
+      last = i;
+    }
+    if (first >= 0 && ++differing <= 8) {
+      rows += " row " + std::to_string(row) + " columns " + std::to_string(first) + ".." + std::to_string(last);
+    }
+  }
+  EXPECT_EQ(differing, 0) << what << ":" << rows;
+}
+
 }  // namespace minke::cuda::testing_support

@@ -48,7 +48,7 @@ absl::StatusOr<MlaDecode> MlaDecode::Create(const Options& options) {
   if (options.segment_cost > 0) limits.segment_cost = options.segment_cost;
   if (decode.path_ == Path::kHopper) {
     // Both halves of 128 heads read the same pages: two blocks share every load.
-    decode.blocks_per_worker_ = options.heads == 128 && options.variant != 1 ? 2 : 1;
+    decode.blocks_per_worker_ = options.heads == 128 && options.variant % 2 == 0 ? 2 : 1;
     limits.item_rows = kTileRows * decode.blocks_per_worker_;
     limits.workers = device->multiprocessors / decode.blocks_per_worker_;
   } else {

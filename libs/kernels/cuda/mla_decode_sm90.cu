@@ -248,7 +248,7 @@ __device__ __forceinline__ void StorePartial(float* row_a, float* row_b, const f
 // How far a row must be scaled when its maximum moves; maxima only grow, and may both still be -inf.
 __device__ __forceinline__ float Factor(float from, float to) { return from == to ? 1.f : Exp2(from - to); }
 
-template <int kCluster, bool kValuesBetween>
+template <int kCluster>
 struct Consumer {
   const DecodeParams& p;
   const uint32_t base;
@@ -308,9 +308,11 @@ struct Consumer {
     float to_a, to_b;
     const uint32_t maxima = base + kMaxima + ((t & 1) * 64 + warp * 16 + lane / 4) * 4;
     asm volatile("ld.shared.f32 %0, [%2];\nld.shared.f32 %1, [%2 + 32];" : "=f"(to_a), "=f"(to_b) : "r"(maxima));
-    Release<kCluster>(rope.empty, lane);
     Rescale(to_a, to_b);
     Values(probabilities, page);
+    // Only now: the products have waited for the probabilities to be in registers. A load from shared memory may be
+    // late (the tensor cores come first there), and an arrival does not wait for it.
+    Release<kCluster>(rope.empty, lane);
   }
 
   // A page that the sequence does not fill: what lies past its end may be anything, and 0 x NaN is NaN.
@@ -337,119 +339,142 @@ struct Consumer {
     int pages, page_begin, length, first_limit, limit_a, limit_b, index;
   };
 
-  // Page t of the segment, whose scores this warpgroup computes. kFirst: no page of the other's comes before it.
-  template <bool kFirst>
-  __device__ __forceinline__ void OwnPage(const Pages& of, int t, const uint32_t (&q_rope)[16],
+  __device__ __forceinline__ void ScoresOfPairs(float (&s)[32], int from, int to, int page) {
+#pragma unroll
+    for (int pair = from; pair < to; ++pair) {
+      const Slot slot = PairSlot(base, pair, page);
+      BarrierWait(slot.full, slot.parity);
+      ScoresOfPair(s, base + kQ + pair * kPair, slot.tiles, pair);
+    }
+  }
+
+  __device__ __forceinline__ void ScoresOfRope(float (&s)[32], const uint32_t (&q_rope)[16], const Slot& rope) {
+    BarrierWait(rope.full, rope.parity);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      ProductN64Registers<0>(s, q_rope + 4 * k, Descriptor(rope.tiles + k * 32, 1024, 16), 1);
+    }
+  }
+
+  // s becomes probabilities relative to the new maxima (to_a, to_b).
+  __device__ __forceinline__ void Softmax(float (&s)[32], const Pages& of, int t, float& to_a, float& to_b, float& sum_a,
+                                          float& sum_b) {
+    const int key = (of.page_begin + t) * 64;
+    if (key + 64 > of.first_limit) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int column = key + 8 * (i / 4) + 2 * (lane & 3) + (i & 1);
+        if (column >= ((i & 2) ? of.limit_b : of.limit_a)) s[i] = -INFINITY;
+      }
+    }
+    to_a = s[0], to_b = s[2];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (i & 2) {
+        to_b = fmaxf(to_b, s[i]);
+      } else {
+        to_a = fmaxf(to_a, s[i]);
+      }
+    }
+#pragma unroll
+    for (int d = 1; d <= 2; d <<= 1) {
+      to_a = fmaxf(to_a, __shfl_xor_sync(~0u, to_a, d));
+      to_b = fmaxf(to_b, __shfl_xor_sync(~0u, to_b, d));
+    }
+    to_a *= p.scale_log2, to_b *= p.scale_log2;
+    to_a = to_a > m_a + kMaxLag ? to_a : m_a;
+    to_b = to_b > m_b + kMaxLag ? to_b : m_b;
+    const float minus_a = to_a == -INFINITY ? 0.f : -to_a, minus_b = to_b == -INFINITY ? 0.f : -to_b;
+    sum_a = sum_b = 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      s[i] = Exp2(fmaf(s[i], p.scale_log2, (i & 2) ? minus_b : minus_a));
+      if (i & 2) {
+        sum_b += s[i];
+      } else {
+        sum_a += s[i];
+      }
+    }
+  }
+
+  // Hands this page's probabilities and maxima to the other warpgroup, in the place of the page's rotated part.
+  __device__ __forceinline__ void Publish(const float (&s)[32], uint32_t (&probabilities)[16], const Slot& rope, int t,
+                                          float to_a, float to_b) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) probabilities[i] = PackBF16(s[2 * i], s[2 * i + 1]);
+    NamedSync<128>(kGroup + group);  // no warp's product reads the rotated keys any more
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      StoreMatrix4(FragmentAt(rope.tiles, k), probabilities[4 * k], probabilities[4 * k + 1], probabilities[4 * k + 2],
+                   probabilities[4 * k + 3]);
+    }
+    if ((lane & 3) == 0) {
+      const uint32_t maxima = base + kMaxima + ((t & 1) * 64 + warp * 16 + lane / 4) * 4;
+      asm volatile("st.shared.f32 [%0], %1;\nst.shared.f32 [%0 + 32], %2;" ::"r"(maxima), "f"(to_a), "f"(to_b)
+                   : "memory");
+    }
+    __syncwarp();
+    FenceAsyncShared();
+    NamedArrive<256>(kProbabilities + group);
+    Release<kCluster>(rope.empty, lane);
+  }
+
+  __device__ __forceinline__ void Scores(float (&s)[32], const Pages& of, int t, const uint32_t (&q_rope)[16]) {
+    const int page = of.first_page + t, tokens = of.length - (of.page_begin + t) * 64;
+    if (tokens < 64) ClearTail(page, tokens);
+    ProductsBegin();
+    ScoresOfPairs(s, 0, 4, page);
+    ScoresOfRope(s, q_rope, RopeSlot(base, page, of.index + 1));
+    ProductsCommit();
+  }
+
+  __device__ __forceinline__ void FinishValues(int page) {
+    ProductsWait<0>();
+    Pin(o0);
+    Pin(o1);
+    ReleaseValues(page);
+  }
+
+  // The first warpgroup's: an even page's scores, softmax and values, then the values of the odd page after it.
+  __device__ __forceinline__ void EvenPage(const Pages& of, int t, const uint32_t (&q_rope)[16],
+                                           uint32_t (&probabilities)[16]) {
+    const int page = of.first_page + t;
+    float s[32];
+    Scores(s, of, t, q_rope);
+    ProductsWait<0>();
+    Pin(s);
+    if (t + 2 >= of.pages) Release<1>(base + kQEmpty, lane);
+    float to_a, to_b, sum_a, sum_b;
+    Softmax(s, of, t, to_a, to_b, sum_a, sum_b);
+    Publish(s, probabilities, RopeSlot(base, page, of.index + 1), t, to_a, to_b);
+    Rescale(to_a, to_b);
+    l_a += sum_a, l_b += sum_b;
+    Values(probabilities, page);
+    FinishValues(page);
+    if (t + 1 < of.pages) {
+      OtherPage(probabilities, page + 1, of.index + 1, t + 1);
+      FinishValues(page + 1);
+    }
+  }
+
+  // The second's: beside an odd page's scores and softmax the values of the even page before it, then its own.
+  __device__ __forceinline__ void OddPage(const Pages& of, int t, const uint32_t (&q_rope)[16],
                                           uint32_t (&probabilities)[16]) {
-          const int page = of.first_page + t, index = of.index;
-          const int tokens = of.length - (of.page_begin + t) * 64;
-          const Slot rope = RopeSlot(base, page, index + 1);
-          if (tokens < 64) ClearTail(page, tokens);
-
-          float s[32];
-          ProductsBegin();
-    #pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
-            const Slot slot = PairSlot(base, pair, page);
-            BarrierWait(slot.full, slot.parity);
-            ScoresOfPair(s, base + kQ + pair * kPair, slot.tiles, pair);
-          }
-          BarrierWait(rope.full, rope.parity);
-    #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            ProductN64Registers<0>(s, q_rope + 4 * k, Descriptor(rope.tiles + k * 32, 1024, 16), 1);
-          }
-          if (kValuesBetween) {
-            ProductsCommit();
-            if (!kFirst) OtherPage(probabilities, page - 1, index + 1, t - 1);
-          }
-    #pragma unroll
-          for (int pair = 2; pair < 4; ++pair) {
-            const Slot slot = PairSlot(base, pair, page);
-            BarrierWait(slot.full, slot.parity);
-            ScoresOfPair(s, base + kQ + pair * kPair, slot.tiles, 1);
-          }
-          ProductsCommit();
-          if (kValuesBetween) {
-            ProductsWait<1>();
-            if (!kFirst) ReleaseValues(page - 1);
-            ProductsWait<0>();
-          } else {
-            if (!kFirst) {
-              OtherPage(probabilities, page - 1, index + 1, t - 1);
-              ProductsWait<1>();  // the scores; the values of the other page go on beside the softmax
-            } else {
-              ProductsWait<0>();
-            }
-          }
-          Pin(s);
-          if (t + 2 >= of.pages) Release<1>(base + kQEmpty, lane);
-
-          const int key = (of.page_begin + t) * 64;
-          if (key + 64 > of.first_limit) {
-    #pragma unroll
-            for (int i = 0; i < 32; ++i) {
-              const int column = key + 8 * (i / 4) + 2 * (lane & 3) + (i & 1);
-              if (column >= ((i & 2) ? of.limit_b : of.limit_a)) s[i] = -INFINITY;
-            }
-          }
-          float to_a = s[0], to_b = s[2];
-    #pragma unroll
-          for (int i = 0; i < 32; ++i) {
-            if (i & 2) {
-              to_b = fmaxf(to_b, s[i]);
-            } else {
-              to_a = fmaxf(to_a, s[i]);
-            }
-          }
-    #pragma unroll
-          for (int d = 1; d <= 2; d <<= 1) {
-            to_a = fmaxf(to_a, __shfl_xor_sync(~0u, to_a, d));
-            to_b = fmaxf(to_b, __shfl_xor_sync(~0u, to_b, d));
-          }
-          to_a *= p.scale_log2, to_b *= p.scale_log2;
-          to_a = to_a > m_a + kMaxLag ? to_a : m_a;
-          to_b = to_b > m_b + kMaxLag ? to_b : m_b;
-          const float minus_a = to_a == -INFINITY ? 0.f : -to_a, minus_b = to_b == -INFINITY ? 0.f : -to_b;
-          float sum_a = 0, sum_b = 0;
-    #pragma unroll
-          for (int i = 0; i < 32; ++i) {
-            s[i] = Exp2(fmaf(s[i], p.scale_log2, (i & 2) ? minus_b : minus_a));
-            if (i & 2) {
-              sum_b += s[i];
-            } else {
-              sum_a += s[i];
-            }
-          }
-          if (!kValuesBetween && !kFirst) {
-            ProductsWait<0>();  // before the probabilities in its registers are overwritten
-            ReleaseValues(page - 1);
-          }
-    #pragma unroll
-          for (int i = 0; i < 16; ++i) probabilities[i] = PackBF16(s[2 * i], s[2 * i + 1]);
-
-          NamedSync<128>(kGroup + group);  // no warp's product reads the rotated keys any more
-    #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            StoreMatrix4(FragmentAt(rope.tiles, k), probabilities[4 * k], probabilities[4 * k + 1], probabilities[4 * k + 2],
-                         probabilities[4 * k + 3]);
-          }
-          if ((lane & 3) == 0) {
-            const uint32_t maxima = base + kMaxima + ((t & 1) * 64 + warp * 16 + lane / 4) * 4;
-            asm volatile("st.shared.f32 [%0], %1;\nst.shared.f32 [%0 + 32], %2;" ::"r"(maxima), "f"(to_a), "f"(to_b)
-                         : "memory");
-          }
-          FenceAsyncShared();
-          NamedArrive<256>(kProbabilities + group);
-          Release<kCluster>(rope.empty, lane);
-
-          Rescale(to_a, to_b);
-          l_a += sum_a, l_b += sum_b;
-          Values(probabilities, page);
-          ProductsWait<0>();
-          Pin(o0);
-          Pin(o1);
-          ReleaseValues(page);
+    const int page = of.first_page + t;
+    float s[32];
+    Scores(s, of, t, q_rope);
+    OtherPage(probabilities, page - 1, of.index + 1, t - 1);
+    ProductsWait<1>();
+    Pin(s);
+    if (t + 2 >= of.pages) Release<1>(base + kQEmpty, lane);
+    float to_a, to_b, sum_a, sum_b;
+    Softmax(s, of, t, to_a, to_b, sum_a, sum_b);
+    FinishValues(page - 1);
+    Publish(s, probabilities, RopeSlot(base, page, of.index + 1), t, to_a, to_b);
+    Rescale(to_a, to_b);
+    l_a += sum_a, l_b += sum_b;
+    Values(probabilities, page);
+    FinishValues(page);
   }
 
   __device__ __forceinline__ void Segment(const DecodeSegment& segment, int index, int first_page) {
@@ -470,6 +495,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i) q_rope[4 * k + i] = r[i];
       }
+      FenceAsyncShared();  // read before the copy engine may write there again
       Release<kCluster>(slot.empty, lane);
     }
     BarrierWait(base + kQFull, index & 1);
@@ -479,19 +505,15 @@ struct Consumer {
     accumulate = 0;
     uint32_t probabilities[16];
     const Pages of = {first_page, pages, page_begin, length, first_limit, limit_a, limit_b, index};
-    int t = group;
     if (group == 0) {
-      OwnPage<true>(of, 0, q_rope, probabilities);
-      t = 2;
-    }
-    for (; t < pages; t += 2) OwnPage<false>(of, t, q_rope, probabilities);
-    if (((pages - 1) & 1) != group) {
-      OtherPage(probabilities, first_page + pages - 1, index + 1, pages - 1);
-      if (pages == 1) Release<1>(base + kQEmpty, lane);  // a warpgroup without a page of its own
-      ProductsWait<0>();
-      Pin(o0);
-      Pin(o1);
-      ReleaseValues(first_page + pages - 1);
+      for (int t = 0; t < pages; t += 2) EvenPage(of, t, q_rope, probabilities);
+    } else {
+      for (int t = 1; t < pages; t += 2) OddPage(of, t, q_rope, probabilities);
+      if (pages & 1) {
+        OtherPage(probabilities, first_page + pages - 1, index + 1, pages - 1);
+        if (pages == 1) Release<1>(base + kQEmpty, lane);  // a warpgroup without a page of its own
+        FinishValues(first_page + pages - 1);
+      }
     }
 
     // Both warpgroups now stand at the last page's maxima; their sums cover different pages.
@@ -538,7 +560,7 @@ struct Consumer {
   }
 };
 
-template <int kCluster, bool kPrefetch, bool kValuesBetween>
+template <int kCluster, bool kPrefetch>
 __global__ void __launch_bounds__(kThreads, 1)
     DecodeKernel(const DecodeParams p, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap page_map) {
@@ -591,7 +613,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else {
     RegistersUp<240>();
-    Consumer<kCluster, kValuesBetween> consumer(p, base, warp / 4, warp % 4, lane, rank);
+    Consumer<kCluster> consumer(p, base, warp / 4, warp % 4, lane, rank);
     int page = 0;
     for (int s = begin; s < end; ++s) {
       const DecodeSegment& segment = p.segments[s];
@@ -605,10 +627,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <int kCluster, bool kPrefetch, bool kValuesBetween>
+template <int kCluster, bool kPrefetch>
 cudaError_t Launch(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& page_map, int workers,
                    cudaStream_t stream) {
-  const auto kernel = DecodeKernel<kCluster, kPrefetch, kValuesBetween>;
+  const auto kernel = DecodeKernel<kCluster, kPrefetch>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -628,21 +650,12 @@ cudaError_t Launch(const DecodeParams& params, const CUtensorMap& q_map, const C
 
 }  // namespace
 
-// variant: 0 the one to use; 1 blocks of 64 rows alone; 2 no prefetch into L2; 3 scores whole, values after them.
+// variant: 0 the one to use; 1 blocks of 64 rows alone; 2 and 3 the same without prefetch into L2.
 cudaError_t LaunchDecodeSm90(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& page_map,
                              int workers, int blocks_per_worker, int variant, cudaStream_t stream) {
-  const bool pair = blocks_per_worker == 2;
-  switch (variant) {
-    case 2:
-      return pair ? Launch<2, false, true>(params, q_map, page_map, workers, stream)
-                  : Launch<1, false, true>(params, q_map, page_map, workers, stream);
-    case 3:
-      return pair ? Launch<2, true, false>(params, q_map, page_map, workers, stream)
-                  : Launch<1, true, false>(params, q_map, page_map, workers, stream);
-    default:
-      return pair ? Launch<2, true, true>(params, q_map, page_map, workers, stream)
-                  : Launch<1, true, true>(params, q_map, page_map, workers, stream);
-  }
+  const bool pair = blocks_per_worker == 2, prefetch = variant < 2;
+  const auto launch = pair ? (prefetch ? Launch<2, true> : Launch<2, false>) : prefetch ? Launch<1, true> : Launch<1, false>;
+  return launch(params, q_map, page_map, workers, stream);
 }
 
 }  // namespace minke::cuda

@@ -28,13 +28,14 @@ __device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) 
 __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// The barrier at the same place in block `rank` of the cluster.
+// The barrier at the same place in block `rank` of the cluster. Says that reads are over, hands over no data: asking for
+// release at cluster scope would cost a fence of the whole GPU.
 __device__ __forceinline__ void BarrierArriveRemote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -52,16 +53,11 @@ __device__ __forceinline__ bool BarrierTryWait(uint32_t barrier, uint32_t parity
       : "memory");
   return done != 0;
 }
-// Waits until the phase of this parity has completed. MK_CUDA_WATCHDOG turns a deadlock into an error.
+// Waits until the phase of this parity has completed. The loop must stay this small: with a limit on its turns ptxas
+// no longer sees through it and waits after every single wgmma.
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
-#ifdef MK_CUDA_WATCHDOG
-  for (uint32_t spins = 0; !BarrierTryWait(barrier, parity); ++spins) {
-    if (spins > (1u << 22)) __trap();
-  }
-#else
   while (!BarrierTryWait(barrier, parity)) {
   }
-#endif
 }
 
 // --- barriers of a block's warps, clusters ---------------------------------------------------------------------
