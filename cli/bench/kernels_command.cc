@@ -15,21 +15,24 @@ namespace {
 
 using kernels::Isa;
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
-
 // The kernels choose once, by the environment.
 absl::StatusOr<Isa> ChooseIsa(const std::string& name) {
-  for (size_t i = 0; i < std::size(kIsas); ++i) {
-    if (name != kIsaNames[i]) continue;
-    if (!kernels::IsaSupported(kIsas[i]))
+  for (const Isa isa : kernels::kIsas) {
+    if (name != kernels::IsaName(isa)) continue;
+    if (!kernels::IsaSupported(isa))
       return absl::FailedPreconditionError(StrCat("--isa: this CPU has no ", name));
-    ::setenv("MINKE_ISA", kIsaNames[i], 1);
+    ::setenv("MINKE_ISA", name.c_str(), 1);
   }
-  for (size_t i = 0; i < std::size(kIsas); ++i) {
-    if (kernels::Tiles().name == std::string(kIsaNames[i])) return kIsas[i];
+  for (const Isa isa : kernels::kIsas) {
+    if (kernels::IsaSupported(isa) && &kernels::Tiles() == &kernels::TileKernelsFor(isa)) return isa;
   }
   return absl::InternalError("kernels of an unknown instruction set");
+}
+
+std::vector<std::string> IsaNames() {
+  std::vector<std::string> names;
+  for (const Isa isa : kernels::kIsas) names.emplace_back(kernels::IsaName(isa));
+  return names;
 }
 
 }  // namespace
@@ -43,7 +46,7 @@ void AddKernelsFlags(CLI::App& app, KernelsFlags& flags) {
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   app.add_option("--isa", flags.isa, "kernels to measure (default: the best this CPU has)")
-      ->check(CLI::IsMember({"portable", "avx2", "avx512", "avx512bf16"}));
+      ->check(CLI::IsMember(IsaNames()));
   app.add_option("--json", flags.json,
                  "write the result there too; -: to standard output, the table to stderr");
 }

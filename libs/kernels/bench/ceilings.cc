@@ -11,7 +11,7 @@
 namespace minke::kernels::bench {
 
 extern const CeilingLoops k_ceiling_loops_portable, k_ceiling_loops_avx2, k_ceiling_loops_avx512,
-    k_ceiling_loops_avx512bf16;
+    k_ceiling_loops_avx512bf16, k_ceiling_loops_amx;
 
 const CeilingLoops& CeilingLoopsFor(Isa isa) {
   MK_CHECK(IsaSupported(isa));
@@ -24,6 +24,8 @@ const CeilingLoops& CeilingLoopsFor(Isa isa) {
       return k_ceiling_loops_avx512;
     case Isa::kAvx512Bf16:
       return k_ceiling_loops_avx512bf16;
+    case Isa::kAmx:
+      return k_ceiling_loops_amx;
   }
   return k_ceiling_loops_portable;
 }

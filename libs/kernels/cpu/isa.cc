@@ -1,3 +1,6 @@
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <string_view>
 
@@ -6,7 +9,34 @@
 
 namespace minke::kernels {
 
-extern const TileKernels k_tiles_portable, k_tiles_avx2, k_tiles_avx512, k_tiles_avx512bf16;
+extern const TileKernels k_tiles_portable, k_tiles_avx2, k_tiles_avx512, k_tiles_avx512bf16, k_tiles_amx;
+
+namespace {
+
+// The kernel gives tile registers (8 KiB per thread) only to processes that ask for them.
+bool AmxGranted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+}  // namespace
+
+const char* IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
+  }
+  return "";
+}
 
 bool IsaSupported(Isa isa) {
   __builtin_cpu_init();
@@ -22,6 +52,9 @@ bool IsaSupported(Isa isa) {
       return avx512;
     case Isa::kAvx512Bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmx:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && AmxGranted();
   }
   return false;
 }
@@ -37,6 +70,8 @@ const TileKernels& TileKernelsFor(Isa isa) {
       return k_tiles_avx512;
     case Isa::kAvx512Bf16:
       return k_tiles_avx512bf16;
+    case Isa::kAmx:
+      return k_tiles_amx;
   }
   return k_tiles_portable;
 }
@@ -44,7 +79,7 @@ const TileKernels& TileKernelsFor(Isa isa) {
 const TileKernels& Tiles() {
   static const TileKernels& chosen = [&]() -> const TileKernels& {
     const char* wish = std::getenv("MINKE_ISA");
-    for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
+    for (const Isa isa : kIsas) {
       if (!IsaSupported(isa)) continue;
       const TileKernels& tiles = TileKernelsFor(isa);
       if (wish == nullptr || std::string_view(wish) == tiles.name) return tiles;

@@ -82,15 +82,18 @@ void ScoreProduct(Precision precision, const std::byte* packed_keys, const std::
 
 // The same with the queries packed, in blocks of 64 rows, and a page's keys read where they are: a page meets
 // few queries when sequences decode, and laying out its keys would cost more than the product.
-void ScorePage(const std::byte* packed_queries, const std::byte* page, int64_t keys, int64_t m, int64_t width,
-               float* scores, PageScratch& scratch) {
+// `next`: the page whose turn it is then; null: none.
+void ScorePage(const std::byte* packed_queries, const std::byte* page, int64_t keys, const std::byte* next,
+               int64_t m, int64_t width, float* scores, PageScratch& scratch) {
+  int64_t next_bytes = next == nullptr ? 0 : kPageTokens * width * static_cast<int64_t>(sizeof(bf16));
   float* by_key = scratch.by_key.Resize(kPageTokens * kPageTokens);
   for (int64_t i = 0; i < m; i += kPageTokens) {
     const int64_t rows = std::min(kPageTokens, m - i);
-    Tiles().gemm_bf16(reinterpret_cast<const bf16*>(
-                          packed_queries + i / kPageTokens * PackedKeysBytes(Precision::kBF16, width)),
-                      reinterpret_cast<const bf16*>(page), width, by_key, kPageTokens, keys, rows, width,
-                      false);
+    Tiles().gemm_bf16_ahead(reinterpret_cast<const bf16*>(
+                                packed_queries + i / kPageTokens * PackedKeysBytes(Precision::kBF16, width)),
+                            reinterpret_cast<const bf16*>(page), width, by_key, kPageTokens, keys, rows,
+                            width, false, next, next_bytes);
+    next_bytes = 0;
     Tiles().transpose_64(by_key, kPageTokens, keys, rows, scores + i * kPageTokens);
   }
 }
@@ -225,7 +228,10 @@ void AttendPages(const Context& context, const MlaChunk& chunk, int64_t token, i
       PackKeys(precision, page, latent, keys, latent, packed_keys, scratch.page);
       ScoreProduct(precision, packed_keys, query, latent, m, latent, scores);
     } else {
-      ScorePage(packed_queries, page, keys, m, latent, scores, scratch.page);
+      const std::byte* next = key + kPageTokens < chunk.position_begin + chunk.rows
+                                  ? context.page(chunk.pages[key / kPageTokens + 1])
+                                  : nullptr;
+      ScorePage(packed_queries, page, keys, next, m, latent, scores, scratch.page);
     }
     for (int64_t i = 0; i < m; ++i) {
       SoftmaxStep(scores + i * kPageTokens, std::min(keys, first_position + i % tokens + 1 - key),

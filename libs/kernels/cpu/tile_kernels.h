@@ -5,6 +5,7 @@
 // accumulator, so it does not depend on how many rows or columns are computed beside it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "libs/base/dtype.h"
@@ -25,6 +26,9 @@ struct TileKernels {
   // The same with bf16 operands and f32 accumulation; w is packed in pairs, [ceil(k / 2), 64, 2].
   void (*gemm_bf16)(const bf16* w, const bf16* a, int64_t lda, float* c, int64_t ldc, int64_t m, int64_t n,
                     int64_t k, bool accumulate);
+  // The same, and meanwhile asks for the memory [ahead, ahead + ahead_bytes) to be brought into the cache.
+  void (*gemm_bf16_ahead)(const bf16* w, const bf16* a, int64_t lda, float* c, int64_t ldc, int64_t m,
+                          int64_t n, int64_t k, bool accumulate, const std::byte* ahead, int64_t ahead_bytes);
 
   // out = x * rsqrt(mean(x^2) + eps) * weight, n values, f32.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t n);
@@ -46,12 +50,15 @@ struct TileKernels {
   void (*pair_rows)(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* out);
 };
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+// Best first.
+inline constexpr Isa kIsas[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
 
+const char* IsaName(Isa isa);
 bool IsaSupported(Isa isa);
 // REQUIRES: IsaSupported(isa).
 const TileKernels& TileKernelsFor(Isa isa);
-// The best this CPU has; MINKE_ISA=portable|avx2|avx512|avx512bf16 in the environment lowers it.
+// The best this CPU has; MINKE_ISA=NAME (IsaName) in the environment lowers it.
 const TileKernels& Tiles();
 
 }  // namespace minke::kernels
