@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "libs/base/status.h"
+#include "libs/base/thread_name.h"
 
 namespace minke {
 namespace {
@@ -43,6 +44,7 @@ bool ThreadPool::RunOne() {
 }
 
 void ThreadPool::WorkerLoop() {
+  SetThreadName("compute");
   while (!stop_.load(std::memory_order_relaxed)) {
     if (RunOne()) continue;
     const uint64_t seen = state_.load(std::memory_order_acquire);

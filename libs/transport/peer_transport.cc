@@ -10,6 +10,7 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/base/thread_name.h"
 
 namespace minke::transport::internal {
 namespace {
@@ -59,7 +60,10 @@ PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Dr
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  keepalive_ = std::thread([this] { KeepaliveLoop(); });
+  keepalive_ = std::thread([this] {
+    SetThreadName("keepalive");
+    KeepaliveLoop();
+  });
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

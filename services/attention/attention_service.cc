@@ -7,6 +7,7 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/base/thread_name.h"
 #include "libs/cluster/view.h"
 
 namespace minke::attention {
@@ -43,7 +44,10 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
   service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));
-  service->engine_thread_ = std::thread([raw = service.get()] { raw->engine_->Run(); });
+  service->engine_thread_ = std::thread([raw = service.get()] {
+    SetThreadName("attn-engine");
+    raw->engine_->Run();
+  });
 
   cluster::v1::MemberReport report;
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));

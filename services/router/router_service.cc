@@ -5,6 +5,7 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/base/thread_name.h"
 #include "libs/cluster/view.h"
 
 namespace minke::router {
@@ -36,7 +37,10 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   const std::string host =
       options.advertise_host.empty() ? rpc::HostOf(options.listen) : options.advertise_host;
   service->rpc_address_ = StrCat(host, ":", service->server_->port());
-  service->engine_thread_ = std::thread([raw = service.get()] { raw->engine_->Run(); });
+  service->engine_thread_ = std::thread([raw = service.get()] {
+    SetThreadName("router-engine");
+    raw->engine_->Run();
+  });
   service->watch_thread_ =
       std::thread([raw = service.get(), dense = checkpoint->config().n_routed_experts == 0] {
         while (!raw->stop_.load()) {

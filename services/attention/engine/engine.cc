@@ -72,6 +72,7 @@ absl::Status Engine::Submit(Request request) {
           StrCat("the engine has ", mail_.size(), " submissions it has not seen yet"));
     }
     mail_.push_back({std::move(request)});
+    has_mail_.store(true);
   }
   transport_->Wake();
   return absl::OkStatus();
@@ -80,17 +81,20 @@ absl::Status Engine::Submit(Request request) {
 void Engine::Cancel(const RequestKey& key) {
   const MutexLock lock(mutex_);
   mail_.push_back({key});  // one per submission at most, so bounded by what was let in
+  has_mail_.store(true);
 }
 
 void Engine::CancelSession(uint64_t session) {
   const MutexLock lock(mutex_);
   mail_.push_back({Command::CancelSessionCommand{session}});
+  has_mail_.store(true);
 }
 
 void Engine::UpdateCluster(ClusterSnapshot snapshot) {
   {
     const MutexLock lock(mutex_);
     mail_.push_back({std::move(snapshot)});
+    has_mail_.store(true);
   }
   transport_->Wake();
 }
@@ -147,10 +151,12 @@ void Engine::ApplyCluster() {
 }
 
 void Engine::TakeMail() {
+  if (!has_mail_.load()) return;
   std::vector<Command> mail;
   {
     const MutexLock lock(mutex_);
     mail.swap(mail_);
+    has_mail_.store(false);
   }
   std::vector<RequestEvent> refused;
   for (Command& command : mail) {
@@ -257,10 +263,10 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
     lane.traffic_class = wire::TrafficClass::kDecode;
   }
   // Longest first onto the emptiest lane. A sequence stays whole: its rows see each other's latents.
-  std::vector<StepChunk> order = chunks;
-  std::stable_sort(order.begin(), order.end(),
+  order_ = chunks;
+  std::stable_sort(order_.begin(), order_.end(),
                    [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
-  for (const StepChunk& chunk : order) {
+  for (const StepChunk& chunk : order_) {
     Lane& lane = *std::min_element(lanes_.begin(), lanes_.begin() + in_use, [](const Lane& a, const Lane& b) {
       return a.batch.size() < b.batch.size();
     });
@@ -290,11 +296,13 @@ void Engine::Advance(Lane& lane, int index) {
   profile_.Enter(StepPhase::kAttention, lane.layer);
   if (lane.layer == 0) model_->Embed(lane.batch);
   while (lane.layer < config.num_hidden_layers) {
-    model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer));
-    if (config.IsMoeLayer(lane.layer)) {
+    const bool moe = config.IsMoeLayer(lane.layer);
+    model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer),
+                      moe ? exchange_.RowsOfMessage(index, lane.batch.size()) : nullptr);
+    if (moe) {
       profile_.Enter(StepPhase::kDispatch, lane.layer);
-      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed.data(),
-                      lane.batch.size(), absl::Now());
+      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed, lane.batch.size(),
+                      absl::Now());
       profile_.Enter(StepPhase::kSharedExperts, lane.layer);
       model_->FeedForward(lane.layer, lane.batch);  // the shared experts, while the rows are away
       lane.phase = Phase::kExchange;
@@ -309,10 +317,10 @@ void Engine::Advance(Lane& lane, int index) {
 
 void Engine::FinishExchange(Lane& lane, int index) {
   profile_.Enter(StepPhase::kCombine, lane.layer);
-  std::vector<RowOutcome> outcomes(lane.batch.size());
-  exchange_.Combine(index, lane.batch.x.data(), outcomes);
-  for (size_t i = 0; i < outcomes.size(); ++i) {
-    if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = outcomes[i];
+  exchange_outcomes_.resize(lane.batch.size());
+  exchange_.Combine(index, lane.batch.x.data(), exchange_outcomes_);
+  for (size_t i = 0; i < exchange_outcomes_.size(); ++i) {
+    if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = exchange_outcomes_[i];
   }
   ++lane.layer;
   lane.phase = lane.layer == model_->config().num_hidden_layers ? Phase::kDone : Phase::kCompute;

@@ -126,6 +126,8 @@ class Engine {
   ExpertExchange exchange_;
   cluster::PeerKeeper peers_;
   std::vector<Lane> lanes_;
+  std::vector<StepChunk> order_;               // of FillLanes
+  std::vector<RowOutcome> exchange_outcomes_;  // of one layer
   uint64_t step_ = 0, split_steps_ = 0;
   uint64_t generated_tokens_ = 0, prompt_tokens_ = 0, computed_tokens_ = 0;
   StepProfile profile_;
@@ -135,6 +137,7 @@ class Engine {
   mutable Mutex mutex_;
   std::vector<Command> mail_ ABSL_GUARDED_BY(mutex_);
   EngineStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> has_mail_{false};  // so that looking takes no lock
   std::atomic<bool> stop_{false};
 };
 

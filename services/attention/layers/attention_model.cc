@@ -123,7 +123,7 @@ void AttentionModel::Embed(Microbatch& batch) {
   });
 }
 
-void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cache) {
+void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cache, std::byte* result) {
   const ModelConfig& c = config();
   Layer& layer = layers_[index];
   const int64_t rows = batch.size(), hidden = c.hidden_size, element = ActivationBytes(precision_);
@@ -132,7 +132,7 @@ void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cach
   const int64_t q_width = c.q_lora_rank > 0 ? c.q_lora_rank : q_full, qkv_width = q_width + latent;
   float* x = batch.x.data();
   const float* angles = batch.angles.data();
-  std::byte* normed = batch.normed.Resize(rows * hidden * element);
+  std::byte* normed = batch.memory.Resize(rows * hidden * element);
   ForRows(rows, [&](int64_t i) { NormRow(layer.input_norm, x + i * hidden, normed + i * hidden * element); });
 
   float* qkv = qkv_.Resize(rows * qkv_width);
@@ -165,11 +165,12 @@ void AttentionModel::Attention(int32_t index, Microbatch& batch, std::byte* cach
   std::byte* heads_out = heads_out_.Resize(rows * v_full * element);
   kernels::MlaAttention(shape_, layer.mla, precision_, batch.chunks, q, rows, cache, heads_out, mla_scratch_,
                         pool_);
+  batch.normed = result != nullptr ? result : normed;
   float* projected = projected_.Resize(rows * hidden);
   MatMul(layer.o, heads_out, v_full, rows, projected, hidden, pool_);
   ForRows(rows, [&](int64_t i) {
     Tiles().add_scaled(x + i * hidden, projected + i * hidden, 1.0f, hidden);
-    NormRow(layer.post_norm, x + i * hidden, normed + i * hidden * element);
+    NormRow(layer.post_norm, x + i * hidden, batch.normed + i * hidden * element);
   });
 }
 
@@ -179,7 +180,7 @@ void AttentionModel::FeedForward(int32_t index, Microbatch& batch) {
   const int64_t rows = batch.size(), hidden = config().hidden_size;
   float* out = projected_.Resize(rows * hidden);
   const kernels::FfnRows all{&layer.ffn, 0, rows};
-  kernels::GroupedFfn({&all, 1}, batch.normed.data(), out, ffn_scratch_, pool_);
+  kernels::GroupedFfn({&all, 1}, batch.normed, out, ffn_scratch_, pool_);
   float* x = batch.x.data();
   ForRows(rows, [&](int64_t i) { Tiles().add_scaled(x + i * hidden, out + i * hidden, 1.0f, hidden); });
 }

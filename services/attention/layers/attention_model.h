@@ -30,7 +30,8 @@ struct Microbatch {
   std::vector<StepRow> rows;
   std::vector<kernels::MlaChunk> chunks;  // row_begin relative to this microbatch
   kernels::Scratch<float> x;              // [rows, hidden], the residual stream
-  kernels::Scratch<std::byte> normed;     // [rows, hidden] Act: input of the block under way
+  std::byte* normed = nullptr;            // [rows, hidden] Act: input of the feed-forward block under way
+  kernels::Scratch<std::byte> memory;     // of `normed`, unless the caller had a place for it
   kernels::Scratch<float> angles;         // [rows, rope_dim]: cosines, sines
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
@@ -48,8 +49,9 @@ class AttentionModel {
   // x = embedding of the rows' tokens; rotary angles of their positions.
   void Embed(Microbatch& batch);
   // x += MLA(norm(x)); then normed = post-attention norm of x. `cache`: this layer's pages, where the rows'
-  // latents are written first.
-  void Attention(int32_t layer, Microbatch& batch, std::byte* cache);
+  // latents are written first. `normed`: where the result is wanted, such as in the message that carries it
+  // to the experts; null: anywhere.
+  void Attention(int32_t layer, Microbatch& batch, std::byte* cache, std::byte* normed);
   // x += FFN(normed): the dense layer's or the shared experts'. Nothing if the layer has neither.
   void FeedForward(int32_t layer, Microbatch& batch);
   // logits [selected, vocab] f32 of rows `selected` of the final x.

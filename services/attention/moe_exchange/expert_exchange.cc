@@ -127,6 +127,16 @@ wire::FrameHeader ExpertExchange::ExchangeHeader(const Exchange& exchange, const
   return header;
 }
 
+std::byte* ExpertExchange::RowsOfMessage(int microbatch, int64_t rows) {
+  Exchange& exchange = *exchanges_[microbatch];
+  MK_CHECK(!exchange.active);
+  if (rows > static_cast<int64_t>(MessageRowsMax(shape_))) return nullptr;
+  if (exchange.pieces.empty()) exchange.pieces.resize(1);
+  FrameRef& frame = exchange.pieces.front().frame;
+  frame = transport_.frames().Allocate(static_cast<uint32_t>(rows * shape_.row_bytes()));
+  return frame.payload();
+}
+
 void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
                            const std::byte* x, int64_t rows, absl::Time now) {
   Exchange& exchange = *exchanges_[microbatch];
@@ -152,8 +162,11 @@ void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::T
     piece.open = 0;
     piece.slots.clear();
     const uint32_t bytes = static_cast<uint32_t>(piece.rows * shape_.row_bytes());
-    piece.frame = transport_.frames().Allocate(bytes);
-    std::memcpy(piece.frame.payload(), x + piece.row_begin * shape_.row_bytes(), bytes);
+    const std::byte* from = x + piece.row_begin * shape_.row_bytes();
+    if (!piece.frame || piece.frame.payload() != from) {
+      piece.frame = transport_.frames().Allocate(bytes);
+      std::memcpy(piece.frame.payload(), from, bytes);
+    }
     if (local_gate_ != nullptr) {
       RouteHere(exchange, piece, now);
     } else {
@@ -202,11 +215,11 @@ void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now)
   const int64_t k = shape_.top_k;
   piece.experts.resize(piece.rows * k);
   piece.weights.resize(piece.rows * k);
-  std::vector<router::GateResult> results(piece.rows);
+  gate_results_.resize(piece.rows);
   local_gate_->Route(exchange.layer, piece.row_begin, piece.frame.payload(), piece.rows, piece.experts.data(),
-                     piece.weights.data(), results.data(), pool_);
+                     piece.weights.data(), gate_results_.data(), pool_);
   for (uint32_t i = 0; i < piece.rows; ++i) {
-    if (results[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
+    if (gate_results_[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
   }
   AdoptPlan(piece, now);
   SendAgain(exchange, piece, now);
@@ -346,9 +359,9 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
       if (slot.state == Slot::State::kUnsent) piece->unsent = true;
     }
   }
-  const std::vector<FrameRef> early = std::move(piece->early);
-  piece->early.clear();
-  for (const FrameRef& partial : early) OnPartial(exchange, partial, /*again=*/true);
+  overtook_.swap(piece->early);  // neither gives up its memory
+  for (const FrameRef& partial : overtook_) OnPartial(exchange, partial, /*again=*/true);
+  overtook_.clear();
 }
 
 void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool again) {

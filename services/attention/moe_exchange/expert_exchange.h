@@ -66,8 +66,11 @@ class ExpertExchange {
   // Deadlines and retries; cheap when nothing is due.
   void Tick(absl::Time now);
 
-  // Starts the exchange of rows [rows, hidden] Act; they are copied. REQUIRES: the microbatch has none under
-  // way.
+  // Memory for `rows` rows in the message that will carry them, so that Begin needs no copy; null if they
+  // take more than one message. Valid until the exchange ends. REQUIRES: the microbatch has none under way.
+  std::byte* RowsOfMessage(int microbatch, int64_t rows);
+  // Starts the exchange of rows [rows, hidden] Act; they are copied, unless they lie in RowsOfMessage().
+  // REQUIRES: the microbatch has none under way.
   void Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
              const std::byte* x, int64_t rows, absl::Time now);
   bool Done(int microbatch) const;
@@ -108,6 +111,9 @@ class ExpertExchange {
       placement_;  // shared with the control plane, which replaces it
   std::vector<NodeId> routers_;
   std::vector<NodeId> up_;
+  std::vector<transport::FrameRef>
+      overtook_;  // partials that came before their plan, while they are looked at
+  std::vector<router::GateResult> gate_results_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;  // by microbatch
   ExchangeCounters counters_;
 };

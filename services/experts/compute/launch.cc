@@ -36,8 +36,9 @@ void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkV
   }
   // Expert by expert, each expert's rows in the order they came.
   position_of_.resize(pairs_.size());
-  std::stable_sort(pairs_.begin(), pairs_.end(),
-                   [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
+  std::sort(pairs_.begin(), pairs_.end(), [](const Pair& a, const Pair& b) {
+    return a.expert != b.expert ? a.expert < b.expert : a.position < b.position;
+  });
   items_.clear();
   for (uint32_t at = 0; at < pairs_.size();) {
     const uint16_t expert = pairs_[at].expert;

@@ -15,6 +15,8 @@ using transport::FrameRef;
 namespace {
 
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
+// Others see the counters this late at most while the engine is busy.
+constexpr absl::Duration kStatusPeriod = absl::Milliseconds(20);
 
 // The request's exchange, as a reply names it.
 void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows, Epoch epoch,
@@ -48,6 +50,7 @@ void ExpertEngine::AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weigh
   {
     const MutexLock lock(mutex_);
     new_units_.emplace_back(unit, std::move(weights));
+    has_mail_.store(true);
   }
   transport_->Wake();
 }
@@ -55,6 +58,7 @@ void ExpertEngine::AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weigh
 void ExpertEngine::SetEpoch(Epoch epoch) {
   const MutexLock lock(mutex_);
   new_epoch_ = epoch;
+  has_mail_.store(true);
 }
 
 void ExpertEngine::Stop() {
@@ -67,8 +71,10 @@ ExpertEngineStatus ExpertEngine::status() const {
   return status_;
 }
 
-void ExpertEngine::TakeMail() {
+void ExpertEngine::TakeMail(bool publish) {
+  if (!publish && !has_mail_.load()) return;
   const MutexLock lock(mutex_);
+  has_mail_.store(false);
   for (auto& [unit, weights] : new_units_) units_[unit] = std::move(weights);
   new_units_.clear();
   epoch_ = new_epoch_;
@@ -77,9 +83,9 @@ void ExpertEngine::TakeMail() {
 
 void ExpertEngine::Accept(transport::Event& event) {
   const wire::FrameHeader& header = event.frame.header();
-  absl::StatusOr<wire::WorkView> view = absl::InvalidArgumentError("not ExpertWork");
-  if (header.kind == wire::Kind::kExpertWork)
-    view = wire::ReadWork(shape_, header, event.frame.payload_span());
+  absl::StatusOr<wire::WorkView> view = header.kind == wire::Kind::kExpertWork
+                                            ? wire::ReadWork(shape_, header, event.frame.payload_span())
+                                            : absl::InvalidArgumentError("not ExpertWork");
   if (view.ok() && !(header.layer < config_.num_hidden_layers && config_.IsMoeLayer(header.layer))) {
     view = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no experts"));
   }
@@ -124,34 +130,36 @@ FrameRef ExpertEngine::RowListFrame(const wire::FrameHeader& request, wire::Kind
 // Takes the next launch's jobs off the queues. False if there is none.
 bool ExpertEngine::RunLaunch() {
   for (int c = 0; c < wire::kNumTrafficClasses; ++c) {
-    std::deque<Job>& queue = queues_[c];
+    std::vector<Job>& queue = queues_[c];
     if (queue.empty()) continue;
     const bool decode = c == static_cast<int>(wire::TrafficClass::kDecode);
     const int64_t rows_max = decode ? options_.decode_rows_max : options_.prefill_rows_max;
     const uint16_t layer = queue.front().frame.header().layer;
     int64_t rows = 0;
     jobs_.clear();
-    for (auto it = queue.begin(); it != queue.end();) {
-      const wire::FrameHeader& header = it->frame.header();
+    auto kept = queue.begin();
+    for (Job& job : queue) {
+      const wire::FrameHeader& header = job.frame.header();
       if (header.layer == layer && (rows == 0 || rows + header.rows <= rows_max)) {
         rows += header.rows;
-        jobs_.push_back(std::move(*it));
-        it = queue.erase(it);
+        jobs_.push_back(std::move(job));
       } else {
-        ++it;
+        if (&*kept != &job) *kept = std::move(job);
+        ++kept;
       }
     }
+    queue.erase(kept, queue.end());
     counters_.queued_rows -= rows;
     counters_.rows += rows;
     ++counters_.launches;
-    Reply(jobs_);
+    Answer(jobs_);
     jobs_.clear();
     return true;
   }
   return false;
 }
 
-void ExpertEngine::Reply(std::span<const Job> jobs) {
+void ExpertEngine::Answer(std::span<const Job> jobs) {
   const uint32_t layer = jobs.front().frame.header().layer;
   static thread_local std::vector<wire::WorkView> views;
   static thread_local std::vector<GroupRow> hosted, missing;
@@ -171,11 +179,6 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
     }
   }
   // Results are written straight into the messages that carry them.
-  struct Out {
-    FrameRef frame;
-    size_t job, begin, end;  // rows of `hosted`
-  };
-  std::vector<Out> out_frames;
   static thread_local std::vector<std::byte*> outs;
   static thread_local std::vector<uint8_t> finite;
   outs.resize(hosted.size());
@@ -192,12 +195,12 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
         outs[i] = spans.data + (i - begin) * shape_.row_bytes();
       }
       FillReply(jobs[j].frame.header(), wire::Kind::kPartial, rows, epoch_, frame);
-      out_frames.push_back({std::move(frame), j, begin, end});
+      replies_.push_back({std::move(frame), j, begin, end});
       begin = end;
     }
   }
   if (!hosted.empty()) launch_.Run(units_, layer, views, hosted, outs, finite);
-  for (Out& out : out_frames) {
+  for (Reply& out : replies_) {
     const wire::FrameHeader& request = jobs[out.job].frame.header();
     const NodeId origin{request.origin};
     std::vector<GroupRow> rejected;
@@ -225,16 +228,23 @@ void ExpertEngine::Reply(std::span<const Job> jobs) {
     FillReply(request, wire::Kind::kPartial, good, epoch_, frame);
     (void)transport_->Send(origin, std::move(frame));
   }
+  replies_.clear();
   for (const Job& job : jobs) {
     transport_->ReturnCredit(job.from, job.frame.header().traffic_class, job.frame.header().rows);
   }
 }
 
 void ExpertEngine::Run() {
+  absl::Time published = absl::InfinitePast();
   while (!stop_.load()) {
-    TakeMail();
+    const absl::Time now = absl::Now();
+    const bool due = now - published >= kStatusPeriod;
+    if (due) published = now;
+    TakeMail(due);
     PollTransport();
-    if (!RunLaunch()) transport_->Wait(kIdleWait);
+    if (RunLaunch()) continue;
+    TakeMail(/*publish=*/true);
+    transport_->Wait(kIdleWait);
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <vector>
@@ -53,11 +52,16 @@ class ExpertEngine {
     NodeId from;  // whose credit it holds
     wire::WorkView view;
   };
-  void TakeMail();
+  struct Reply {  // a Partial on its way
+    transport::FrameRef frame;
+    size_t job, begin, end;  // rows of the launch
+  };
+  // Looks for news; with `publish`, also shows others the counters.
+  void TakeMail(bool publish);
   void PollTransport();
   void Accept(transport::Event& event);
   bool RunLaunch();
-  void Reply(std::span<const Job> jobs);
+  void Answer(std::span<const Job> jobs);
   transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind,
                                    std::span<const GroupRow> rows, const wire::WorkView& view);
 
@@ -68,14 +72,16 @@ class ExpertEngine {
   Launch launch_;
   Units units_;
   Epoch epoch_;
-  std::deque<Job> queues_[wire::kNumTrafficClasses];
+  std::vector<Job> queues_[wire::kNumTrafficClasses];  // oldest first
   std::vector<Job> jobs_;
+  std::vector<Reply> replies_;
   ExpertEngineStatus counters_;
 
   mutable Mutex mutex_;
   std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);
   Epoch new_epoch_ ABSL_GUARDED_BY(mutex_);
   ExpertEngineStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> has_mail_{false};  // so that looking takes no lock
   std::atomic<bool> stop_{false};
 };
 

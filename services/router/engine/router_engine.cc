@@ -13,6 +13,8 @@ using transport::FrameRef;
 namespace {
 
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
+// Others see the counters this late at most while the engine is busy.
+constexpr absl::Duration kStatusPeriod = absl::Milliseconds(20);
 
 }  // namespace
 
@@ -41,6 +43,7 @@ void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts,
     new_experts_ = std::move(experts);
     new_placement_ = std::move(placement);
     updated_ = true;
+    has_mail_.store(true);
   }
   transport_->Wake();
 }
@@ -66,8 +69,10 @@ std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
   return counts;
 }
 
-void RouterEngine::TakeMail() {
+void RouterEngine::TakeMail(bool publish) {
+  if (!publish && !has_mail_.load()) return;
   const MutexLock lock(mutex_);
+  has_mail_.store(false);
   if (updated_) {
     updated_ = false;
     experts_ = new_experts_;
@@ -125,7 +130,8 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
         if (server == NodeId{}) ++counters_.unplaced_rows;
       });
 
-  std::vector<NodeId> servers(assigned_);
+  std::vector<NodeId>& servers = servers_;
+  servers = assigned_;
   std::sort(servers.begin(), servers.end());
   servers.erase(std::unique(servers.begin(), servers.end()), servers.end());
   std::erase(servers, NodeId{});
@@ -157,8 +163,12 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
 }
 
 void RouterEngine::Run() {
+  absl::Time published = absl::InfinitePast();
   while (!stop_.load()) {
-    TakeMail();
+    const absl::Time now = absl::Now();
+    const bool due = now - published >= kStatusPeriod;
+    if (due) published = now;
+    TakeMail(due);
     const int events = transport_->Poll([&](transport::Event& event) {
       switch (event.kind) {
         case transport::Event::Kind::kFrame:
@@ -176,8 +186,10 @@ void RouterEngine::Run() {
           return peers_.OnPeerLost(event.peer);
       }
     });
-    (void)peers_.Tick(absl::Now());
-    if (events == 0) transport_->Wait(kIdleWait);
+    (void)peers_.Tick(now);
+    if (events > 0) continue;
+    TakeMail(/*publish=*/true);
+    transport_->Wait(kIdleWait);
   }
 }
 

@@ -42,7 +42,8 @@ class RouterEngine {
   std::vector<int32_t> moe_layers() const { return moe_layers_; }
 
  private:
-  void TakeMail();
+  // Looks for news; with `publish`, also shows others the counters.
+  void TakeMail(bool publish);
   void OnDispatch(NodeId from, const transport::FrameRef& frame);
 
   Gate gate_;
@@ -62,6 +63,7 @@ class RouterEngine {
   std::vector<GateResult> results_;
   std::vector<WorkItem> items_;
   std::vector<NodeId> assigned_;  // [rows, groups]
+  std::vector<NodeId> servers_;   // of one plan
 
   // Written by the engine thread only; relaxed reads elsewhere.
   std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;
@@ -71,6 +73,7 @@ class RouterEngine {
   std::map<NodeId, std::string> new_experts_ ABSL_GUARDED_BY(mutex_);
   std::shared_ptr<const PlacementTable> new_placement_ ABSL_GUARDED_BY(mutex_);
   RouterStatus status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> has_mail_{false};  // so that looking takes no lock
   std::atomic<bool> stop_{false};
 };
 
