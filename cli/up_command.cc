@@ -19,6 +19,7 @@
 #include "absl/time/clock.h"
 #include "cli/http_client.h"
 #include "cli/process.h"
+#include "libs/base/cpus.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -142,8 +143,17 @@ class Cluster {
                   {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
     MK_ASSIGN_OR_RETURN(const std::string router, ReadReport(children_.back(), kListenTimeout, stop_fd));
     const std::vector<std::string> member = {"--router=" + router};
+    // Servers in turn on the host's NUMA nodes, so that each one's weights lie beside the cores that read
+    // them.
+    const std::vector<std::string> nodes = flags_.numa == "auto" ? NumaNodes() : std::vector<std::string>();
+    size_t next_node = 0;
+    const auto placed = [&]() -> std::vector<std::string> {
+      if (nodes.size() < 2) return {};
+      return {"--cpus=" + nodes[next_node++ % nodes.size()]};
+    };
     for (int i = 0; i < flags_.experts; ++i) {
-      MK_RETURN_IF_ERROR(Add(StrCat("expert ", i), "minke-expert", join({common, data, threads, member})));
+      MK_RETURN_IF_ERROR(
+          Add(StrCat("expert ", i), "minke-expert", join({common, data, threads, placed(), member})));
     }
     for (int i = 0; i < flags_.attention; ++i) {
       // Not `--trace-file=`: an empty value would be taken from the next argument.
@@ -156,6 +166,7 @@ class Cluster {
           Add(StrCat("attention ", i), "minke-attention",
               join({common,
                     data,
+                    placed(),
                     member,
                     {StrCat("--threads=", attention_threads), StrCat("--routing=", flags_.routing),
                      StrCat("--microbatches=", flags_.microbatches), StrCat("--mla=", flags_.mla),
@@ -302,6 +313,11 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--attention-threads", f.attention_threads,
                  "compute threads of an attention node; 0: as --threads")
       ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option(
+         "--numa", f.numa,
+         "auto: where the host has several NUMA nodes, servers take turns on them; off: they run anywhere")
+      ->check(CLI::IsMember({"auto", "off"}))
       ->capture_default_str();
   app.add_option("--registry", f.registry)->check(CLI::IsMember({"static"}))->capture_default_str();
   app.add_option("--transport", f.transport)

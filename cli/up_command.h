@@ -30,6 +30,7 @@ struct UpFlags {
   std::string mla = "auto";
   int threads = 0;
   int attention_threads = 0;  // up only; 0: as `threads`
+  std::string numa = "auto";  // up only
   std::string model_name;
   std::string chat_template = "auto";
   std::string api_key_file;

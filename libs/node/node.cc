@@ -7,8 +7,8 @@
 #include <fstream>
 #include <iostream>
 #include <sstream>
-#include <thread>
 
+#include "libs/base/cpus.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -27,9 +27,7 @@ sigset_t StopSignals() {
 
 }  // namespace
 
-int NodeFlags::Threads() const {
-  return threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-}
+int NodeFlags::Threads() const { return threads > 0 ? threads : UsableCpus(); }
 
 void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--checkpoint", flags.checkpoint, "checkpoint folder")->required();
@@ -50,7 +48,10 @@ void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--device", flags.device)
       ->check(CLI::IsMember({"cpu", "cuda", "auto"}))
       ->capture_default_str();
-  app.add_option("--threads", flags.threads, "compute threads; 0: all cores")
+  app.add_option(
+      "--cpus", flags.cpus,
+      "run on these CPUs only, such as 0-7,16; on one NUMA node the weights lie in its memory too");
+  app.add_option("--threads", flags.threads, "compute threads; 0: all cores it may run on")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   app.add_option("--transport", flags.transport,
@@ -82,6 +83,12 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
     if (error.get_exit_code() == 0) return app.exit(error);  // --help
     std::cerr << "minke-" << process_name << ": " << error.what() << std::endl;
     return 2;
+  }
+  if (!flags.cpus.empty()) {
+    if (absl::Status status = RunOnCpus(flags.cpus); !status.ok()) {
+      std::cerr << "minke-" << process_name << ": --cpus: " << status.message() << std::endl;
+      return 2;
+    }
   }
   log::SetProcessName(process_name);
   log::SetLevel(flags.log_level == "debug"     ? log::Level::kDebug

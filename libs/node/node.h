@@ -31,7 +31,8 @@ struct NodeFlags {
   int heartbeat_ms = 250;
   std::string cluster_secret_file;
   std::string metrics_listen = "127.0.0.1:0";
-  int threads = 0;  // 0: all cores
+  int threads = 0;   // 0: all cores it may run on
+  std::string cpus;  // "0-7,16": run there only; empty: anywhere
   std::string log_level = "info";
   int report_fd = -1;  // `minke up`: where to write the gRPC address once it listens
 

@@ -169,6 +169,14 @@ class BadFlags(unittest.TestCase):
                     self.assertGreater(result.returncode, 0, (program, listen, result.stderr))
                     self.assertIn(taken, result.stderr, (program, listen))
 
+    def test_cpus_that_the_machine_does_not_have(self):
+        for cpus, expect in (("1023", "1023"), ("3-1", "'3-1'"), ("", "--cpus")):
+            result = subprocess.run([os.path.join(harness.BIN, "minke-expert"), "--checkpoint", checkpoint("v2"),
+                                     "--router", "127.0.0.1:1", "--cpus", *([cpus] if cpus else [])],
+                                    capture_output=True, text=True, timeout=60)
+            self.assertEqual((result.returncode, len(result.stderr.splitlines())), (2, 1), result.stderr)
+            self.assertIn(expect, result.stderr)
+
     def test_damaged_checkpoints(self):
         path = checkpoint("v2")
         for damage, parts in ((lambda d: os.truncate(d + "/model.safetensors", 5000), ["model.safetensors"]),
