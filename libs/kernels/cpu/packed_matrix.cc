@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "libs/base/mutex.h"
 #include "libs/base/status.h"
 
 namespace minke::kernels {
@@ -40,19 +41,38 @@ HugeBuffer::HugeBuffer(int64_t bytes) : bytes_(bytes) {
   data_ = begin;
 }
 
-HugeBuffer::~HugeBuffer() {
-  if (data_ != nullptr) ::munmap(data_, mapped_bytes_);
+HugeBuffer HugeBuffer::Shared(int64_t bytes) {
+  // A chunk's tail that nobody fits in was never touched, so it costs nothing.
+  constexpr int64_t kChunkBytes = 32 << 20, kAlone = kChunkBytes / 2, kAlignment = 64;
+  if (bytes == 0 || bytes > kAlone) return HugeBuffer(bytes);
+  static Mutex mutex;
+  static std::weak_ptr<HugeBuffer> current;
+  static int64_t used = 0;
+  HugeBuffer buffer;
+  buffer.bytes_ = bytes;
+  const MutexLock lock(mutex);
+  buffer.chunk_ = current.lock();
+  if (buffer.chunk_ == nullptr || used + bytes > kChunkBytes) {
+    buffer.chunk_ = std::make_shared<HugeBuffer>(kChunkBytes);
+    current = buffer.chunk_;
+    used = 0;
+  }
+  buffer.data_ = buffer.chunk_->data() + used;
+  used += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return buffer;
 }
 
-HugeBuffer::HugeBuffer(HugeBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)),
-      bytes_(std::exchange(other.bytes_, 0)),
-      mapped_bytes_(std::exchange(other.mapped_bytes_, 0)) {}
+HugeBuffer::~HugeBuffer() {
+  if (mapped_bytes_ != 0) ::munmap(data_, mapped_bytes_);
+}
+
+HugeBuffer::HugeBuffer(HugeBuffer&& other) noexcept { *this = std::move(other); }
 
 HugeBuffer& HugeBuffer::operator=(HugeBuffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
   std::swap(mapped_bytes_, other.mapped_bytes_);
+  std::swap(chunk_, other.chunk_);
   return *this;
 }
 
@@ -63,7 +83,7 @@ PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowRe
   packed.n_ = n;
   packed.k_ = k;
   const int64_t block_elements = BlockElements(precision, k);
-  packed.storage_ = HugeBuffer(packed.blocks() * block_elements * ActivationBytes(precision));
+  packed.storage_ = HugeBuffer::Shared(packed.blocks() * block_elements * ActivationBytes(precision));
   pool.ParallelFor(packed.blocks(), [&](int64_t block) {
     std::vector<float> row(k);
     for (int64_t j = 0; j < std::min(kBlockColumns, n - block * kBlockColumns); ++j) {

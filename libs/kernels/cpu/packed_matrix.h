@@ -20,6 +20,9 @@ class HugeBuffer {
  public:
   HugeBuffer() = default;
   explicit HugeBuffer(int64_t bytes);  // zero-filled
+  // The same for what lives long, such as weights: small buffers share huge pages, whose memory is given back when the
+  // last of its neighbours goes. 64-byte aligned.
+  static HugeBuffer Shared(int64_t bytes);
   ~HugeBuffer();
   HugeBuffer(HugeBuffer&& other) noexcept;
   HugeBuffer& operator=(HugeBuffer&& other) noexcept;
@@ -29,7 +32,8 @@ class HugeBuffer {
  private:
   std::byte* data_ = nullptr;
   int64_t bytes_ = 0;
-  int64_t mapped_bytes_ = 0;
+  int64_t mapped_bytes_ = 0;  // 0: the memory is chunk_'s
+  std::shared_ptr<HugeBuffer> chunk_;  // shared by the buffers in it
 };
 
 // Elements [begin, begin + out.size()) of a row-major weight tensor, widened to f32. Called on the pool's
