@@ -8,13 +8,28 @@
 namespace minke {
 namespace {
 
-// About 20 µs of pauses: longer than the gap between two loops of one layer, shorter than a time slice.
-constexpr int kSpinRounds = 600;
+// Longer than the gap between two loops of one layer, shorter than a time slice.
+constexpr std::chrono::microseconds kSpin{20};
+// A pause takes 10 to 50 ns, depending on the CPU: the clock is looked at this often.
+constexpr int kPauses = 64;
 
 inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
+}
+
+// Spins until `done` or for kSpin; whether it is done.
+template <class Done>
+bool SpinUntil(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPauses; ++i) {
+      if (done()) return true;
+      Pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
 }
 
 }  // namespace
@@ -49,12 +64,8 @@ void ThreadPool::WorkerLoop() {
     if (RunOne()) continue;
     const uint64_t seen = state_.load(std::memory_order_acquire);
     if ((seen & 0xffffffffu) != 0) continue;
-    int round = 0;
-    while (round < kSpinRounds && state_.load(std::memory_order_relaxed) == seen) {
-      Pause();
-      ++round;
-    }
-    if (round == kSpinRounds) state_.wait(seen, std::memory_order_acquire);
+    if (!SpinUntil([&] { return state_.load(std::memory_order_relaxed) != seen; }))
+      state_.wait(seen, std::memory_order_acquire);
   }
 }
 
@@ -73,11 +84,10 @@ void ThreadPool::ParallelFor(int64_t n, absl::FunctionRef<void(int64_t)> body) {
   state_.notify_all();
   while (RunOne()) {
   }
-  for (int round = 0; done_.load(std::memory_order_acquire) != n; ++round) {
-    // A worker that was preempted in the middle of a task needs the core we are spinning on.
-    if (round > kSpinRounds) std::this_thread::yield();
-    Pause();
-  }
+  const auto all_done = [&] { return done_.load(std::memory_order_acquire) == n; };
+  if (SpinUntil(all_done)) return;
+  // A worker that was preempted in the middle of a task needs the core we are spinning on.
+  while (!all_done()) std::this_thread::yield();
 }
 
 }  // namespace minke
