@@ -1,0 +1,98 @@
+#include "libs/kernels/cuda/gate.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "libs/kernels/cuda/check.h"
+#include "libs/kernels/cuda/gate_kernels.h"
+
+namespace minke::cuda {
+namespace {
+
+constexpr int kClusterMax = 8;
+constexpr int kSplitsMax = 48;
+
+struct GatePlan {
+  int tile_rows, tiles, splits, k_steps;
+  bool together;
+};
+
+// Enough blocks for every multiprocessor, and as few of them per tile as that allows: every further split of the
+// hidden dimension costs a round trip of partial logits.
+GatePlan PlanGate(int64_t rows, int32_t experts, int32_t hidden, int multiprocessors, bool clusters) {
+  GatePlan plan;
+  // A tile of 128 rows reads the weights half as often as one of 64; small batches need many blocks more than that.
+  plan.tile_rows = rows <= 128 ? 16 : rows <= 2048 || experts > 160 ? 64 : 128;
+  plan.tiles = static_cast<int>((rows + plan.tile_rows - 1) / plan.tile_rows);
+  const int steps = (hidden + kGateStep - 1) / kGateStep;
+  int splits = std::clamp(multiprocessors / plan.tiles, 1, std::min(kSplitsMax, steps));
+  // Few rows: one block finishes a tile sooner than a cluster of 8 would read the weights. Many: each block of the
+  // cluster finishes its share.
+  plan.together = clusters && plan.tile_rows > 16 && splits > 1;
+  if (plan.together) splits = std::min(splits, kClusterMax);
+  plan.k_steps = (steps + splits - 1) / splits;
+  plan.splits = (steps + plan.k_steps - 1) / plan.k_steps;
+  if (plan.splits == 1) plan.together = false;
+  return plan;
+}
+
+}  // namespace
+
+absl::StatusOr<Gate> Gate::Create(const Options& o) {
+  if (o.experts < 1 || o.experts > 256 || o.hidden < 8 || o.hidden % 8 != 0 || o.k < 1 || o.k > 32 ||
+      o.k > o.experts || o.groups < 1 || o.groups > 32 || o.experts % o.groups != 0 || o.topk_groups < 1 ||
+      o.topk_groups > o.groups || o.k > o.experts / o.groups * o.topk_groups || o.rows_max < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("Gate: ", o.experts, " experts, hidden ", o.hidden, ", top ", o.k,
+                                                   ", ", o.topk_groups, " of ", o.groups, " groups, ", o.rows_max,
+                                                   " rows"));
+  }
+  Gate gate;
+  gate.options_ = o;
+  absl::StatusOr<DeviceInfo> device = CurrentDevice();
+  if (!device.ok()) return device.status();
+  gate.device_ = *device;
+  absl::StatusOr<Path> path = Resolve(o.path, *device);
+  if (!path.ok()) return path.status();
+  gate.path_ = *path;
+  const int64_t tiles_max = std::max<int64_t>((o.rows_max + 63) / 64, 8);
+  // Tiles are split only while that gives no more blocks than multiprocessors.
+  gate.partial_values_ = int64_t{device->multiprocessors} * 128 * GateColumns(o.experts);
+  absl::StatusOr<DeviceBuffer> partials = DeviceBuffer::Allocate(gate.partial_values_ * 4);
+  if (!partials.ok()) return partials.status();
+  gate.partials_ = *std::move(partials);
+  absl::StatusOr<DeviceBuffer> counters = DeviceBuffer::Allocate(tiles_max * 8);
+  if (!counters.ok()) return counters.status();
+  gate.counters_ = *std::move(counters);
+  MK_CUDA_RETURN_IF_ERROR(cudaMemset(gate.counters_.as(), 0, tiles_max * 8));
+  return gate;
+}
+
+absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
+  if (args.rows == 0) return absl::OkStatus();
+  if (args.rows > options_.rows_max) {
+    return absl::InvalidArgumentError(absl::StrCat("Gate: ", args.rows, " rows, room for ", options_.rows_max));
+  }
+  const GatePlan plan = PlanGate(args.rows, options_.experts, options_.hidden, device_.multiprocessors,
+                                 path_ == Path::kHopper);
+  if (plan.splits > 1 && int64_t{plan.tiles} * plan.splits * plan.tile_rows * GateColumns(options_.experts) > partial_values_) {
+    return absl::InternalError("Gate: workspace");
+  }
+  GateParams params;
+  params.args = args;
+  params.experts = options_.experts;
+  params.hidden = options_.hidden;
+  params.k = options_.k;
+  params.groups = options_.groups;
+  params.topk_groups = options_.topk_groups;
+  params.scale = options_.scale;
+  params.normalise = options_.normalise && options_.k > 1;  // as kernels::WeighExperts
+  params.splits = plan.splits;
+  params.k_steps = plan.k_steps;
+  params.together = plan.together;
+  params.partials = partials_.as<float>();
+  params.counters = counters_.as<uint32_t>();
+  MK_CUDA_RETURN_IF_ERROR(LaunchGate(params, plan.tile_rows, stream.handle()));
+  return absl::OkStatus();
+}
+
+}  // namespace minke::cuda
