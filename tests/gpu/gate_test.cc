@@ -34,7 +34,7 @@ struct Result {
   std::vector<uint8_t> status;
 };
 
-Result Run(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, Path path, int32_t used = -1) {
+Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, Path path, int32_t used = -1) {
   auto stream = Stream::Create();
   const int64_t rows = std::ssize(x) / s.hidden;
   Gate::Options options;
@@ -83,10 +83,13 @@ TEST_P(GateTest, NonFiniteRowsAreRejectedAndDisturbNobody) {
     const auto w = RandomBF16(rng, s.experts * s.hidden, 0.25f);
     x[1 * s.hidden + 3] = 0x7fc0;                // NaN
     x[(rows - 1) * s.hidden + 200] = 0x7f80;     // infinity
-    const Result got = Run(s, x, w, GetParam());
+    const Result got = Route(s, x, w, GetParam());
     for (const int row : {1, rows - 1}) {
       EXPECT_EQ(got.status[row], static_cast<uint8_t>(GateStatus::kRejected));
-      for (int i = 0; i < s.k; ++i) EXPECT_EQ(got.experts[row * s.k + i], -1), EXPECT_EQ(got.weights[row * s.k + i], 0);
+      for (int i = row * s.k; i < (row + 1) * s.k; ++i) {
+        EXPECT_EQ(got.experts[i], -1);
+        EXPECT_EQ(got.weights[i], 0);
+      }
     }
     for (int row = 0; row < rows - 1; ++row) {
       if (row != 1) ExpectRouted(s, got, row);
@@ -98,7 +101,7 @@ TEST_P(GateTest, PaddingChoosesNothing) {
   const Shape s = {64, 2048, 6, 1, 1};
   std::mt19937 rng(2);
   const auto x = RandomBF16(rng, 32 * s.hidden), w = RandomBF16(rng, s.experts * s.hidden, 0.1f);
-  const Result got = Run(s, x, w, GetParam(), 20);
+  const Result got = Route(s, x, w, GetParam(), 20);
   for (int row = 0; row < 20; ++row) ExpectRouted(s, got, row);
   for (int row = 20; row < 32; ++row) {
     EXPECT_EQ(got.status[row], static_cast<uint8_t>(GateStatus::kPadding));
@@ -114,10 +117,10 @@ TEST_P(GateTest, TiesKeepTheLowerIndex) {
   auto w = RandomBF16(rng, s.experts * s.hidden);
   for (int e = 1; e < s.experts; e += 2) std::copy_n(&w[(e - 1) * s.hidden], s.hidden, &w[e * s.hidden]);
   std::copy_n(&w[0], 20 * s.hidden, &w[60 * s.hidden]);
-  const Result got = Run(s, x, w, GetParam());
+  const Result got = Route(s, x, w, GetParam());
   for (int row = 0; row < 40; ++row) ExpectRouted(s, got, row);
   // All logits equal.
-  const Result zeros = Run(s, std::vector<bf16>(3 * s.hidden, 0), w, GetParam());
+  const Result zeros = Route(s, std::vector<bf16>(3 * s.hidden, 0), w, GetParam());
   for (int i = 0; i < s.k; ++i) EXPECT_EQ(zeros.experts[i], i);
 }
 
@@ -137,7 +140,7 @@ TEST_P(GateTest, MatchesFloat64) {
     for (const int rows : all_rows) {
       SCOPED_TRACE(testing::Message() << s.experts << " experts, hidden " << s.hidden << ", " << rows << " rows");
       const auto x = RandomBF16(rng, rows * s.hidden);
-      const Result got = Run(s, x, w, GetParam());
+      const Result got = Route(s, x, w, GetParam());
       std::vector<double> error(rows * s.experts);
       ParallelFor(rows * s.experts, [&](int64_t at) {
         double sum = 0;

@@ -34,12 +34,21 @@ uint32_t OnHost(std::vector<float> logits, const SampleRow& row, const std::vect
 TEST(Sampling, GreedyTakesTheLowestOfEqualIds) {
   std::vector<float> logits(3 * 1000, -2);
   logits[17] = logits[900] = 5;
-  logits[1000 + 0] = 1, logits[1000 + 999] = 1.5f, logits[1000 + 500] = NAN;
+  logits[1000 + 0] = 1, logits[1000 + 999] = 1.5f;
   logits[2000 + 3] = -0.f, logits[2000 + 7] = 0.f;
   EXPECT_EQ(OnDevice(logits, std::vector<SampleRow>(3), {}), (std::vector<uint32_t>{17, 999, 3}));
   std::vector<uint8_t> allowed(1000, 1);
   allowed[17] = allowed[999] = allowed[3] = 0;
   EXPECT_EQ(OnDevice(logits, std::vector<SampleRow>(3), allowed), (std::vector<uint32_t>{900, 0, 7}));
+}
+
+TEST(Sampling, RowsWithNanHaveNoToken) {
+  std::vector<float> logits(2 * 3000, 1);
+  logits[2999] = NAN;
+  std::vector<SampleRow> rows(2);
+  rows[0].temperature = rows[1].temperature = 1;
+  EXPECT_EQ(OnDevice(logits, rows, {})[0], kNoToken);
+  EXPECT_LT(OnDevice(logits, rows, {})[1], 3000u);
 }
 
 // The host's exp and the device's differ in the last place: where the draw falls next to a boundary, the neighbour

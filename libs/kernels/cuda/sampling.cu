@@ -42,8 +42,7 @@ struct Row {
   float best, temperature, floor;
 
   __device__ float Logit(int i) const {
-    const float x = logits[i];
-    return (allowed != nullptr && allowed[i] == 0) || isnan(x) ? -INFINITY : x;
+    return allowed != nullptr && allowed[i] == 0 ? -INFINITY : logits[i];
   }
   // 0: not a candidate.
   __device__ float Weight(int i) const {
@@ -150,9 +149,15 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const SampleArgs a) {
   Row row = {a.logits + blockIdx.x * a.vocab, a.allowed, static_cast<int>(a.vocab), 0, params.temperature,
              fmaxf(params.min_p, 0.f)};
   uint64_t key = 0;
+  bool failed = false;
   for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
     const bool may = a.allowed == nullptr || a.allowed[i] != 0;
-    if (may) key = max(key, ArgMaxKey(row.Logit(i), i));
+    failed = failed || isnan(row.logits[i]);
+    if (may) key = max(key, ArgMaxKey(row.logits[i], i));
+  }
+  if (__syncthreads_or(failed)) {
+    if (threadIdx.x == 0) a.tokens[blockIdx.x] = kNoToken;
+    return;
   }
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) key = max(key, __shfl_xor_sync(~0u, key, i));

@@ -30,7 +30,9 @@ struct SampleArgs {
   int64_t rows = 0, vocab = 0;        // vocab: at most 2^20
 };
 
-// Ties go to the lower id. NaN is never chosen; a row without a finite logit gives its first allowed id.
+inline constexpr uint32_t kNoToken = 0xffffffff;
+
+// Ties go to the lower id. A row with a NaN among its logits gives kNoToken: its forward pass has failed.
 // Weights are counted in integers, so the result does not depend on the order of addition.
 absl::Status SampleTokens(const SampleArgs& args, const Stream& stream);
 
