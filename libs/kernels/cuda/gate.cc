@@ -9,30 +9,24 @@
 namespace minke::cuda {
 namespace {
 
-constexpr int kClusterMax = 8;
-constexpr int kSplitsMax = 48;
+constexpr int kSplitsMax = 40, kSplitsOfManyMax = 8;
 
 struct GatePlan {
   int tile_rows, tiles, splits, k_steps;
-  bool together;
 };
 
-// Enough blocks for every multiprocessor, and as few of them per tile as that allows: every further split of the
-// hidden dimension costs a round trip of partial logits.
-GatePlan PlanGate(int64_t rows, int32_t experts, int32_t hidden, int multiprocessors, bool clusters) {
+// About as many blocks as multiprocessors. The last block of a tile reads every part's logits back, so tiles of many
+// rows are cut into fewer parts.
+GatePlan PlanGate(int64_t rows, int32_t experts, int32_t hidden, int multiprocessors) {
   GatePlan plan;
   // A tile of 128 rows reads the weights half as often as one of 64; small batches need many blocks more than that.
   plan.tile_rows = rows <= 128 ? 16 : rows <= 2048 || experts > 160 ? 64 : 128;
   plan.tiles = static_cast<int>((rows + plan.tile_rows - 1) / plan.tile_rows);
   const int steps = (hidden + kGateStep - 1) / kGateStep;
-  int splits = std::clamp(multiprocessors / plan.tiles, 1, std::min(kSplitsMax, steps));
-  // Few rows: one block finishes a tile sooner than a cluster of 8 would read the weights. Many: each block of the
-  // cluster finishes its share.
-  plan.together = clusters && plan.tile_rows > 16 && splits > 1;
-  if (plan.together) splits = std::min(splits, kClusterMax);
+  const int splits = std::clamp(multiprocessors / plan.tiles, 1,
+                                std::min(plan.tile_rows == 16 ? kSplitsMax : kSplitsOfManyMax, steps));
   plan.k_steps = (steps + splits - 1) / splits;
   plan.splits = (steps + plan.k_steps - 1) / plan.k_steps;
-  if (plan.splits == 1) plan.together = false;
   return plan;
 }
 
@@ -51,19 +45,17 @@ absl::StatusOr<Gate> Gate::Create(const Options& o) {
   absl::StatusOr<DeviceInfo> device = CurrentDevice();
   if (!device.ok()) return device.status();
   gate.device_ = *device;
-  absl::StatusOr<Path> path = Resolve(o.path, *device);
-  if (!path.ok()) return path.status();
-  gate.path_ = *path;
+  if (absl::StatusOr<Path> path = Resolve(Path::kPortable, *device); !path.ok()) return path.status();
   const int64_t tiles_max = std::max<int64_t>((o.rows_max + 63) / 64, 8);
   // Tiles are split only while that gives no more blocks than multiprocessors.
   gate.partial_values_ = int64_t{device->multiprocessors} * 128 * GateColumns(o.experts);
   absl::StatusOr<DeviceBuffer> partials = DeviceBuffer::Allocate(gate.partial_values_ * 4);
   if (!partials.ok()) return partials.status();
   gate.partials_ = *std::move(partials);
-  absl::StatusOr<DeviceBuffer> counters = DeviceBuffer::Allocate(tiles_max * 8);
+  absl::StatusOr<DeviceBuffer> counters = DeviceBuffer::Allocate(tiles_max * 4);
   if (!counters.ok()) return counters.status();
   gate.counters_ = *std::move(counters);
-  MK_CUDA_RETURN_IF_ERROR(cudaMemset(gate.counters_.as(), 0, tiles_max * 8));
+  MK_CUDA_RETURN_IF_ERROR(cudaMemset(gate.counters_.as(), 0, tiles_max * 4));
   return gate;
 }
 
@@ -72,8 +64,7 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   if (args.rows > options_.rows_max) {
     return absl::InvalidArgumentError(absl::StrCat("Gate: ", args.rows, " rows, room for ", options_.rows_max));
   }
-  const GatePlan plan = PlanGate(args.rows, options_.experts, options_.hidden, device_.multiprocessors,
-                                 path_ == Path::kHopper);
+  const GatePlan plan = PlanGate(args.rows, options_.experts, options_.hidden, device_.multiprocessors);
   if (plan.splits > 1 && int64_t{plan.tiles} * plan.splits * plan.tile_rows * GateColumns(options_.experts) > partial_values_) {
     return absl::InternalError("Gate: workspace");
   }
@@ -88,7 +79,6 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   params.normalise = options_.normalise && options_.k > 1;  // as kernels::WeighExperts
   params.splits = plan.splits;
   params.k_steps = plan.k_steps;
-  params.together = plan.together;
   params.partials = partials_.as<float>();
   params.counters = counters_.as<uint32_t>();
   MK_CUDA_RETURN_IF_ERROR(LaunchGate(params, plan.tile_rows, stream.handle()));

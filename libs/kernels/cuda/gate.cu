@@ -1,6 +1,6 @@
 // A block computes one tile of logits over its part of the hidden dimension with mma.sync, fed by cp.async through
-// kStages buffers. Parts meet in device memory; the block that comes last (or, in a cluster, every block for its share
-// of the rows) adds them up in order, and a warp chooses the experts of a row.
+// kStages buffers. Parts meet in device memory; the block that comes last adds them up in order and chooses the experts:
+// a thread per row where there are many rows (a warp takes as long for one row as a thread does), a warp where few.
 #include "libs/kernels/cuda/gate_kernels.h"
 #include "libs/kernels/cuda/mma_sm80.cuh"
 
@@ -16,7 +16,8 @@ struct Shape {
   static constexpr int kTilesM = kRows / kWarpsM / 16, kTilesN = kColumns / kWarpsN / 8;
   static constexpr int kStageValues = (kRows + kColumns) * kGateStep;
   static constexpr int kSharedBytes = kStages * kStageValues * 2;
-  static_assert(kSharedBytes >= kRows * kColumns * 4);  // the finished logits of a tile that is not split
+  static constexpr int kLogitsStride = kColumns + 1;  // threads that read a column of it use every bank
+  static_assert(kSharedBytes >= (kRows * kLogitsStride + kRows * 33) * 4);  // logits and group maxima, at the end
 };
 
 // Rows of 64 values are 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), so that eight rows of one column
@@ -63,14 +64,17 @@ __device__ __forceinline__ void MultiplyStep(const uint16_t* stage, int warp, in
         LoadMatrix4(a[k][m], stage + Swizzled(row + m * 16 + (lane & 15), half * 4 + k * 2 + lane / 16));
       }
     }
+    uint32_t b[S::kTilesN][4];
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      uint32_t b[4];
-      LoadMatrix4(b, stage + Swizzled(column + n * 8 + lane % 8, half * 4 + lane / 8));
+      LoadMatrix4(b[n], stage + Swizzled(column + n * 8 + lane % 8, half * 4 + lane / 8));
+    }
 #pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
-        Product(d[m][n], a[0][m], b[0], b[1]);
-        Product(d[m][n], a[1][m], b[2], b[3]);
+    for (int k = 0; k < 2; ++k) {  // no product waits for the one before it
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) Product(d[m][n], a[k][m], b[n][2 * k], b[n][2 * k + 1]);
       }
     }
   }
@@ -85,11 +89,20 @@ __device__ __forceinline__ float Value(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// One row: lane l holds the logits of experts l, l + 32, ... `keys` is the warp's own shared memory.
+__device__ __forceinline__ void ChooseNothing(const GateParams& p, int64_t row, GateStatus status) {
+  for (int i = 0; i < p.k; ++i) p.args.experts[row * p.k + i] = -1, p.args.weights[row * p.k + i] = 0;
+  p.args.status[row] = static_cast<uint8_t>(status);
+}
+
+// One row by a warp: lane l has the logits of experts l, l + 32, ... `from`: the row's logits, `keys`: the warp's own,
+// both in shared memory.
 template <int kColumns>
-__device__ __forceinline__ void Choose(const GateParams& p, int64_t row, const float (&logits)[kColumns / 32], int lane,
-                                       uint32_t* keys) {
+__device__ __forceinline__ void ChooseByWarp(const GateParams& p, int64_t row, const float* from, int lane,
+                                          uint32_t* keys) {
   constexpr int kPerLane = kColumns / 32;
+  float logits[kPerLane];
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) logits[j] = from[lane + 32 * j];
   bool finite = true;
   float maximum = -INFINITY;
   uint32_t key[kPerLane];
@@ -102,8 +115,7 @@ __device__ __forceinline__ void Choose(const GateParams& p, int64_t row, const f
   }
   const bool padding = p.args.rows_used != nullptr && row >= *p.args.rows_used;
   if (padding || !__all_sync(~0u, finite)) {
-    if (lane < p.k) p.args.experts[row * p.k + lane] = -1, p.args.weights[row * p.k + lane] = 0;
-    if (lane == 0) p.args.status[row] = static_cast<uint8_t>(padding ? GateStatus::kPadding : GateStatus::kRejected);
+    if (lane == 0) ChooseNothing(p, row, padding ? GateStatus::kPadding : GateStatus::kRejected);
     return;
   }
   maximum = Value(__reduce_max_sync(~0u, Key(maximum)));
@@ -172,6 +184,79 @@ __device__ __forceinline__ void Choose(const GateParams& p, int64_t row, const f
   if (lane == 0) p.args.status[row] = static_cast<uint8_t>(GateStatus::kRouted);
 }
 
+constexpr int kAloneMax = 8;  // choices that a thread keeps in registers
+
+// One row by a thread, as kernels::RouteToken does it. `logits` and `groups` in shared memory.
+__device__ __forceinline__ void ChooseByThread(const GateParams& p, int64_t row, const float* logits, float* groups) {
+  if (p.args.rows_used != nullptr && row >= *p.args.rows_used) return ChooseNothing(p, row, GateStatus::kPadding);
+  bool finite = true;
+  float maximum = -INFINITY;
+#pragma unroll 8
+  for (int e = 0; e < p.experts; ++e) finite = finite && isfinite(logits[e]), maximum = fmaxf(maximum, logits[e]);
+  if (p.args.logits != nullptr) {
+    for (int e = 0; e < p.experts; ++e) p.args.logits[row * p.experts + e] = logits[e];
+  }
+  if (!finite) return ChooseNothing(p, row, GateStatus::kRejected);
+  float sum = 0;
+#pragma unroll 8
+  for (int e = 0; e < p.experts; ++e) sum += expf(logits[e] - maximum);
+  const int size = p.experts / p.groups;
+  uint32_t kept = p.topk_groups < p.groups ? 0 : ~0u;
+  if (kept == 0) {
+    for (int g = 0; g < p.groups; ++g) {
+      float best = -INFINITY;
+#pragma unroll 4
+      for (int e = g * size; e < (g + 1) * size; ++e) best = fmaxf(best, logits[e]);
+      groups[g] = best;
+    }
+    for (int round = 0; round < p.topk_groups; ++round) {
+      int group = 0;
+      float best = -INFINITY;
+      for (int g = 0; g < p.groups; ++g) {
+        if (!(kept >> g & 1) && groups[g] > best) best = groups[g], group = g;
+      }
+      kept |= 1u << group;
+    }
+  }
+  float value[kAloneMax];
+  int expert[kAloneMax];
+#pragma unroll
+  for (int i = 0; i < kAloneMax; ++i) value[i] = -INFINITY, expert[i] = 0x7fffffff;
+  for (int g = 0; g < p.groups; ++g) {
+    if (!(kept >> g & 1)) continue;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      float v = logits[e];
+      if (v <= value[kAloneMax - 1]) continue;
+      int at = e;
+      bool in = false;
+#pragma unroll
+      for (int i = 0; i < kAloneMax; ++i) {  // into its place; what was there and behind moves down
+        in = in || v > value[i];
+        const float old_value = value[i];
+        const int old_expert = expert[i];
+        if (in) value[i] = v, expert[i] = at, v = old_value, at = old_expert;
+      }
+    }
+  }
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < kAloneMax; ++i) {
+    value[i] = i < p.k ? expf(value[i] - maximum) / sum : 0.f;
+    total += value[i];
+  }
+  const float scale = p.normalise ? 1 / (total + 1e-20f) : p.scale;
+#pragma unroll
+  for (int i = 0; i < kAloneMax; ++i) {
+    if (i >= p.k) break;
+    int rank = 0;
+#pragma unroll
+    for (int j = 0; j < kAloneMax; ++j) rank += j < p.k && expert[j] < expert[i] ? 1 : 0;
+    p.args.experts[row * p.k + rank] = expert[i];
+    p.args.weights[row * p.k + rank] = value[i] * scale;
+  }
+  p.args.status[row] = static_cast<uint8_t>(GateStatus::kRouted);
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads) GateKernel(const GateParams p) {
   extern __shared__ __align__(128) uint8_t bytes[];
@@ -202,60 +287,60 @@ __global__ void __launch_bounds__(S::kThreads) GateKernel(const GateParams p) {
   WaitCopies<0>();
   __syncthreads();
 
-  // To shared memory if this block has the whole sum, else to device memory.
-  float* tile_logits = p.splits == 1 ? reinterpret_cast<float*>(bytes)
-                                     : p.partials + static_cast<int64_t>(tile * p.splits) * S::kRows * S::kColumns;
-  float* mine = tile_logits + static_cast<int64_t>(split) * S::kRows * S::kColumns;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(S::kRows), p.args.rows - row_begin));
+  float* logits = reinterpret_cast<float*>(bytes);  // [rows, kLogitsStride]: the stages are done with
   const int row = warp / S::kWarpsN * (S::kTilesM * 16) + lane / 4;
   const int column = warp % S::kWarpsN * (S::kTilesN * 8) + lane % 4 * 2;
+  if (p.splits == 1) {
 #pragma unroll
-  for (int m = 0; m < S::kTilesM; ++m) {
-#pragma unroll
-    for (int n = 0; n < S::kTilesN; ++n) {
-      float* to = mine + (row + m * 16) * S::kColumns + column + n * 8;
-      *reinterpret_cast<float2*>(to) = make_float2(d[m][n][0], d[m][n][1]);
-      *reinterpret_cast<float2*>(to + 8 * S::kColumns) = make_float2(d[m][n][2], d[m][n][3]);
+    for (int i = 0; i < S::kTilesM * S::kTilesN * 4; ++i) {
+      const int m = i / (S::kTilesN * 4), n = i / 4 % S::kTilesN;
+      logits[(row + m * 16 + i / 2 % 2 * 8) * S::kLogitsStride + column + n * 8 + i % 2] = d[m][n][i % 4];
     }
-  }
-
-  int first = 0, last = S::kRows;
-  if (p.splits > 1) {
-    uint32_t* counters = p.counters + 2 * tile;
+    __syncthreads();
+  } else {
+    constexpr int64_t kTile = S::kRows * S::kColumns;
+    float* parts = p.partials + tile * p.splits * kTile;
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+        float* to = parts + split * kTile + (row + m * 16) * S::kColumns + column + n * 8;
+        *reinterpret_cast<float2*>(to) = make_float2(d[m][n][0], d[m][n][1]);
+        *reinterpret_cast<float2*>(to + 8 * S::kColumns) = make_float2(d[m][n][2], d[m][n][3]);
+      }
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      ticket = atomicAdd(&counters[0], 1u);
-      if (p.together) {
-        while (*static_cast<volatile uint32_t*>(&counters[0]) < static_cast<uint32_t>(p.splits)) {
-        }
-        // The last to have seen that clears both for the next launch.
-        if (atomicAdd(&counters[1], 1u) == static_cast<uint32_t>(p.splits - 1)) counters[0] = counters[1] = 0;
-      } else if (ticket == static_cast<uint32_t>(p.splits - 1)) {
-        counters[0] = 0;
-      }
+      ticket = atomicAdd(&p.counters[tile], 1u);
+      if (ticket == static_cast<uint32_t>(p.splits - 1)) p.counters[tile] = 0;  // for the next launch
       __threadfence();
     }
     __syncthreads();
-    if (p.together) {
-      const int share = (S::kRows + p.splits - 1) / p.splits;
-      first = split * share;
-      last = min(S::kRows, first + share);
-    } else if (ticket != static_cast<uint32_t>(p.splits - 1)) {
-      return;
+    if (ticket != static_cast<uint32_t>(p.splits - 1)) return;
+    for (int i = threadIdx.x; i < rows * (S::kColumns / 4); i += S::kThreads) {
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+      for (int s = 0; s < p.splits; ++s) {
+        const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + s * kTile) + i);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+      float* to = logits + i / (S::kColumns / 4) * S::kLogitsStride + i % (S::kColumns / 4) * 4;
+      to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
     }
-  } else {
     __syncthreads();
   }
-  last = static_cast<int>(min(static_cast<int64_t>(last), p.args.rows - row_begin));
-  for (int r = first + warp; r < last; r += S::kThreads / 32) {
-    float logits[S::kColumns / 32] = {};
-#pragma unroll 4
-    for (int s = 0; s < p.splits; ++s) {
-      const float* from = tile_logits + (static_cast<int64_t>(s) * S::kRows + r) * S::kColumns + lane;
-#pragma unroll
-      for (int j = 0; j < S::kColumns / 32; ++j) logits[j] += p.splits == 1 ? from[32 * j] : __ldcg(from + 32 * j);
+  constexpr int kWarps = S::kThreads / 32;
+  if (rows > 2 * kWarps && p.k <= kAloneMax) {
+    float* groups = logits + S::kRows * S::kLogitsStride;
+    if (static_cast<int>(threadIdx.x) < rows) {
+      ChooseByThread(p, row_begin + threadIdx.x, logits + threadIdx.x * S::kLogitsStride, groups + threadIdx.x * 33);
     }
-    Choose<S::kColumns>(p, row_begin + r, logits, lane, keys[warp]);
+    return;
+  }
+  for (int r = warp; r < rows; r += kWarps) {
+    ChooseByWarp<S::kColumns>(p, row_begin + r, logits + r * S::kLogitsStride, lane, keys[warp]);
     __syncwarp();
   }
 }
@@ -265,19 +350,9 @@ cudaError_t Launch(const GateParams& p, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(GateKernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.splits, static_cast<unsigned>((p.args.rows + S::kRows - 1) / S::kRows));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = p.splits;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = p.together ? 1 : 0;
-  return cudaLaunchKernelEx(&config, GateKernel<S>, p);
+  const dim3 grid(p.splits, static_cast<unsigned>((p.args.rows + S::kRows - 1) / S::kRows));
+  GateKernel<S><<<grid, S::kThreads, S::kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -294,7 +369,7 @@ cudaError_t LaunchGate(const GateParams& p, int tile_rows, cudaStream_t stream) 
            : columns == 160 ? Launch<Shape<64, 160, 2, 4, 4>>(p, stream)
                             : Launch<Shape<64, 256, 2, 4, 4>>(p, stream);
   }
-  return columns == 64 ? Launch<Shape<128, 64, 4, 2, 4>>(p, stream) : Launch<Shape<128, 160, 4, 2, 3>>(p, stream);
+  return columns == 64 ? Launch<Shape<128, 64, 4, 4, 4>>(p, stream) : Launch<Shape<128, 160, 4, 4, 4>>(p, stream);
 }
 
 }  // namespace minke::cuda

@@ -43,7 +43,6 @@ class Gate {
     float scale = 1;
     bool normalise = false;
     int64_t rows_max = 4096;
-    Path path = Path::kAuto;  // kHopper shares a tile's last step among its blocks, in a cluster
   };
   // INVALID_ARGUMENT for a shape outside the limits above.
   static absl::StatusOr<Gate> Create(const Options& options);
@@ -53,10 +52,9 @@ class Gate {
   Gate() = default;
   Options options_;
   DeviceInfo device_;
-  Path path_ = Path::kPortable;
   int64_t partial_values_ = 0;
   DeviceBuffer partials_;  // [tiles, splits, tile rows, experts, padded] f32
-  DeviceBuffer counters_;  // [tiles, 2]; zero between launches
+  DeviceBuffer counters_;  // [tiles]; zero between launches
 };
 
 }  // namespace minke::cuda

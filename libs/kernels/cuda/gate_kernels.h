@@ -16,9 +16,8 @@ struct GateParams {
   bool normalise;
   int32_t splits;   // blocks that share a tile of rows, each a part of the hidden dimension
   int32_t k_steps;  // of kGateStep columns per split
-  bool together;    // the blocks of a tile run at once (a cluster), so each may wait and finish a share of the rows
   float* partials;  // [tiles, splits, tile rows, columns]
-  uint32_t* counters;
+  uint32_t* counters;  // [tiles], zero between launches
 };
 
 inline constexpr int kGateStep = 64;

@@ -1,6 +1,7 @@
-// One block per row. With w = exp((logit - best) / temperature), counted in units of 2^-40: top-k, top-p and the draw
-// after truncation are all the same question, "where in descending order of w (ties: ascending id) does a running
-// count or mass pass a target", answered by a radix descent over the bits of w, and over the ids among equals.
+// One block per row. With z = (best - logit) / temperature and w = exp(-z), counted in units of 2^-40: top-k, top-p and
+// the draw after truncation are the same question, "at which id, in descending order of w (ties: ascending id), does a
+// running count or mass pass a target". A histogram over z answers it up to a bin, sorting the bin's ids answers the
+// rest. A bin of more ids than fit (many equal logits) is searched digit by digit instead.
 #include <cuda_runtime_api.h>
 
 #include "absl/strings/str_cat.h"
@@ -12,8 +13,12 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBins = 256;
-constexpr float kUnit = 0x1p40f;  // 2^20 ids of weight 1 are 2^60
+constexpr int kBins = kThreads;        // a thread per bin
+constexpr float kBinsPerUnit = 32;     // of z: the last bin begins at w = 1e-14
+constexpr int kListMax = 2 * kThreads;
+constexpr int kDigits = 256;
+constexpr int kVocabMax = 1 << 18;
+constexpr float kUnit = 0x1p40f;  // 2^18 ids of weight 1 are 2^58
 
 __device__ __forceinline__ uint64_t Mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ull;
@@ -24,15 +29,6 @@ __device__ __forceinline__ uint64_t Mix(uint64_t x) {
 // services/attention/sampling: UniformDraw.
 __device__ __forceinline__ double UniformDraw(uint64_t seed, int64_t position) {
   return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
-}
-
-// An id's place in descending order: smaller comes first.
-struct Rank {
-  uint32_t bits;  // ~ of the weight's
-  uint32_t id;
-};
-__device__ __forceinline__ bool NotAfter(uint32_t bits, uint32_t id, const Rank& last) {
-  return bits < last.bits || (bits == last.bits && id <= last.id);
 }
 
 struct Row {
@@ -49,92 +45,217 @@ struct Row {
     const float w = expf((Logit(i) - best) / temperature);
     return w < floor ? 0.f : w;
   }
+  __device__ int Bin(int i) const {
+    return static_cast<int>(fminf((best - Logit(i)) / temperature * kBinsPerUnit, kBins - 1));
+  }
 };
 
-__device__ __forceinline__ unsigned long long Units(float w) {
-  return static_cast<unsigned long long>(static_cast<double>(w) * static_cast<double>(kUnit));
+using Mass = unsigned long long;
+
+__device__ __forceinline__ Mass Units(float w) {
+  return max(static_cast<Mass>(static_cast<double>(w) * static_cast<double>(kUnit)), Mass{1});
 }
 
 struct Shared {
-  unsigned long long bins[kBins];
-  unsigned long long warps[kWarps];
-  unsigned long long target;
-  uint32_t prefix;
+  uint32_t counts[kBins];
+  // Masses in pieces of 14 bits: 64-bit additions in shared memory are loops, and no piece overflows 2^18 times.
+  uint32_t pieces[3][kBins];
+  Mass count_before[kBins + 1], mass_before[kBins + 1];
+  uint64_t list[kListMax];  // ~weight, id: ascending is the order above
+  Mass digits[kDigits];
+  Mass warps[kWarps];
   uint64_t best[kWarps];
+  Mass found_rest, found_through;
+  uint32_t found, list_size;
 };
 
-__device__ unsigned long long BlockSum(unsigned long long x, Shared& s) {
+__device__ Mass BlockSum(Mass x, Shared& s) {
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
   __syncthreads();
   if (threadIdx.x % 32 == 0) s.warps[threadIdx.x / 32] = x;
   __syncthreads();
-  unsigned long long sum = 0;
+  Mass sum = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += s.warps[w];
   return sum;
 }
 
-// Descends through four bytes of key(i): finds the key of the first candidate at which the running measure exceeds
-// `target`, and leaves in s.target what the target is among the candidates of just that key.
+// What the threads before this one have.
+__device__ Mass BlockScan(Mass x, Shared& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Mass sum = x;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const Mass before = __shfl_up_sync(~0u, sum, i);
+    if (lane >= i) sum += before;
+  }
+  __syncthreads();
+  if (lane == 31) s.warps[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += s.warps[w];
+  return sum - x;
+}
+
+__device__ void Histogram(const Row& row, Shared& s) {
+  s.counts[threadIdx.x] = 0;
+#pragma unroll
+  for (auto& piece : s.pieces) piece[threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
+    const float w = row.Weight(i);
+    if (!(w > 0)) continue;
+    const int bin = row.Bin(i);
+    const Mass units = Units(w);
+    atomicAdd(&s.counts[bin], 1u);
+    atomicAdd(&s.pieces[0][bin], static_cast<uint32_t>(units & 0x3fff));
+    if (units >> 14 & 0x3fff) atomicAdd(&s.pieces[1][bin], static_cast<uint32_t>(units >> 14 & 0x3fff));
+    if (units >> 28) atomicAdd(&s.pieces[2][bin], static_cast<uint32_t>(units >> 28));
+  }
+  __syncthreads();
+  const int b = threadIdx.x;
+  const Mass mass = (static_cast<Mass>(s.pieces[2][b]) << 28) + (static_cast<Mass>(s.pieces[1][b]) << 14) + s.pieces[0][b];
+  s.count_before[b] = BlockScan(s.counts[b], s);
+  s.mass_before[b] = BlockScan(mass, s);
+  if (b == kBins - 1) {
+    s.count_before[kBins] = s.count_before[b] + s.counts[b];
+    s.mass_before[kBins] = s.mass_before[b] + mass;
+  }
+  __syncthreads();
+}
+
+// Four digits of key(i), the highest first: the key of the first candidate at which the running measure exceeds
+// `target`; s.found_rest becomes what is left of the target among the candidates of just that key.
 template <class KeyOf, class MeasureOf>
-__device__ uint32_t Descend(int vocab, unsigned long long target, KeyOf key, MeasureOf measure, Shared& s) {
+__device__ uint32_t Descend(int vocab, Mass target, KeyOf key, MeasureOf measure, Shared& s) {
   uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
-    for (int b = threadIdx.x; b < kBins; b += kThreads) s.bins[b] = 0;
+    if (threadIdx.x < kDigits) s.digits[threadIdx.x] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < vocab; i += kThreads) {
-      const unsigned long long m = measure(i);
+      const Mass m = measure(i);
       if (m == 0) continue;
       const uint32_t k = key(i);
       if (shift < 24 && (k >> (shift + 8)) != (prefix >> (shift + 8))) continue;
-      atomicAdd(&s.bins[k >> shift & 255], m);
+      atomicAdd(&s.digits[k >> shift & 255], m);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned long long left = target;
-      int b = 0, last = 0;
-      for (; b < kBins; ++b) {
-        if (s.bins[b] == 0) continue;
-        last = b;
-        if (left < s.bins[b]) break;
-        left -= s.bins[b];
-      }
-      if (b == kBins) {  // the target lies past everything: the last there is
-        b = last;
-        left = s.bins[b] - 1;
-      }
-      s.prefix = prefix | static_cast<uint32_t>(b) << shift;
-      s.target = left;
+      Mass left = target;
+      uint32_t digit = 0;
+      while (digit < kDigits - 1 && left >= s.digits[digit]) left -= s.digits[digit++];
+      s.found = prefix | digit << shift;
+      s.found_rest = left;
     }
     __syncthreads();
-    prefix = s.prefix;
-    target = s.target;
+    prefix = s.found;
+    target = s.found_rest;
   }
   return prefix;
 }
 
-// The first id in descending order at which the running measure exceeds `target`, among candidates up to `last`.
-template <class MeasureOf>
-__device__ Rank Select(const Row& row, unsigned long long target, const Rank& last, MeasureOf measure, Shared& s) {
-  const auto among = [&](int i, float w) { return w > 0 && NotAfter(~__float_as_uint(w), i, last); };
+struct Place {
+  uint32_t id;
+  Mass through;  // mass of the candidates up to and including it
+};
+
+__device__ void SortList(Shared& s, int size) {
+  int width = 2;
+  while (width < size) width *= 2;
+  for (int i = size + threadIdx.x; i < width; i += kThreads) s.list[i] = ~uint64_t{0};
+  for (int run = 2; run <= width; run *= 2) {
+    for (int step = run / 2; step > 0; step /= 2) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < width / 2; i += kThreads) {
+        const int low = i / step * 2 * step + i % step, high = low + step;
+        const uint64_t a = s.list[low], b = s.list[high];
+        if ((a > b) == ((low & run) == 0)) s.list[low] = b, s.list[high] = a;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// The first candidate at which the running count (by_count) or mass exceeds `target`, which must be below the whole's.
+__device__ Place Locate(const Row& row, Mass target, bool by_count, Shared& s) {
+  const Mass* before = by_count ? s.count_before : s.mass_before;
+  __syncthreads();
+  if (before[threadIdx.x] <= target && target < before[threadIdx.x + 1]) s.found = threadIdx.x;
+  if (threadIdx.x == 0) s.list_size = 0;
+  __syncthreads();
+  const int bin = static_cast<int>(s.found), size = static_cast<int>(s.counts[bin]);
+  const Mass rest = target - before[bin], mass_before = s.mass_before[bin];
+  if (size <= kListMax) {
+    for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
+      if (row.Bin(i) != bin) continue;
+      const float w = row.Weight(i);
+      if (w > 0) s.list[atomicAdd(&s.list_size, 1u)] = static_cast<uint64_t>(~__float_as_uint(w)) << 32 | static_cast<uint32_t>(i);
+    }
+    __syncthreads();
+    SortList(s, size);
+    Mass units[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int at = 2 * threadIdx.x + k;
+      if (at < size) units[k] = Units(__uint_as_float(~static_cast<uint32_t>(s.list[at] >> 32)));
+    }
+    Mass through = BlockScan(units[0] + units[1], s);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int at = 2 * threadIdx.x + k;
+      const bool here = at < size && (by_count ? static_cast<Mass>(at) == rest : through <= rest && rest < through + units[k]);
+      through += units[k];
+      if (here) s.found = static_cast<uint32_t>(s.list[at]), s.found_through = mass_before + through;
+    }
+    __syncthreads();
+    return {s.found, s.found_through};
+  }
+  const auto measure = [&](int i) {
+    const float w = row.Bin(i) == bin ? row.Weight(i) : 0.f;
+    return w > 0 ? (by_count ? Mass{1} : Units(w)) : Mass{0};
+  };
   const uint32_t bits = Descend(
-      row.vocab, target, [&](int i) { return ~__float_as_uint(row.Weight(i)); },
-      [&](int i) {
-        const float w = row.Weight(i);
-        return among(i, w) ? measure(w) : 0ull;
-      },
-      s);
-  const unsigned long long rest = s.target;
+      row.vocab, rest, [&](int i) { return ~__float_as_uint(row.Weight(i)); }, measure, s);
+  const Mass among = s.found_rest;
   const uint32_t id = Descend(
-      row.vocab, rest, [](int i) { return static_cast<uint32_t>(i); },
-      [&](int i) {
-        const float w = row.Weight(i);
-        return ~__float_as_uint(w) == bits && among(i, w) ? measure(w) : 0ull;
-      },
-      s);
-  return {bits, id};
+      row.vocab, among, [](int i) { return static_cast<uint32_t>(i); },
+      [&](int i) { return ~__float_as_uint(row.Weight(i)) == bits ? measure(i) : Mass{0}; }, s);
+  Mass sum = 0;
+  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
+    const float w = row.Bin(i) == bin ? row.Weight(i) : 0.f;
+    const uint32_t order = ~__float_as_uint(w);
+    if (w > 0 && (order < bits || (order == bits && static_cast<uint32_t>(i) <= id))) sum += Units(w);
+  }
+  return {id, mass_before + BlockSum(sum, s)};
+}
+
+// The first candidate in order of ids at which the running mass exceeds `target`. Tiles of kThreads ids.
+__device__ uint32_t LocateById(const Row& row, Mass target, Shared& s) {
+  const int lane = threadIdx.x % 32, tiles = (row.vocab + kThreads - 1) / kThreads;  // at most kBins
+  for (int t = threadIdx.x / 32; t < tiles; t += kWarps) {
+    Mass sum = 0;
+#pragma unroll 8
+    for (int i = t * kThreads + lane; i < min(row.vocab, (t + 1) * kThreads); i += 32) {
+      const float w = row.Weight(i);
+      if (w > 0) sum += Units(w);
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (lane == 0) s.list[t] = sum;
+  }
+  __syncthreads();
+  const Mass tile = static_cast<int>(threadIdx.x) < tiles ? s.list[threadIdx.x] : 0, before = BlockScan(tile, s);
+  if (before <= target && target < before + tile) s.found = threadIdx.x, s.found_rest = target - before;
+  __syncthreads();
+  const int i = static_cast<int>(s.found) * kThreads + static_cast<int>(threadIdx.x);
+  const Mass rest = s.found_rest;
+  const float w = i < row.vocab ? row.Weight(i) : 0.f;
+  const Mass units = w > 0 ? Units(w) : 0, up_to = BlockScan(units, s);
+  if (up_to <= rest && rest < up_to + units) s.found = static_cast<uint32_t>(i);
+  __syncthreads();
+  return s.found;
 }
 
 __device__ uint64_t ArgMaxKey(float x, int i) {
@@ -144,12 +265,14 @@ __device__ uint64_t ArgMaxKey(float x, int i) {
 }
 
 __global__ void __launch_bounds__(kThreads) SampleKernel(const SampleArgs a) {
-  __shared__ Shared s;
+  extern __shared__ __align__(16) uint8_t bytes[];
+  Shared& s = *reinterpret_cast<Shared*>(bytes);
   const SampleRow params = a.params[blockIdx.x];
   Row row = {a.logits + blockIdx.x * a.vocab, a.allowed, static_cast<int>(a.vocab), 0, params.temperature,
              fmaxf(params.min_p, 0.f)};
   uint64_t key = 0;
   bool failed = false;
+#pragma unroll 4
   for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
     const bool may = a.allowed == nullptr || a.allowed[i] != 0;
     failed = failed || isnan(row.logits[i]);
@@ -172,48 +295,21 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const SampleArgs a) {
     return;
   }
 
-  const auto mass = [](float w) { return max(Units(w), 1ull); };
-  const auto one = [](float) { return 1ull; };
-  Rank last = {~0u, ~0u};
-  const auto total_up_to = [&] {
-    unsigned long long sum = 0;
-    for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-      const float w = row.Weight(i);
-      if (w > 0 && NotAfter(~__float_as_uint(w), i, last)) sum += mass(w);
-    }
-    return BlockSum(sum, s);
-  };
+  Histogram(row, s);
+  Mass total = s.mass_before[kBins];
+  const double draw = UniformDraw(params.seed, params.position);
+  const auto target_of = [&] { return min(static_cast<Mass>(draw * static_cast<double>(total)), total - 1); };
   // top-k first, then top-p of what it left.
-  bool truncated = params.top_p < 1;
-  if (params.top_k > 0 && params.top_k < static_cast<uint32_t>(row.vocab)) {
-    unsigned long long mine = 0;
-    for (int i = threadIdx.x; i < row.vocab; i += kThreads) mine += row.Weight(i) > 0 ? 1 : 0;
-    if (params.top_k < BlockSum(mine, s)) {
-      truncated = true;
-      last = Select(row, params.top_k - 1, last, one, s);
-    }
-  }
+  const bool few = params.top_k > 0 && params.top_k < s.count_before[kBins];
+  if (few) total = Locate(row, params.top_k - 1, true, s).through;
   if (params.top_p < 1) {
-    // The first id at which the mass reaches top_p of the total: exceeds what is just below it.
-    const double wanted = ceil(static_cast<double>(fmaxf(params.top_p, 0.f)) * static_cast<double>(total_up_to()));
-    last = Select(row, wanted < 1 ? 0 : static_cast<unsigned long long>(wanted) - 1, last, mass, s);
+    // The first id at which the mass reaches top_p of the total: at which it exceeds what is just below that.
+    const double wanted = ceil(static_cast<double>(fmaxf(params.top_p, 0.f)) * static_cast<double>(total));
+    total = Locate(row, wanted < 1 ? 0 : static_cast<Mass>(wanted) - 1, false, s).through;
   }
-  const unsigned long long total = total_up_to();
-  const unsigned long long target =
-      min(static_cast<unsigned long long>(UniformDraw(params.seed, params.position) * static_cast<double>(total)),
-          total - 1);
-  uint32_t token;
-  if (truncated) {
-    token = Select(row, target, last, mass, s).id;
-  } else {  // in order of ids, as the host draws when nothing was sorted
-    token = Descend(
-        row.vocab, target, [](int i) { return static_cast<uint32_t>(i); },
-        [&](int i) {
-          const float w = row.Weight(i);
-          return w > 0 ? mass(w) : 0ull;
-        },
-        s);
-  }
+  // Without truncation the host has not sorted: it draws in order of ids.
+  const uint32_t token =
+      few || params.top_p < 1 ? Locate(row, target_of(), false, s).id : LocateById(row, target_of(), s);
   if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
 }
 
@@ -221,10 +317,12 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const SampleArgs a) {
 
 absl::Status SampleTokens(const SampleArgs& args, const Stream& stream) {
   if (args.rows == 0) return absl::OkStatus();
-  if (args.vocab < 1 || args.vocab > 1 << 20) {
+  if (args.vocab < 1 || args.vocab > kVocabMax) {
     return absl::InvalidArgumentError(absl::StrCat("SampleTokens: ", args.vocab, " ids"));
   }
-  SampleKernel<<<static_cast<unsigned>(args.rows), kThreads, 0, stream.handle()>>>(args);
+  MK_CUDA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  SampleKernel<<<static_cast<unsigned>(args.rows), kThreads, sizeof(Shared), stream.handle()>>>(args);
   MK_CUDA_RETURN_IF_ERROR(cudaGetLastError());
   return absl::OkStatus();
 }

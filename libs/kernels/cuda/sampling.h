@@ -27,7 +27,7 @@ struct SampleArgs {
   const SampleRow* params = nullptr;  // [rows]
   const uint8_t* allowed = nullptr;   // [vocab], 0: never chosen; null: all may be
   uint32_t* tokens = nullptr;         // [rows]
-  int64_t rows = 0, vocab = 0;        // vocab: at most 2^20
+  int64_t rows = 0, vocab = 0;        // vocab: at most 2^18
 };
 
 inline constexpr uint32_t kNoToken = 0xffffffff;
