@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bench/gpu/ceilings.h"
+#include "bench/gpu/ffn_cases.h"
 #include "bench/gpu/fill.h"
 #include "bench/gpu/measure.h"
 #include "bench/gpu/model_cases.h"
@@ -307,6 +308,14 @@ int Main(int argc, char** argv) {
       },
       [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }, bench.copy};
   RunModelCases(model_calls, bench.stream);
+  const FfnCalls ffn_calls = {
+      [&](const std::string& work) { return bench.Wanted(work); },
+      [&](const FfnRow& row) {
+        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, row.target_tflops,
+                      row.target_gbps, row.target_ms});
+      },
+      [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }};
+  RunFfnCases(ffn_calls, flags.variants, flags.portable, bench.stream);
   if (!flags.json.empty()) {
     std::ofstream(flags.json) << nlohmann::json{{"device", device->name},
                                                 {"copy_gbps", bench.copy},

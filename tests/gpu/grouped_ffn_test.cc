@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 
 #include "tests/gpu/gpu_support.h"
 
@@ -285,7 +286,7 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
   std::optional<Stream> stream_;
 };
 
-constexpr GroupedFfnShape kShapes[] = {{1, 8, 8}, {3, 64, 64}, {5, 136, 72}, {4, 256, 192}, {8, 384, 200}};
+constexpr GroupedFfnShape kShapes[] = {{1, 24, 40}, {3, 64, 64}, {5, 136, 72}, {4, 256, 192}, {8, 384, 200}};
 
 TEST_P(GroupedFfnTest, NoPairsAtAll) {
   std::mt19937 rng(1);
@@ -377,8 +378,9 @@ TEST_P(GroupedFfnTest, ManyExperts) {
 // The shapes of the models, few experts of them.
 TEST_P(GroupedFfnTest, ModelShapes) {
   std::mt19937 rng(15);
-  for (const GroupedFfnShape& shape : {GroupedFfnShape{3, 5120, 1536}, GroupedFfnShape{4, 2048, 1408}}) {
-    const Experts experts = RandomExperts(rng, shape);
+  static const Experts models[] = {RandomExperts(rng, {3, 5120, 1536}), RandomExperts(rng, {4, 2048, 1408})};
+  for (const Experts& experts : models) {
+    const GroupedFfnShape& shape = experts.shape;
     const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
     GroupedFfn ffn = Make(shape, 3, 180);
     const Work work = RandomWork(rng, 180, 3, 2, [&](std::mt19937& r) { return r() % 3 == 0 ? static_cast<int>(r() % shape.experts) : 1; });
@@ -472,6 +474,11 @@ TEST(GroupedFfnFP8, ErrorAgainstUnroundedWeights) {
 INSTANTIATE_TEST_SUITE_P(Portable, GroupedFfnTest,
                          testing::Values(Form{Path::kPortable, FfnFormat::kBF16, 0},
                                          Form{Path::kPortable, FfnFormat::kFP8, 0}));
+// Variants 1 and 2: that many units a block where the pairs fill one tile.
+INSTANTIATE_TEST_SUITE_P(Hopper, GroupedFfnTest,
+                         testing::Values(Form{Path::kHopper, FfnFormat::kBF16, 0}, Form{Path::kHopper, FfnFormat::kBF16, 1},
+                                         Form{Path::kHopper, FfnFormat::kBF16, 2}, Form{Path::kHopper, FfnFormat::kFP8, 0},
+                                         Form{Path::kHopper, FfnFormat::kFP8, 1}, Form{Path::kHopper, FfnFormat::kFP8, 2}));
 
 }  // namespace
 }  // namespace minke::cuda

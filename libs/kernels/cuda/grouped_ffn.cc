@@ -179,7 +179,11 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   params.hidden = shape.hidden;
   params.units = plan.units;
   const FfnFormat format = args.weights->format();
-  MK_CUDA_RETURN_IF_ERROR(LaunchFfnPortable(params, format, device_.multiprocessors, stream.handle()));
+  if (path_ == Path::kHopper) {
+    MK_CUDA_RETURN_IF_ERROR(LaunchFfnSm90(params, format, device_.multiprocessors, stream.handle()));
+  } else {
+    MK_CUDA_RETURN_IF_ERROR(LaunchFfnPortable(params, format, device_.multiprocessors, stream.handle()));
+  }
 
   FfnReduceParams reduce;
   reduce.position = plan.tables.position;

@@ -86,7 +86,7 @@ class GroupedFfn {
     int32_t slots = 0;        // 1..32
     int32_t outputs_max = 0;  // the workspace holds outputs_max * slots pairs of 2 (hidden + inner) bytes
     Path path = Path::kAuto;
-    int32_t variant = 0;  // of the Hopper kernel, for measurements; 0 is the one to use
+    int32_t variant = 0;  // for measurements: units a block takes of a lone tile of pairs, 1 or 2; 0 is the one to use
   };
   static absl::StatusOr<GroupedFfn> Create(const Options& options);
 

@@ -99,7 +99,6 @@ cudaError_t LaunchFfnPack(const FfnPackParams& params, cudaStream_t stream);
 cudaError_t LaunchFfnPlan(const FfnPlanParams& params, cudaStream_t stream);
 cudaError_t LaunchFfnReduce(const FfnReduceParams& params, bool chained, cudaStream_t stream);
 cudaError_t LaunchFfnPortable(const FfnParams& params, FfnFormat format, int multiprocessors, cudaStream_t stream);
-cudaError_t LaunchFfnSm90(const FfnParams& params, FfnFormat format, int multiprocessors, int variant,
-                          cudaStream_t stream);
+cudaError_t LaunchFfnSm90(const FfnParams& params, FfnFormat format, int multiprocessors, cudaStream_t stream);
 
 }  // namespace minke::cuda
