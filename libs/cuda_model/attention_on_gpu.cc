@@ -52,7 +52,6 @@ absl::Status AttentionOnGpu::Allocate() {
   };
   const std::pair<DeviceBuffer*, int64_t> buffers[] = {
       {&cache_, bytes_per_page() * (options_.cache_pages + 1)},
-      {&angles_, rows * c.qk_rope_head_dim * 4},
       {&qkv_, rows * (QueryWidth(c) + c.latent_dim()) * 2},
       {&q_compressed_, rows * c.q_lora_rank * 2},
       {&q_, c.q_lora_rank > 0 ? rows * heads * c.qk_head_dim() * 2 : 0},
@@ -68,7 +67,7 @@ absl::Status AttentionOnGpu::Allocate() {
       {&head_in_, options_.sequences_max * c.hidden_size * 2},
       {&logits_, options_.sequences_max * c.vocab_size * 4},
       {&partial_begin_, (rows + 1) * 4},
-      {&partials_, c.n_routed_experts > 0 ? rows * c.fan_out_max() * c.hidden_size * 2 : 0}};
+      {&partials_, c.n_routed_experts > 0 ? rows * c.fan_out_max() * c.hidden_size * 4 : 0}};
   for (const auto& [buffer, bytes] : buffers) MK_RETURN_IF_ERROR(allocate(*buffer, bytes));
   for (auto* linear : {&linear_, &ffn_linear_, &logits_linear_}) {
     MK_ASSIGN_OR_RETURN(cuda::Linear made, cuda::Linear::Create());
@@ -90,6 +89,7 @@ absl::StatusOr<std::unique_ptr<GpuBatch>> AttentionOnGpu::MakeBatch() {
   const int64_t values = options_.rows_max * config().hidden_size;
   MK_ASSIGN_OR_RETURN(batch->x_, DeviceBuffer::Allocate(values * 4));
   MK_ASSIGN_OR_RETURN(batch->normed_, DeviceBuffer::Allocate(values * 2));
+  MK_ASSIGN_OR_RETURN(batch->angles_, DeviceBuffer::Allocate(options_.rows_max * config().qk_rope_head_dim * 4));
   MK_ASSIGN_OR_RETURN(cuda::Event event, cuda::Event::Create());
   batch->uploaded_ = std::move(event);
   if (decode_fits_) {
@@ -115,7 +115,7 @@ absl::Status AttentionOnGpu::Embed(GpuBatch& batch) {
   MK_RETURN_IF_ERROR(cuda::EmbedRows(weights_.embedding.as<bf16>(), c.vocab_size, batch.view.tokens, batch.rows(),
                                      c.hidden_size, batch.x(), stream_));
   return cuda::RotaryAngles(weights_.inv_freq.as<double>(), weights_.rope_magnitude, c.qk_rope_head_dim / 2,
-                            batch.view.positions, batch.rows(), angles_.as<float>(), stream_);
+                            batch.view.positions, batch.rows(), batch.angles_.as<float>(), stream_);
 }
 
 absl::Status AttentionOnGpu::Norm(const GpuBatch& batch, const DeviceBuffer& weight, bool add) {
@@ -152,7 +152,7 @@ absl::Status AttentionOnGpu::Attention(int32_t index, GpuBatch& batch) {
   latent.rope = c.qk_rope_head_dim;
   latent.latent_norm = layer.kv_a_norm.as<float>();
   latent.eps = static_cast<float>(c.rms_norm_eps);
-  latent.cos_sin = angles_.as<float>();
+  latent.cos_sin = batch.angles_.as<float>();
   latent.cache = cache(index);
   latent.pages = view.pages;
   latent.positions = view.positions;
@@ -164,7 +164,7 @@ absl::Status AttentionOnGpu::Attention(int32_t index, GpuBatch& batch) {
   query.heads = c.num_attention_heads;
   query.nope = c.qk_nope_head_dim;
   query.rope = c.qk_rope_head_dim;
-  query.cos_sin = angles_.as<float>();
+  query.cos_sin = batch.angles_.as<float>();
   query.rotated = q_latent_.as<bf16>() + c.kv_lora_rank;
   query.rotated_row = heads * c.latent_dim();
   query.rotated_head = c.latent_dim();
@@ -244,7 +244,7 @@ absl::Status AttentionOnGpu::NaiveRows(int32_t index, GpuBatch& batch, const bf1
   query.heads = c.num_attention_heads;
   query.nope = c.qk_nope_head_dim;
   query.rope = c.qk_rope_head_dim;
-  query.cos_sin = angles_.as<float>() + first * c.qk_rope_head_dim;
+  query.cos_sin = batch.angles_.as<float>() + first * c.qk_rope_head_dim;
   query.nope_copy = q_packed_.as<bf16>();
   query.rotated = q_packed_.as<bf16>() + nope;
   query.rotated_row = heads * qk;
@@ -339,15 +339,23 @@ absl::Status AttentionOnGpu::DownloadNormed(const GpuBatch& batch, bf16* host) c
   return batch.normed_.Download(host, batch.rows() * config().hidden_size * 2, stream_);
 }
 
-absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials) {
+template <class T>
+absl::Status AttentionOnGpu::AddPartialsOf(GpuBatch& batch, std::span<const int32_t> begin, const T* partials) {
   if (std::ssize(begin) != batch.rows() + 1 || begin.front() != 0 || !std::is_sorted(begin.begin(), begin.end())) {
     return absl::InvalidArgumentError(StrCat("AddPartials: ", begin.size(), " offsets for ", batch.rows(), " rows"));
   }
   const int64_t hidden = config().hidden_size;
   MK_RETURN_IF_ERROR(partial_begin_.Upload(begin.data(), std::ssize(begin) * 4, stream_));
-  MK_RETURN_IF_ERROR(partials_.Upload(partials, begin.back() * hidden * 2, stream_));
-  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, partial_begin_.as<int32_t>(), partials_.as<bf16>(),
-                              stream_);
+  MK_RETURN_IF_ERROR(partials_.Upload(partials, begin.back() * hidden * int64_t{sizeof(T)}, stream_));
+  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, partial_begin_.as<int32_t>(), partials_.as<T>(), stream_);
+}
+
+absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials) {
+  return AddPartialsOf(batch, begin, partials);
+}
+
+absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const float* partials) {
+  return AddPartialsOf(batch, begin, partials);
 }
 
 }  // namespace minke::cuda_model

@@ -3,7 +3,8 @@
 // somebody else's: a cluster's (DownloadNormed, AddPartials), or WholeModel's.
 //
 // Weights and activations are bf16, the residual stream and the logits f32, every sum f32. Work goes to one stream in
-// order; calls return before it is done. Thread-compatible. Design and numbers: docs/gpu_model.md.
+// order; calls return before it is done. Several batches may be under way, a segment of one after a segment of another.
+// Thread-compatible. Design and numbers: docs/gpu_model.md.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +70,7 @@ class AttentionOnGpu {
   // x[r] += partials[begin[r]] + ... + partials[begin[r + 1] - 1] in order. begin [rows + 1]; partials
   // [begin[rows], hidden], at most options().rows_max * fan_out_max rows. Ordinary memory may be reused on return.
   absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials);
+  absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const float* partials);
 
   bf16* cache(int32_t layer) const;  // [cache_pages + 1, 64, latent_dim]
   uint32_t scratch_page() const { return static_cast<uint32_t>(options_.cache_pages); }  // padding rows write here
@@ -78,6 +80,8 @@ class AttentionOnGpu {
       : weights_(std::move(weights)), options_(options), stream_(std::move(stream)) {}
   absl::Status Allocate();
   absl::Status CheckChunks(std::span<const GpuChunk> chunks, int64_t& rows) const;
+  template <class T>
+  absl::Status AddPartialsOf(GpuBatch& batch, std::span<const int32_t> begin, const T* partials);
   absl::Status Norm(const GpuBatch& batch, const DeviceBuffer& weight, bool add);
   absl::Status AbsorbedRows(int32_t layer, GpuBatch& batch, const bf16* q, int64_t q_row);
   absl::Status NaiveRows(int32_t layer, GpuBatch& batch, const bf16* q, int64_t q_row);
@@ -89,7 +93,7 @@ class AttentionOnGpu {
   bool decode_fits_ = false, prefill_fits_ = false;  // the fast kernels, of this model
   DeviceBuffer cache_;                               // [layers, pages + 1, 64, latent]
   // Scratch of one call, for rows_max rows.
-  DeviceBuffer angles_, qkv_, q_compressed_, q_, q_latent_, out_latent_, q_packed_, heads_out_;
+  DeviceBuffer qkv_, q_compressed_, q_, q_latent_, out_latent_, q_packed_, heads_out_;
   DeviceBuffer latents_, expanded_;  // for prefill_keys_max keys
   DeviceBuffer gate_up_, inner_;     // of FeedForward
   DeviceBuffer selected_, head_in_, logits_;

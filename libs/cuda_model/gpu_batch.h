@@ -68,6 +68,7 @@ class GpuBatch {
   std::vector<NaivePass> passes_;          // the first passes_used_ are this step's
   size_t passes_used_ = 0;
   DeviceBuffer x_, normed_;
+  DeviceBuffer angles_;          // [rows, rope] f32: cosines, sines of the rows' positions
   DeviceBuffer tables_;          // of the view and the passes, one upload
   cuda::PinnedBuffer staging_;
   std::optional<cuda::Event> uploaded_;  // staging_ may be written again

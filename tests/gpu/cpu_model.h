@@ -83,6 +83,23 @@ class CpuModel {
     return logits;
   }
 
+  // What expert servers would send back for these rows of a MoE layer: one partial each. Adds this gate's own choice to
+  // `routing`.
+  std::vector<bf16> Partials(int32_t layer, const std::vector<bf16>& normed, Routing& routing) {
+    const int64_t rows = std::ssize(normed) / config_.hidden_size, k = config_.num_experts_per_tok;
+    std::vector<uint16_t> chosen(rows * k);
+    std::vector<float> weights(rows * k), sums(normed.size());
+    std::vector<router::GateResult> results(rows);
+    forced_ = nullptr;
+    const auto* x = reinterpret_cast<const std::byte*>(normed.data());
+    gate_->Route(layer, 0, x, rows, chosen.data(), weights.data(), results.data(), pool_);
+    routing[layer].assign(chosen.begin(), chosen.end());
+    AddExperts(layer, x, rows, chosen, weights, sums.data());
+    std::vector<bf16> out(sums.size());
+    std::transform(sums.begin(), sums.end(), out.begin(), F32ToBF16);
+    return out;
+  }
+
   int64_t routed_rows = 0, differently_routed_rows = 0;
 
  private:
@@ -102,7 +119,12 @@ class CpuModel {
       EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.3)  // logits have a deviation of 4
           << "layer " << layer << ", row " << r << ": routed differently, and no near-tie";
     }
-    std::vector<float> out(hidden);
+    AddExperts(layer, batch.normed.data(), rows, chosen, weights, batch.x.data());
+  }
+
+  void AddExperts(int32_t layer, const std::byte* normed, int64_t rows, const std::vector<uint16_t>& chosen,
+                  const std::vector<float>& weights, float* x) {
+    const int64_t k = config_.num_experts_per_tok, hidden = config_.hidden_size;
     for (int32_t e = 0; e < config_.n_routed_experts; ++e) {  // experts ascending, as the sum is defined
       std::vector<std::pair<int64_t, float>> users;
       for (int64_t i = 0; i < rows * k; ++i) {
@@ -112,13 +134,13 @@ class CpuModel {
       std::vector<bf16> in(users.size() * hidden);
       std::vector<float> y(in.size());
       for (size_t u = 0; u < users.size(); ++u) {
-        std::copy_n(reinterpret_cast<const bf16*>(batch.normed.data()) + users[u].first * hidden, hidden, &in[u * hidden]);
+        std::copy_n(reinterpret_cast<const bf16*>(normed) + users[u].first * hidden, hidden, &in[u * hidden]);
       }
       const kernels::FfnRows item{&experts_[layer][e], 0, std::ssize(users)};
       kernels::GroupedFfn({&item, 1}, reinterpret_cast<const std::byte*>(in.data()), y.data(), scratch_, pool_);
       for (size_t u = 0; u < users.size(); ++u) {
-        float* x = batch.x.data() + users[u].first * hidden;
-        for (int64_t i = 0; i < hidden; ++i) x[i] += users[u].second * y[u * hidden + i];
+        float* to = x + users[u].first * hidden;
+        for (int64_t i = 0; i < hidden; ++i) to[i] += users[u].second * y[u * hidden + i];
       }
     }
   }

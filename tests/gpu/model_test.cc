@@ -1,6 +1,8 @@
 // The whole model on the GPU against the CPU's in bf16, and against golden text. The CPU is made to use the experts the
 // GPU chose, so that a near-tie in a gate does not hide what else may be wrong; CpuModel checks that it was one.
+#include <algorithm>
 #include <fstream>
+#include <numeric>
 
 #include "libs/cuda_model/whole_model.h"
 #include "libs/model/make_checkpoint.h"
@@ -208,6 +210,56 @@ INSTANTIATE_TEST_SUITE_P(Paths, RandomStack, testing::Values(cuda::Path::kAuto, 
 TEST(ShippedModelOnGpu, MatchesTheCpu) {
   Harness h(kShipped);
   if (!HasFailure()) RunMixture(h);
+}
+
+// As an attention node works: segments, the routed experts elsewhere, two batches in turn.
+TEST(ShippedModelOnGpu, SegmentsOfTwoBatchesWithExpertsElsewhere) {
+  Harness h(kShipped);
+  ASSERT_FALSE(HasFailure());
+  std::mt19937 rng(5);
+  AttentionOnGpu& model = h.gpu->attention();
+  const ModelConfig& config = model.config();
+  struct Part {
+    Sequence sequence;
+    std::unique_ptr<GpuBatch> batch;
+    CpuModel::Routing routing;
+  };
+  std::vector<Part> parts;
+  for (const int tokens : {90, 33}) parts.push_back({h.NewSequence(tokens, rng), model.MakeBatch().value(), {}});
+  for (Part& p : parts) {
+    const GpuChunk chunk = {p.sequence.tokens, 0, p.sequence.pages};
+    ASSERT_TRUE(model.Begin(*p.batch, {&chunk, 1}).ok());
+    ASSERT_TRUE(model.Embed(*p.batch).ok());
+  }
+  for (int32_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    for (Part& p : parts) {
+      ASSERT_TRUE(model.Attention(layer, *p.batch).ok());
+      ASSERT_TRUE(model.FeedForward(layer, *p.batch).ok());
+      if (!config.IsMoeLayer(layer)) continue;
+      std::vector<bf16> normed(p.batch->rows() * config.hidden_size);
+      ASSERT_TRUE(model.DownloadNormed(*p.batch, normed.data()).ok());
+      ASSERT_TRUE(model.stream().Synchronize().ok());
+      const std::vector<bf16> partials = h.cpu.Partials(layer, normed, p.routing);
+      std::vector<int32_t> begin(p.batch->rows() + 1);
+      std::iota(begin.begin(), begin.end(), 0);
+      if (layer % 2 == 0) {
+        ASSERT_TRUE(model.AddPartials(*p.batch, begin, partials.data()).ok());
+      } else {
+        std::vector<float> wide(partials.size());
+        std::transform(partials.begin(), partials.end(), wide.begin(), BF16ToF32);
+        ASSERT_TRUE(model.AddPartials(*p.batch, begin, wide.data()).ok());
+      }
+    }
+  }
+  for (Part& p : parts) {
+    const int32_t last[] = {static_cast<int32_t>(p.batch->rows()) - 1};
+    ASSERT_TRUE(model.Logits(*p.batch, last).ok());
+    h.ExpectLogits(model.DownloadLogits(1).value(),
+                   h.cpu.Run({{p.sequence.tokens, 0, p.sequence.pages}}, p.routing), "segments");
+  }
+  const std::vector<int32_t> wrong = {0, 1};
+  EXPECT_EQ(model.AddPartials(*parts[0].batch, wrong, std::vector<bf16>(1000).data()).code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST(ShippedModelOnGpu, GreedyTextIsGolden) {

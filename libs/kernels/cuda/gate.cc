@@ -15,8 +15,7 @@ struct GatePlan {
   int tile_rows, tiles, splits, k_steps;
 };
 
-// About as many blocks as multiprocessors. The last block of a tile reads every part's logits back, so tiles of many
-// rows are cut into fewer parts.
+// About as many blocks as multiprocessors, but every part's logits are written and read back.
 GatePlan PlanGate(int64_t rows, int32_t experts, int32_t hidden, int multiprocessors) {
   GatePlan plan;
   // A tile of 128 rows reads the weights half as often as one of 64; small batches need many blocks more than that.
@@ -46,16 +45,12 @@ absl::StatusOr<Gate> Gate::Create(const Options& o) {
   if (!device.ok()) return device.status();
   gate.device_ = *device;
   if (absl::StatusOr<Path> path = Resolve(Path::kPortable, *device); !path.ok()) return path.status();
-  const int64_t tiles_max = std::max<int64_t>((o.rows_max + 63) / 64, 8);
   // Tiles are split only while that gives no more blocks than multiprocessors.
-  gate.partial_values_ = int64_t{device->multiprocessors} * 128 * GateColumns(o.experts);
+  const int64_t blocks_max = std::max<int64_t>((o.rows_max + 127) / 128, device->multiprocessors);
+  gate.partial_values_ = blocks_max * 128 * GateColumns(o.experts);
   absl::StatusOr<DeviceBuffer> partials = DeviceBuffer::Allocate(gate.partial_values_ * 4);
   if (!partials.ok()) return partials.status();
   gate.partials_ = *std::move(partials);
-  absl::StatusOr<DeviceBuffer> counters = DeviceBuffer::Allocate(tiles_max * 4);
-  if (!counters.ok()) return counters.status();
-  gate.counters_ = *std::move(counters);
-  MK_CUDA_RETURN_IF_ERROR(cudaMemset(gate.counters_.as(), 0, tiles_max * 4));
   return gate;
 }
 
@@ -65,7 +60,7 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
     return absl::InvalidArgumentError(absl::StrCat("Gate: ", args.rows, " rows, room for ", options_.rows_max));
   }
   const GatePlan plan = PlanGate(args.rows, options_.experts, options_.hidden, device_.multiprocessors);
-  if (plan.splits > 1 && int64_t{plan.tiles} * plan.splits * plan.tile_rows * GateColumns(options_.experts) > partial_values_) {
+  if (int64_t{plan.tiles} * plan.splits * plan.tile_rows * GateColumns(options_.experts) > partial_values_) {
     return absl::InternalError("Gate: workspace");
   }
   GateParams params;
@@ -80,8 +75,8 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   params.splits = plan.splits;
   params.k_steps = plan.k_steps;
   params.partials = partials_.as<float>();
-  params.counters = counters_.as<uint32_t>();
-  MK_CUDA_RETURN_IF_ERROR(LaunchGate(params, plan.tile_rows, stream.handle()));
+  params.tile_rows = plan.tile_rows;
+  MK_CUDA_RETURN_IF_ERROR(LaunchGate(params, device_.major >= 9, stream.handle()));
   return absl::OkStatus();
 }
 

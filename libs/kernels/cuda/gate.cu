@@ -1,6 +1,6 @@
-// A block computes one tile of logits over its part of the hidden dimension with mma.sync, fed by cp.async through
-// kStages buffers. Parts meet in device memory; the block that comes last adds them up in order and chooses the experts:
-// a thread per row where there are many rows (a warp takes as long for one row as a thread does), a warp where few.
+// Two kernels, the second set up while the first runs. In the first a block computes one tile of logits over its part of
+// the hidden dimension with mma.sync, fed by cp.async through kStages buffers. In the second a warp per row adds the parts
+// up in order and chooses: spread over the whole GPU that takes 2 us, where the last block of a tile would take 10.
 #include "libs/kernels/cuda/gate_kernels.h"
 #include "libs/kernels/cuda/mma_sm80.cuh"
 
@@ -16,8 +16,6 @@ struct Shape {
   static constexpr int kTilesM = kRows / kWarpsM / 16, kTilesN = kColumns / kWarpsN / 8;
   static constexpr int kStageValues = (kRows + kColumns) * kGateStep;
   static constexpr int kSharedBytes = kStages * kStageValues * 2;
-  static constexpr int kLogitsStride = kColumns + 1;  // threads that read a column of it use every bank
-  static_assert(kSharedBytes >= (kRows * kLogitsStride + kRows * 33) * 4);  // logits and group maxima, at the end
 };
 
 // Rows of 64 values are 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), so that eight rows of one column
@@ -94,15 +92,11 @@ __device__ __forceinline__ void ChooseNothing(const GateParams& p, int64_t row, 
   p.args.status[row] = static_cast<uint8_t>(status);
 }
 
-// One row by a warp: lane l has the logits of experts l, l + 32, ... `from`: the row's logits, `keys`: the warp's own,
-// both in shared memory.
+// One row: lane l has the logits of experts l, l + 32, ... `keys` is the warp's own shared memory.
 template <int kColumns>
-__device__ __forceinline__ void ChooseByWarp(const GateParams& p, int64_t row, const float* from, int lane,
-                                          uint32_t* keys) {
+__device__ __forceinline__ void Choose(const GateParams& p, int64_t row, const float (&logits)[kColumns / 32], int lane,
+                                       uint32_t* keys) {
   constexpr int kPerLane = kColumns / 32;
-  float logits[kPerLane];
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) logits[j] = from[lane + 32 * j];
   bool finite = true;
   float maximum = -INFINITY;
   uint32_t key[kPerLane];
@@ -134,6 +128,7 @@ __device__ __forceinline__ void ChooseByWarp(const GateParams& p, int64_t row, c
     __syncwarp();
     uint32_t best = 0;
     if (lane < p.groups) {
+#pragma unroll 4
       for (int i = 0; i < size; ++i) best = max(best, keys[lane * size + i]);
     }
     __syncwarp();
@@ -184,84 +179,9 @@ __device__ __forceinline__ void ChooseByWarp(const GateParams& p, int64_t row, c
   if (lane == 0) p.args.status[row] = static_cast<uint8_t>(GateStatus::kRouted);
 }
 
-constexpr int kAloneMax = 8;  // choices that a thread keeps in registers
-
-// One row by a thread, as kernels::RouteToken does it. `logits` and `groups` in shared memory.
-__device__ __forceinline__ void ChooseByThread(const GateParams& p, int64_t row, const float* logits, float* groups) {
-  if (p.args.rows_used != nullptr && row >= *p.args.rows_used) return ChooseNothing(p, row, GateStatus::kPadding);
-  bool finite = true;
-  float maximum = -INFINITY;
-#pragma unroll 8
-  for (int e = 0; e < p.experts; ++e) finite = finite && isfinite(logits[e]), maximum = fmaxf(maximum, logits[e]);
-  if (p.args.logits != nullptr) {
-    for (int e = 0; e < p.experts; ++e) p.args.logits[row * p.experts + e] = logits[e];
-  }
-  if (!finite) return ChooseNothing(p, row, GateStatus::kRejected);
-  float sum = 0;
-#pragma unroll 8
-  for (int e = 0; e < p.experts; ++e) sum += expf(logits[e] - maximum);
-  const int size = p.experts / p.groups;
-  uint32_t kept = p.topk_groups < p.groups ? 0 : ~0u;
-  if (kept == 0) {
-    for (int g = 0; g < p.groups; ++g) {
-      float best = -INFINITY;
-#pragma unroll 4
-      for (int e = g * size; e < (g + 1) * size; ++e) best = fmaxf(best, logits[e]);
-      groups[g] = best;
-    }
-    for (int round = 0; round < p.topk_groups; ++round) {
-      int group = 0;
-      float best = -INFINITY;
-      for (int g = 0; g < p.groups; ++g) {
-        if (!(kept >> g & 1) && groups[g] > best) best = groups[g], group = g;
-      }
-      kept |= 1u << group;
-    }
-  }
-  float value[kAloneMax];
-  int expert[kAloneMax];
-#pragma unroll
-  for (int i = 0; i < kAloneMax; ++i) value[i] = -INFINITY, expert[i] = 0x7fffffff;
-  for (int g = 0; g < p.groups; ++g) {
-    if (!(kept >> g & 1)) continue;
-    for (int e = g * size; e < (g + 1) * size; ++e) {
-      float v = logits[e];
-      if (v <= value[kAloneMax - 1]) continue;
-      int at = e;
-      bool in = false;
-#pragma unroll
-      for (int i = 0; i < kAloneMax; ++i) {  // into its place; what was there and behind moves down
-        in = in || v > value[i];
-        const float old_value = value[i];
-        const int old_expert = expert[i];
-        if (in) value[i] = v, expert[i] = at, v = old_value, at = old_expert;
-      }
-    }
-  }
-  float total = 0;
-#pragma unroll
-  for (int i = 0; i < kAloneMax; ++i) {
-    value[i] = i < p.k ? expf(value[i] - maximum) / sum : 0.f;
-    total += value[i];
-  }
-  const float scale = p.normalise ? 1 / (total + 1e-20f) : p.scale;
-#pragma unroll
-  for (int i = 0; i < kAloneMax; ++i) {
-    if (i >= p.k) break;
-    int rank = 0;
-#pragma unroll
-    for (int j = 0; j < kAloneMax; ++j) rank += j < p.k && expert[j] < expert[i] ? 1 : 0;
-    p.args.experts[row * p.k + rank] = expert[i];
-    p.args.weights[row * p.k + rank] = value[i] * scale;
-  }
-  p.args.status[row] = static_cast<uint8_t>(GateStatus::kRouted);
-}
-
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) GateKernel(const GateParams p) {
+__global__ void __launch_bounds__(S::kThreads) LogitsKernel(const GateParams p) {
   extern __shared__ __align__(128) uint8_t bytes[];
-  __shared__ uint32_t keys[S::kThreads / 32][S::kColumns];
-  __shared__ uint32_t ticket;
   uint16_t* stages = reinterpret_cast<uint16_t*>(bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.x, tile = blockIdx.y;
   const int64_t row_begin = static_cast<int64_t>(tile) * S::kRows;
@@ -284,92 +204,89 @@ __global__ void __launch_bounds__(S::kThreads) GateKernel(const GateParams p) {
     CommitCopies();
     MultiplyStep<S>(stages + s % S::kStages * S::kStageValues, warp, lane, d);
   }
-  WaitCopies<0>();
-  __syncthreads();
-
-  const int rows = static_cast<int>(min(static_cast<int64_t>(S::kRows), p.args.rows - row_begin));
-  float* logits = reinterpret_cast<float*>(bytes);  // [rows, kLogitsStride]: the stages are done with
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  constexpr int64_t kTile = S::kRows * S::kColumns;
+  float* part = p.partials + (tile * p.splits + split) * kTile;
   const int row = warp / S::kWarpsN * (S::kTilesM * 16) + lane / 4;
   const int column = warp % S::kWarpsN * (S::kTilesN * 8) + lane % 4 * 2;
-  if (p.splits == 1) {
 #pragma unroll
-    for (int i = 0; i < S::kTilesM * S::kTilesN * 4; ++i) {
-      const int m = i / (S::kTilesN * 4), n = i / 4 % S::kTilesN;
-      logits[(row + m * 16 + i / 2 % 2 * 8) * S::kLogitsStride + column + n * 8 + i % 2] = d[m][n][i % 4];
-    }
-    __syncthreads();
-  } else {
-    constexpr int64_t kTile = S::kRows * S::kColumns;
-    float* parts = p.partials + tile * p.splits * kTile;
+  for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-    for (int m = 0; m < S::kTilesM; ++m) {
-#pragma unroll
-      for (int n = 0; n < S::kTilesN; ++n) {
-        float* to = parts + split * kTile + (row + m * 16) * S::kColumns + column + n * 8;
-        *reinterpret_cast<float2*>(to) = make_float2(d[m][n][0], d[m][n][1]);
-        *reinterpret_cast<float2*>(to + 8 * S::kColumns) = make_float2(d[m][n][2], d[m][n][3]);
-      }
+    for (int n = 0; n < S::kTilesN; ++n) {
+      float* to = part + (row + m * 16) * S::kColumns + column + n * 8;
+      *reinterpret_cast<float2*>(to) = make_float2(d[m][n][0], d[m][n][1]);
+      *reinterpret_cast<float2*>(to + 8 * S::kColumns) = make_float2(d[m][n][2], d[m][n][3]);
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      ticket = atomicAdd(&p.counters[tile], 1u);
-      if (ticket == static_cast<uint32_t>(p.splits - 1)) p.counters[tile] = 0;  // for the next launch
-      __threadfence();
-    }
-    __syncthreads();
-    if (ticket != static_cast<uint32_t>(p.splits - 1)) return;
-    for (int i = threadIdx.x; i < rows * (S::kColumns / 4); i += S::kThreads) {
-      float4 sum = make_float4(0, 0, 0, 0);
+  }
+}
+
+constexpr int kChooseWarps = 4;
+
+template <int kColumns>
+__global__ void __launch_bounds__(32 * kChooseWarps) ChooseKernel(const GateParams p) {
+  __shared__ uint32_t keys[kChooseWarps][kColumns];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kChooseWarps + warp, tile = row / p.tile_rows;
+  if (row >= p.args.rows) return;
+  const float* from = p.partials + (tile * p.splits * p.tile_rows + row % p.tile_rows) * kColumns + lane;
+  float logits[kColumns / 32] = {};
 #pragma unroll 8
-      for (int s = 0; s < p.splits; ++s) {
-        const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + s * kTile) + i);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      float* to = logits + i / (S::kColumns / 4) * S::kLogitsStride + i % (S::kColumns / 4) * 4;
-      to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
-    }
-    __syncthreads();
+  for (int s = 0; s < p.splits; ++s, from += static_cast<int64_t>(p.tile_rows) * kColumns) {
+#pragma unroll
+    for (int j = 0; j < kColumns / 32; ++j) logits[j] += __ldcg(from + 32 * j);
   }
-  constexpr int kWarps = S::kThreads / 32;
-  if (rows > 2 * kWarps && p.k <= kAloneMax) {
-    float* groups = logits + S::kRows * S::kLogitsStride;
-    if (static_cast<int>(threadIdx.x) < rows) {
-      ChooseByThread(p, row_begin + threadIdx.x, logits + threadIdx.x * S::kLogitsStride, groups + threadIdx.x * 33);
-    }
-    return;
-  }
-  for (int r = warp; r < rows; r += kWarps) {
-    ChooseByWarp<S::kColumns>(p, row_begin + r, logits + r * S::kLogitsStride, lane, keys[warp]);
-    __syncwarp();
-  }
+  Choose<kColumns>(p, row, logits, lane, keys[warp]);
+}
+
+template <int kColumns>
+cudaError_t LaunchChoose(const GateParams& p, bool overlapped, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((p.args.rows + kChooseWarps - 1) / kChooseWarps));
+  config.blockDim = dim3(32 * kChooseWarps);
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlapped ? 1 : 0;
+  return cudaLaunchKernelEx(&config, ChooseKernel<kColumns>, p);
 }
 
 template <class S>
 cudaError_t Launch(const GateParams& p, cudaStream_t stream) {
   const cudaError_t error =
-      cudaFuncSetAttribute(GateKernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+      cudaFuncSetAttribute(LogitsKernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.splits, static_cast<unsigned>((p.args.rows + S::kRows - 1) / S::kRows));
-  GateKernel<S><<<grid, S::kThreads, S::kSharedBytes, stream>>>(p);
+  LogitsKernel<S><<<grid, S::kThreads, S::kSharedBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t LaunchGate(const GateParams& p, int tile_rows, cudaStream_t stream) {
+cudaError_t LaunchGate(const GateParams& p, bool overlapped, cudaStream_t stream) {
   const int columns = GateColumns(p.experts);
-  if (tile_rows == 16) {
-    return columns == 64    ? Launch<Shape<16, 64, 1, 4, 4>>(p, stream)
-           : columns == 160 ? Launch<Shape<16, 160, 1, 4, 4>>(p, stream)
-                            : Launch<Shape<16, 256, 1, 8, 4>>(p, stream);
+  cudaError_t error;
+  if (p.tile_rows == 16) {
+    error = columns == 64    ? Launch<Shape<16, 64, 1, 4, 4>>(p, stream)
+            : columns == 160 ? Launch<Shape<16, 160, 1, 4, 4>>(p, stream)
+                             : Launch<Shape<16, 256, 1, 8, 4>>(p, stream);
+  } else if (p.tile_rows == 64) {
+    error = columns == 64    ? Launch<Shape<64, 64, 2, 4, 4>>(p, stream)
+            : columns == 160 ? Launch<Shape<64, 160, 2, 4, 4>>(p, stream)
+                             : Launch<Shape<64, 256, 2, 4, 4>>(p, stream);
+  } else {
+    error = columns == 64 ? Launch<Shape<128, 64, 4, 4, 4>>(p, stream) : Launch<Shape<128, 160, 4, 4, 4>>(p, stream);
   }
-  if (tile_rows == 64) {
-    return columns == 64    ? Launch<Shape<64, 64, 2, 4, 4>>(p, stream)
-           : columns == 160 ? Launch<Shape<64, 160, 2, 4, 4>>(p, stream)
-                            : Launch<Shape<64, 256, 2, 4, 4>>(p, stream);
-  }
-  return columns == 64 ? Launch<Shape<128, 64, 4, 4, 4>>(p, stream) : Launch<Shape<128, 160, 4, 4, 4>>(p, stream);
+  if (error != cudaSuccess) return error;
+  return columns == 64    ? LaunchChoose<64>(p, overlapped, stream)
+         : columns == 160 ? LaunchChoose<160>(p, overlapped, stream)
+                          : LaunchChoose<256>(p, overlapped, stream);
 }
 
 }  // namespace minke::cuda

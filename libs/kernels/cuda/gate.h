@@ -1,4 +1,4 @@
-// The gate of a MoE layer in one kernel: logits = x Wg^T on the tensor cores (bf16 in, f32 sums), softmax over all
+// The gate of a MoE layer in one call: logits = x Wg^T on the tensor cores (bf16 in, f32 sums), softmax over all
 // experts, device-limited top-k. What it computes is kernels::RouteToken, row by row:
 //   a group's score is its largest logit; the topk_groups best groups stay, the others are out (-inf, not 0);
 //   the k largest of the rest, ties to the lower index; weight = p * scale, or p / sum of the chosen if normalised.
@@ -54,7 +54,6 @@ class Gate {
   DeviceInfo device_;
   int64_t partial_values_ = 0;
   DeviceBuffer partials_;  // [tiles, splits, tile rows, experts, padded] f32
-  DeviceBuffer counters_;  // [tiles]; zero between launches
 };
 
 }  // namespace minke::cuda

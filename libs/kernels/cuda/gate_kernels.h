@@ -17,14 +17,14 @@ struct GateParams {
   int32_t splits;   // blocks that share a tile of rows, each a part of the hidden dimension
   int32_t k_steps;  // of kGateStep columns per split
   float* partials;  // [tiles, splits, tile rows, columns]
-  uint32_t* counters;  // [tiles], zero between launches
+  int32_t tile_rows;  // 16, 64 or 128 (with at most 160 columns)
 };
 
 inline constexpr int kGateStep = 64;
 
 // Columns of a tile: the experts, padded.
 inline int GateColumns(int experts) { return experts <= 64 ? 64 : experts <= 160 ? 160 : 256; }
-// Rows of a tile: 16, 64 or 128 (with at most 160 columns).
-cudaError_t LaunchGate(const GateParams& params, int tile_rows, cudaStream_t stream);
+// `overlapped`: the second kernel is set up while the first runs (sm_90).
+cudaError_t LaunchGate(const GateParams& params, bool overlapped, cudaStream_t stream);
 
 }  // namespace minke::cuda
