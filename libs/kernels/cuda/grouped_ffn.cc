@@ -164,6 +164,7 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   plan.outputs = args.outputs;
   plan.slots = options_.slots;
   plan.units = UnitsOf(shape);
+  plan.tile_rows = FfnTileRows(args.weights->format());
   plan.clusters = device_.multiprocessors / 2;
   plan.solo_units = options_.variant;
   MK_CUDA_RETURN_IF_ERROR(LaunchFfnPlan(plan, stream.handle()));

@@ -34,7 +34,8 @@ inline FfnUnits UnitsOf(const GroupedFfnShape& shape) {
 }
 
 inline constexpr int kFfnPortableTileRows = 64;  // pairs
-inline constexpr int kFfnTileRows = 128;         // pairs, Hopper: of one block; two blocks share weights
+// Pairs, Hopper: of one block, two of which share weights. fp8 weights pass through registers, which leaves room for half.
+constexpr int FfnTileRows(FfnFormat format) { return format == FfnFormat::kFP8 ? 64 : 128; }
 
 // Where the pairs of an expert and its work begin. One more entry than experts.
 struct alignas(16) FfnExpert {
@@ -59,6 +60,7 @@ struct FfnPlanParams {
   const int32_t* expert_of;  // [outputs, slots]
   int32_t experts, outputs, slots;
   FfnUnits units;
+  int32_t tile_rows;   // Hopper: FfnTileRows
   int32_t clusters;    // Hopper
   int32_t solo_units;  // 0: by the amount of work
 };

@@ -9,6 +9,7 @@ namespace minke::cuda {
 namespace {
 
 constexpr int kPlanThreads = 1024, kPlanWarps = kPlanThreads / 32;
+constexpr int kBatch = 8;
 
 // The kernel launched next may be set up beside this one; it waits for this one's memory.
 __device__ __forceinline__ void LaunchDependents() {
@@ -26,9 +27,9 @@ __device__ __forceinline__ int Ceil(int a, int b) { return (a + b - 1) / b; }
 
 // Hopper's items for an expert of `rows` pairs and `units` units: two blocks share two units of weights where the pairs
 // fill more than one tile, and take different units (solo_units each) where they do not.
-__device__ __forceinline__ int Items(int rows, int units, int solo_units) {
-  const int pair_groups = (rows + kFfnTileRows - 1) / (2 * kFfnTileRows);
-  const bool rest = rows > pair_groups * 2 * kFfnTileRows;
+__device__ __forceinline__ int Items(int rows, int tile_rows, int units, int solo_units) {
+  const int pair_groups = (rows + tile_rows - 1) / (2 * tile_rows);
+  const bool rest = rows > pair_groups * 2 * tile_rows;
   return pair_groups * Ceil(units, 2) + (rest ? Ceil(units, 2 * solo_units) : 0);
 }
 
@@ -60,9 +61,22 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
   const int begin = min(warp * each, slots), end = min(begin + each, slots);
   for (int e = lane; e < p.experts; e += 32) counts[warp][e] = 0;
   __syncwarp();
-  for (int i = begin + lane; i < end; i += 32) {
-    const int expert = p.expert_of[i];
-    if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(p.experts)) atomicAdd(&counts[warp][expert], 1);
+  // kBatch loads at a time are on the way together.
+  const auto load = [&](int from, int (&expert)[kBatch]) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = from + j * 32 + lane;
+      expert[j] = i < end ? p.expert_of[i] : -1;
+      if (static_cast<uint32_t>(expert[j]) >= static_cast<uint32_t>(p.experts)) expert[j] = -1;
+    }
+  };
+  for (int i = begin; i < end; i += 32 * kBatch) {
+    int expert[kBatch];
+    load(i, expert);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (expert[j] >= 0) atomicAdd(&counts[warp][expert[j]], 1);
+    }
   }
   __syncthreads();
   for (int e = threadIdx.x; e < p.experts; e += kPlanThreads) {
@@ -82,15 +96,15 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
     int solo_units = p.solo_units;
     if (solo_units == 0) {
       int items = 0;
-      for (int e = first; e < last; ++e) items += Items(rows[e], p.units.units1, 2);
+      for (int e = first; e < last; ++e) items += Items(rows[e], p.tile_rows, p.units.units1, 2);
       solo_units = WarpSum(items) < p.clusters ? 1 : 2;
     }
     FfnExpert sum = {};
     for (int e = first; e < last; ++e) {
       sum.row += rows[e];
       sum.tiles += Ceil(rows[e], kFfnPortableTileRows);
-      sum.items1 += Items(rows[e], p.units.units1, solo_units);
-      sum.items2 += Items(rows[e], p.units.units2, solo_units);
+      sum.items1 += Items(rows[e], p.tile_rows, p.units.units1, solo_units);
+      sum.items2 += Items(rows[e], p.tile_rows, p.units.units2, solo_units);
     }
     FfnExpert at = {WarpBefore(sum.row, lane), WarpBefore(sum.tiles, lane), WarpBefore(sum.items1, lane),
                     WarpBefore(sum.items2, lane)};
@@ -101,29 +115,36 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
       rows[e] = at.row;
       at.row += count;
       at.tiles += Ceil(count, kFfnPortableTileRows);
-      at.items1 += Items(count, p.units.units1, solo_units);
-      at.items2 += Items(count, p.units.units2, solo_units);
+      at.items1 += Items(count, p.tile_rows, p.units.units1, solo_units);
+      at.items2 += Items(count, p.tile_rows, p.units.units2, solo_units);
     }
     if (last == p.experts && first < last) p.tables.experts[p.experts] = at;
     if (lane == 0) p.tables.counters[0] = 0, p.tables.counters[1] = solo_units;
   }
   __syncthreads();
-  for (int i = begin; i < end; i += 32) {
-    const bool valid = i + lane < end;
-    const int expert = valid ? p.expert_of[i + lane] : -1;
-    const bool paired = static_cast<uint32_t>(expert) < static_cast<uint32_t>(p.experts);
-    const uint32_t same = __match_any_sync(~0u, paired ? expert : -1);
-    const int rank = __popc(same & ((1u << lane) - 1));
-    int position = -1;
-    if (paired) {
-      position = rows[expert] + counts[warp][expert] + rank;
-      const int output = (i + lane) / p.slots;
-      p.tables.pair_source[position] = p.source == nullptr ? output : p.source[output];
+  for (int i = begin; i < end; i += 32 * kBatch) {
+    int expert[kBatch], source[kBatch];
+    load(i, expert);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      source[j] = (i + j * 32 + lane) / p.slots;
+      if (p.source != nullptr && expert[j] >= 0) source[j] = p.source[source[j]];
     }
-    __syncwarp();
-    if (paired && rank == 0) counts[warp][expert] += __popc(same);
-    __syncwarp();
-    if (valid) p.tables.position[i + lane] = position;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * 32 >= end) break;
+      const uint32_t same = __match_any_sync(~0u, expert[j]);
+      const int rank = __popc(same & ((1u << lane) - 1));
+      int position = -1;
+      if (expert[j] >= 0) {
+        position = rows[expert[j]] + counts[warp][expert[j]] + rank;
+        p.tables.pair_source[position] = source[j];
+      }
+      __syncwarp();
+      if (expert[j] >= 0 && rank == 0) counts[warp][expert[j]] += __popc(same);
+      __syncwarp();
+      if (i + j * 32 + lane < end) p.tables.position[i + j * 32 + lane] = position;
+    }
   }
 }
 

@@ -19,18 +19,16 @@ namespace {
 using namespace ptx;
 
 constexpr int kThreads = 384;
-constexpr int kPairs = kFfnTileRows;
 constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows that the gathering warps fetch at a time
-constexpr int kGatherSteps = (kPairs + kGatherRows - 1) / kGatherRows;
-constexpr int kLag = 2;  // blocks whose copies may be under way behind the one being asked for
+constexpr int kPrefetch = 6;  // blocks of shared weights on the way to the L2 beyond those on the way to a stage
 constexpr int kChunk = 32;  // pairs that leave through shared memory at a time
 
-// Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 6 x (16 + 2 x 8.125) KiB, and 20 KiB for the rest.
+// Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 8 x (8 + 2 x 8.125) KiB, and 20 KiB for the rest.
 template <FfnFormat kFormat>
 struct Layout {
   static constexpr bool kFP8 = kFormat == FfnFormat::kFP8;
-  static constexpr int kStages = kFP8 ? 6 : 4;
-  static_assert(kStages >= kLag + 2);  // a block is released when the products of the next one are under way
+  static constexpr int kStages = kFP8 ? 8 : 4;
+  static constexpr int kPairs = FfnTileRows(kFormat);
   static constexpr int kUnitBytes = kFP8 ? kFfnFP8Bytes : kFfnBF16Bytes;  // of one block of columns
   static constexpr int kUnitStride = (kUnitBytes + 127) / 128 * 128;
   static constexpr int kPairBytes = kPairs * 128;
@@ -86,6 +84,9 @@ __device__ __forceinline__ void LoadBulkMulticast(uint32_t to, const void* from,
       "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(3))
       : "memory");
 }
+__device__ __forceinline__ void PrefetchBulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ uint64_t EvictFirst() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -106,9 +107,9 @@ __device__ __forceinline__ void SendWord(uint32_t to, int value, uint32_t barrie
 __device__ __forceinline__ void GatherPiece(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-template <int kPending>
-__device__ __forceinline__ void GatherWait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// One of the arrivals that the barrier counts, once this thread's copies have landed.
+__device__ __forceinline__ void GatherArrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ int LoadAcquire(const int* from) {
   int value;
@@ -136,6 +137,7 @@ __device__ __forceinline__ void Release(uint32_t barrier, int lane) {
 }
 
 // The part of block `rank` in an item. Items grow, so the search goes on where it was.
+template <int kPairs>
 __device__ __forceinline__ Work Decode(const FfnParams& p, const FfnExpert* experts, int item, int rank, int solo_units,
                                        int& expert, int& phase) {
   const int items1 = experts[p.experts].items1, items2 = experts[p.experts].items2;
@@ -198,7 +200,7 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
       next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * slot);
       BarrierArriveRemote(base + L::kClaimEmpty + 8 * slot, 0);
     }
-    const Work work = Decode(p, experts, next, rank, solo_units, expert, phase);
+    const Work work = Decode<L::kPairs>(p, experts, next, rank, solo_units, expert, phase);
     BarrierWait(base + L::kWorkEmpty + 8 * slot, parity ^ 1);
     *reinterpret_cast<Work*>(shared + L::kWork + slot * 32) = work;
     BarrierArrive(base + L::kWorkFull + 8 * slot);
@@ -219,6 +221,9 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
         BarrierWait(mine, (ready >> ring.stage) & 1);
         ready ^= 1u << ring.stage;
         if (rank < work.units) {
+          if (block + kPrefetch < work.blocks) {
+            PrefetchBulk(from + rank * unit_bytes + kPrefetch * L::kUnitBytes, L::kUnitBytes);
+          }
           LoadBulkMulticast(to + rank * L::kUnitStride, from + rank * unit_bytes, L::kUnitBytes, full);
         }
       } else {
@@ -241,12 +246,8 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
   const int lane = thread % 32, piece = thread % 8, first = thread / 8;
   // Row first + 12 i begins 128 (first + 12 i) bytes in, its pieces swapped by its number modulo 8.
   const uint32_t even = first * 128 + ((piece ^ (first & 7)) << 4), odd = first * 128 + ((piece ^ ((first + 4) & 7)) << 4);
-  Ring<L::kStages> ring, landed;
-  const auto land = [&] {
-    FenceAsyncShared();
-    Release(base + L::kFull + 8 * landed.stage, lane);
-    landed.Next();
-  };
+  constexpr int kSteps = (L::kPairs + kGatherRows - 1) / kGatherRows;
+  Ring<L::kStages> ring;
   for (int n = 0;; ++n) {
     const int slot = n & 1;
     BarrierWait(base + L::kWorkFull + 8 * slot, (n >> 1) & 1);
@@ -255,9 +256,9 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
     if (work.phase < 0) break;
     const int rows = work.units > 0 ? work.rows : 0;
     const int columns = work.phase == 0 ? p.hidden : work.blocks * 64;
-    uint32_t offsets[kGatherSteps];  // in pieces of 16 bytes
+    uint32_t offsets[kSteps];  // in pieces of 16 bytes
 #pragma unroll
-    for (int i = 0; i < kGatherSteps; ++i) {
+    for (int i = 0; i < kSteps; ++i) {
       const int row = first + i * kGatherRows;
       uint32_t at = 0;
       if (row < rows) at = work.phase == 0 ? p.tables.pair_source[work.row + row] : work.row + row;
@@ -276,23 +277,16 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
       const uint32_t to = base + ring.stage * L::kPairBytes;
       const int bytes = block * 64 + piece * 8 < columns ? 16 : 0;
 #pragma unroll
-      for (int i = 0; i < kGatherSteps; ++i) {
+      for (int i = 0; i < kSteps; ++i) {
         if (i * kGatherRows >= rows) break;
         if (first + i * kGatherRows < rows) {
           const int64_t offset = bytes == 0 ? 0 : static_cast<int64_t>(offsets[i] + block * 8) * 16;
           GatherPiece(to + ((i & 1) ? odd : even) + i * kGatherRows * 128, from + offset, bytes);
         }
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
-      if (block >= kLag) {
-        GatherWait<kLag>();
-        land();
-      }
+      GatherArrive(base + L::kFull + 8 * ring.stage);
       ring.Next();
     }
-    // Nothing stays behind: the next item may have to wait for work that waits for these.
-    GatherWait<0>();
-    for (int left = min(kLag, work.blocks); left > 0; --left) land();
   }
 }
 
@@ -315,6 +309,7 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
       const uint32_t pairs = base + ring.stage * L::kPairBytes;
       const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride + part;
       BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
       ProductsBegin();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -339,6 +334,7 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
       const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride;
       const uint32_t unit = kTiles == 2 ? weights + group * L::kUnitStride : weights;
       BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
       const uint4 factors = LoadShared(unit + kFfnUnitRows * kFfnBlockColumns);
 #pragma unroll
       for (int q = 0; q < kParts; ++q) {
@@ -438,9 +434,9 @@ __device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work
     Compute<kFormat, 16, kTiles>(p, work, base, group, warp, lane, ring);
   } else if (work.rows <= 32) {
     Compute<kFormat, 32, kTiles>(p, work, base, group, warp, lane, ring);
-  } else if (work.rows <= 64) {
+  } else if (Layout<kFormat>::kPairs == 64 || work.rows <= 64) {
     Compute<kFormat, 64, kTiles>(p, work, base, group, warp, lane, ring);
-  } else {
+  } else if constexpr (Layout<kFormat>::kPairs == 128) {
     Compute<kFormat, 128, kTiles>(p, work, base, group, warp, lane, ring);
   }
 }
@@ -487,7 +483,7 @@ __global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
   if (threadIdx.x == 0) {
     if (base % 1024 != 0) __trap();
     for (int i = 0; i < L::kStages; ++i) {
-      BarrierInit(base + L::kFull + 8 * i, 1 + kGatherWarps);
+      BarrierInit(base + L::kFull + 8 * i, 1 + 32 * kGatherWarps);
       BarrierInit(base + L::kEmpty + 8 * i, 8);
       BarrierInit(base + L::kReady + 8 * i, 1);
     }
@@ -506,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
   __syncthreads();
   ClusterSync();
   if (warp >= 8) {
-    RegistersDown<40>();
+    RegistersDown<48>();
     if (warp == 8) {
       if (lane == 0) Produce<kFormat>(p, shared, base, ClusterRank());
     } else {
@@ -515,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
     __syncwarp();
     ClusterSync();  // the other block may still arrive at barriers here
   } else {
-    RegistersUp<232>();
+    RegistersUp<224>();
     Consume<kFormat>(p, shared, base, warp / 4, warp % 4, lane);
     __syncwarp();
     ClusterSync();
