@@ -73,6 +73,7 @@ absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) 
     gate.scale = static_cast<float>(c.routed_scaling_factor);
     gate.normalise = c.norm_topk_prob;
     gate.rows_max = rows;
+    gate.path = limits.path;
     MK_ASSIGN_OR_RETURN(cuda::Gate made_gate, cuda::Gate::Create(gate));
     gate_ = std::move(made_gate);
     cuda::GroupedFfn::Options ffn;

@@ -34,13 +34,13 @@ struct Result {
   std::vector<uint8_t> status;
 };
 
-Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, int32_t used = -1) {
+Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, Path path, int32_t used = -1) {
   auto stream = Stream::Create();
   const int64_t rows = std::ssize(x) / s.hidden;
   Gate::Options options;
   options.experts = s.experts, options.hidden = s.hidden, options.k = s.k, options.groups = s.groups;
   options.topk_groups = s.topk_groups, options.scale = 16, options.normalise = s.normalise;
-  options.rows_max = rows;
+  options.rows_max = rows, options.path = path;
   auto gate = Gate::Create(options);
   EXPECT_TRUE(gate.ok()) << gate.status();
   const auto x_device = ToDevice(x, *stream), w_device = ToDevice(w, *stream);
@@ -73,7 +73,9 @@ void ExpectRouted(const Shape& s, const Result& got, int64_t row) {
   }
 }
 
-TEST(Gate, NonFiniteRowsAreRejectedAndDisturbNobody) {
+class GateTest : public testing::TestWithParam<Path> {};
+
+TEST_P(GateTest, NonFiniteRowsAreRejectedAndDisturbNobody) {
   const Shape s = {160, 256, 6, 8, 3};
   std::mt19937 rng(1);
   for (const int rows : {5, 300}) {
@@ -81,7 +83,7 @@ TEST(Gate, NonFiniteRowsAreRejectedAndDisturbNobody) {
     const auto w = RandomBF16(rng, s.experts * s.hidden, 0.25f);
     x[1 * s.hidden + 3] = 0x7fc0;                // NaN
     x[(rows - 1) * s.hidden + 200] = 0x7f80;     // infinity
-    const Result got = Route(s, x, w);
+    const Result got = Route(s, x, w, GetParam());
     for (const int row : {1, rows - 1}) {
       EXPECT_EQ(got.status[row], static_cast<uint8_t>(GateStatus::kRejected));
       for (int i = row * s.k; i < (row + 1) * s.k; ++i) {
@@ -95,11 +97,11 @@ TEST(Gate, NonFiniteRowsAreRejectedAndDisturbNobody) {
   }
 }
 
-TEST(Gate, PaddingChoosesNothing) {
+TEST_P(GateTest, PaddingChoosesNothing) {
   const Shape s = {64, 2048, 6, 1, 1};
   std::mt19937 rng(2);
   const auto x = RandomBF16(rng, 32 * s.hidden), w = RandomBF16(rng, s.experts * s.hidden, 0.1f);
-  const Result got = Route(s, x, w, 20);
+  const Result got = Route(s, x, w, GetParam(), 20);
   for (int row = 0; row < 20; ++row) ExpectRouted(s, got, row);
   for (int row = 20; row < 32; ++row) {
     EXPECT_EQ(got.status[row], static_cast<uint8_t>(GateStatus::kPadding));
@@ -107,7 +109,7 @@ TEST(Gate, PaddingChoosesNothing) {
   }
 }
 
-TEST(Gate, TiesKeepTheLowerIndex) {
+TEST_P(GateTest, TiesKeepTheLowerIndex) {
   const Shape s = {160, 64, 6, 8, 3};
   std::mt19937 rng(3);
   const auto x = RandomBF16(rng, 40 * s.hidden);
@@ -115,21 +117,21 @@ TEST(Gate, TiesKeepTheLowerIndex) {
   auto w = RandomBF16(rng, s.experts * s.hidden);
   for (int e = 1; e < s.experts; e += 2) std::copy_n(&w[(e - 1) * s.hidden], s.hidden, &w[e * s.hidden]);
   std::copy_n(&w[0], 20 * s.hidden, &w[60 * s.hidden]);
-  const Result got = Route(s, x, w);
+  const Result got = Route(s, x, w, GetParam());
   for (int row = 0; row < 40; ++row) ExpectRouted(s, got, row);
   // All logits equal.
-  const Result zeros = Route(s, std::vector<bf16>(3 * s.hidden, 0), w);
+  const Result zeros = Route(s, std::vector<bf16>(3 * s.hidden, 0), w, GetParam());
   for (int i = 0; i < s.k; ++i) EXPECT_EQ(zeros.experts[i], i);
 }
 
-TEST(Gate, MatchesFloat64) {
+TEST_P(GateTest, MatchesFloat64) {
   std::mt19937 rng(4);
   const std::vector<std::pair<Shape, std::vector<int>>> cases = {
       {{160, 5120, 6, 8, 3}, {1, 2, 16, 17, 64, 128, 129, 1000, 2100}},
       {{64, 2048, 6, 1, 1}, {1, 33, 128, 512, 4096}},
       {{64, 512, 12, 4, 2}, {1, 100, 300}},
       {{160, 192, 6, 8, 3}, {1, 50, 333}},
-      {{256, 1024, 8, 8, 4, true}, {1, 70, 500}},
+      {{256, 1024, 8, 8, 4, true}, {1, 70, 500, 2500}},
       {{8, 72, 2, 1, 1, true}, {1, 3, 200}},
       {{5, 8, 5, 1, 1}, {2}},
       {{36, 136, 1, 4, 2}, {9}},
@@ -139,7 +141,7 @@ TEST(Gate, MatchesFloat64) {
     for (const int rows : all_rows) {
       SCOPED_TRACE(testing::Message() << s.experts << " experts, hidden " << s.hidden << ", " << rows << " rows");
       const auto x = RandomBF16(rng, rows * s.hidden);
-      const Result got = Route(s, x, w);
+      const Result got = Route(s, x, w, GetParam());
       std::vector<double> error(rows * s.experts);
       ParallelFor(rows * s.experts, [&](int64_t at) {
         double sum = 0;
@@ -164,6 +166,8 @@ TEST(Gate, ShapesOutsideItsLimitsAreRefused) {
     EXPECT_EQ(Gate::Create(options).status().code(), absl::StatusCode::kInvalidArgument);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Paths, GateTest, testing::Values(Path::kPortable, Path::kAuto));
 
 }  // namespace
 }  // namespace minke::cuda

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "libs/kernels/cuda/check.h"
 #include "libs/kernels/cuda/gate_kernels.h"
+#include "libs/kernels/cuda/tensor_map.h"
 
 namespace minke::cuda {
 namespace {
@@ -44,7 +45,9 @@ absl::StatusOr<Gate> Gate::Create(const Options& o) {
   absl::StatusOr<DeviceInfo> device = CurrentDevice();
   if (!device.ok()) return device.status();
   gate.device_ = *device;
-  if (absl::StatusOr<Path> path = Resolve(Path::kPortable, *device); !path.ok()) return path.status();
+  absl::StatusOr<Path> path = Resolve(o.path, *device);
+  if (!path.ok()) return path.status();
+  gate.path_ = *path;
   // Tiles are split only while that gives no more blocks than multiprocessors.
   const int64_t blocks_max = std::max<int64_t>((o.rows_max + 127) / 128, device->multiprocessors);
   gate.partial_values_ = blocks_max * 128 * GateColumns(o.experts);
@@ -76,7 +79,21 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   params.k_steps = plan.k_steps;
   params.partials = partials_.as<float>();
   params.tile_rows = plan.tile_rows;
-  MK_CUDA_RETURN_IF_ERROR(LaunchGate(params, device_.major >= 9, stream.handle()));
+  if (path_ == Path::kHopper && plan.tile_rows >= 64) {
+    const uint64_t row_bytes[1] = {static_cast<uint64_t>(options_.hidden) * 2};
+    const uint64_t x_dims[2] = {static_cast<uint64_t>(options_.hidden), static_cast<uint64_t>(args.rows)};
+    const uint64_t w_dims[2] = {static_cast<uint64_t>(options_.hidden), static_cast<uint64_t>(options_.experts)};
+    const uint32_t x_box[2] = {kGateStep, static_cast<uint32_t>(plan.tile_rows)};
+    const uint32_t w_box[2] = {kGateStep, static_cast<uint32_t>(GateColumns(options_.experts))};
+    absl::StatusOr<CUtensorMap> x_map = MakeTensorMap(args.x, x_dims, row_bytes, x_box);
+    if (!x_map.ok()) return x_map.status();
+    absl::StatusOr<CUtensorMap> w_map = MakeTensorMap(args.w, w_dims, row_bytes, w_box);
+    if (!w_map.ok()) return w_map.status();
+    MK_CUDA_RETURN_IF_ERROR(LaunchLogitsSm90(params, *x_map, *w_map, stream.handle()));
+  } else {
+    MK_CUDA_RETURN_IF_ERROR(LaunchLogitsPortable(params, stream.handle()));
+  }
+  MK_CUDA_RETURN_IF_ERROR(LaunchChoose(params, device_.major >= 9, stream.handle()));
   return absl::OkStatus();
 }
 

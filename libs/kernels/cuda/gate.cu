@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(32 * kChooseWarps) ChooseKernel(const GatePara
 }
 
 template <int kColumns>
-cudaError_t LaunchChoose(const GateParams& p, bool overlapped, cudaStream_t stream) {
+cudaError_t LaunchChooseOf(const GateParams& p, bool overlapped, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>((p.args.rows + kChooseWarps - 1) / kChooseWarps));
   config.blockDim = dim3(32 * kChooseWarps);
@@ -269,24 +269,26 @@ cudaError_t Launch(const GateParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchGate(const GateParams& p, bool overlapped, cudaStream_t stream) {
+cudaError_t LaunchLogitsPortable(const GateParams& p, cudaStream_t stream) {
   const int columns = GateColumns(p.experts);
-  cudaError_t error;
   if (p.tile_rows == 16) {
-    error = columns == 64    ? Launch<Shape<16, 64, 1, 4, 4>>(p, stream)
-            : columns == 160 ? Launch<Shape<16, 160, 1, 4, 4>>(p, stream)
-                             : Launch<Shape<16, 256, 1, 8, 4>>(p, stream);
-  } else if (p.tile_rows == 64) {
-    error = columns == 64    ? Launch<Shape<64, 64, 2, 4, 4>>(p, stream)
-            : columns == 160 ? Launch<Shape<64, 160, 2, 4, 4>>(p, stream)
-                             : Launch<Shape<64, 256, 2, 4, 4>>(p, stream);
-  } else {
-    error = columns == 64 ? Launch<Shape<128, 64, 4, 4, 4>>(p, stream) : Launch<Shape<128, 160, 4, 4, 4>>(p, stream);
+    return columns == 64    ? Launch<Shape<16, 64, 1, 4, 4>>(p, stream)
+           : columns == 160 ? Launch<Shape<16, 160, 1, 4, 4>>(p, stream)
+                            : Launch<Shape<16, 256, 1, 8, 4>>(p, stream);
   }
-  if (error != cudaSuccess) return error;
-  return columns == 64    ? LaunchChoose<64>(p, overlapped, stream)
-         : columns == 160 ? LaunchChoose<160>(p, overlapped, stream)
-                          : LaunchChoose<256>(p, overlapped, stream);
+  if (p.tile_rows == 64) {
+    return columns == 64    ? Launch<Shape<64, 64, 2, 4, 4>>(p, stream)
+           : columns == 160 ? Launch<Shape<64, 160, 2, 4, 4>>(p, stream)
+                            : Launch<Shape<64, 256, 2, 4, 4>>(p, stream);
+  }
+  return columns == 64 ? Launch<Shape<128, 64, 4, 4, 4>>(p, stream) : Launch<Shape<128, 160, 4, 4, 4>>(p, stream);
+}
+
+cudaError_t LaunchChoose(const GateParams& p, bool overlapped, cudaStream_t stream) {
+  const int columns = GateColumns(p.experts);
+  return columns == 64    ? LaunchChooseOf<64>(p, overlapped, stream)
+         : columns == 160 ? LaunchChooseOf<160>(p, overlapped, stream)
+                          : LaunchChooseOf<256>(p, overlapped, stream);
 }
 
 }  // namespace minke::cuda

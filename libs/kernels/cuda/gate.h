@@ -43,6 +43,7 @@ class Gate {
     float scale = 1;
     bool normalise = false;
     int64_t rows_max = 4096;
+    Path path = Path::kAuto;
   };
   // INVALID_ARGUMENT for a shape outside the limits above.
   static absl::StatusOr<Gate> Create(const Options& options);
@@ -52,6 +53,7 @@ class Gate {
   Gate() = default;
   Options options_;
   DeviceInfo device_;
+  Path path_ = Path::kPortable;
   int64_t partial_values_ = 0;
   DeviceBuffer partials_;  // [tiles, splits, tile rows, experts, padded] f32
 };
