@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "libs/base/status.h"
 #include "libs/kernels/cpu/rope.h"
@@ -129,13 +130,17 @@ absl::Status CheckSupported(const ModelConfig& c) {
       return absl::InvalidArgumentError(StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
     }
   }
-  if (c.latent_dim() > 8192) {
-    return absl::InvalidArgumentError(StrCat("kv_lora_rank + qk_rope_head_dim: the GPU kernels expect at most 8192, "
-                                             "found ", c.latent_dim()));
-  }
-  if (c.n_routed_experts > cuda::kGroupedFfnExpertsMax) {
-    return absl::InvalidArgumentError(StrCat("n_routed_experts: the GPU kernels expect at most ",
-                                             cuda::kGroupedFfnExpertsMax, ", found ", c.n_routed_experts));
+  const bool moe = c.n_routed_experts > 0;
+  const std::tuple<const char*, int64_t, int64_t> limits[] = {
+      {"kv_lora_rank + qk_rope_head_dim", c.latent_dim(), 8192},
+      {"vocab_size", c.vocab_size, 1 << 18},
+      {"n_routed_experts", c.n_routed_experts, cuda::kGroupedFfnExpertsMax},
+      {"num_experts_per_tok", moe ? c.num_experts_per_tok : 0, 32},
+      {"n_group", moe ? c.n_group : 0, 32}};
+  for (const auto& [name, value, most] : limits) {
+    if (value > most) {
+      return absl::InvalidArgumentError(StrCat(name, ": the GPU kernels expect at most ", most, ", found ", value));
+    }
   }
   return absl::OkStatus();
 }

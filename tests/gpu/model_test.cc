@@ -8,6 +8,7 @@
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
 #include "nlohmann/json.hpp"
+#include "services/attention/sampling/sampler.h"
 #include "tests/gpu/cpu_model.h"
 #include "tests/gpu/gpu_support.h"
 
@@ -182,6 +183,10 @@ void RunMixture(Harness& h) {
     h.ExpectLogits(h.gpu->attention().DownloadLogits(3).value(), alone, "padded");
   }
   h.Compare({{&d, at[3], at[3] + 1}, {&e, 66, 67}}, "after padding");
+  // More keys than the naive form's workspace holds: a long chunk in the absorbed form.
+  const Sequence f = h.NewSequence(380, rng);
+  h.Compare({{&f, 0, 190}}, "the begin of a long prompt");
+  h.Compare({{&d, at[3] + 1, at[3] + 2}, {&f, 190, 380}}, "the end of a long prompt");
   std::printf("logits' worst relative error %.4f; %ld of %ld rows routed differently by the CPU, in near-ties\n", h.worst,
               long(h.cpu.differently_routed_rows), long(h.cpu.routed_rows));
   EXPECT_LE(h.cpu.differently_routed_rows, h.cpu.routed_rows / 10);
@@ -293,6 +298,36 @@ TEST(ShippedModelOnGpu, GreedyTextIsGolden) {
     }
     EXPECT_GE(same, 12u);
   }
+}
+
+// A request that moves between a GPU and a CPU goes on with the same tokens.
+TEST(ShippedModelOnGpu, DrawsAreTheHostSamplersOfTheSameLogits) {
+  Harness h(kShipped);
+  ASSERT_FALSE(HasFailure());
+  std::mt19937 rng(11);
+  std::vector<Sequence> sequences;
+  std::vector<DecodeInput> inputs;
+  for (int i = 0; i < 5; ++i) sequences.push_back(h.NewSequence(64, rng));
+  int different = 0;
+  for (int64_t position = 0; position < 40; ++position) {
+    inputs.clear();
+    for (const Sequence& s : sequences) {
+      const float top_p = inputs.size() % 2 == 0 ? 0.9f : 1;
+      inputs.push_back({s.tokens[position], position, s.pages,
+                        {.seed = rng(), .position = position + 1, .temperature = 0.8f, .top_p = top_p}});
+    }
+    const auto decoded = h.gpu->Decode(inputs);
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    const std::vector<uint32_t> tokens(decoded->begin(), decoded->end());
+    std::vector<float> logits = h.gpu->attention().DownloadLogits(std::ssize(inputs)).value();
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const cuda::SampleRow& row = inputs[i].sampling;
+      attention::SamplingParams params;
+      params.temperature = row.temperature, params.top_p = row.top_p, params.seed = row.seed;
+      different += tokens[i] != attention::Sample(params, {}, {}, row.position, std::span(logits).subspan(i * h.vocab(), h.vocab()));
+    }
+  }
+  EXPECT_LE(different, 1) << "of 200: only where the draw falls on a boundary to the last bit";
 }
 
 TEST(ShippedModelOnGpu, InputsOutsideTheLimitsAreRefused) {
