@@ -116,7 +116,7 @@ class CpuModel {
     for (int64_t r = 0; r < rows; ++r) {
       if (std::equal(&own[r * k], &own[r * k] + k, &chosen[r * k])) continue;
       ++differently_routed_rows;
-      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.3)  // logits have a deviation of 4
+      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.12)
           << "layer " << layer << ", row " << r << ": routed differently, and no near-tie";
     }
     AddExperts(layer, batch.normed.data(), rows, chosen, weights, batch.x.data());
@@ -145,7 +145,7 @@ class CpuModel {
     }
   }
 
-  // By how much logits would have to change for another choice of groups or experts.
+  // By how much logits would have to change for another choice of groups or experts, in units of their deviation.
   double Margin(int32_t layer, const bf16* x) const {
     const int32_t n = config_.n_routed_experts, hidden = config_.hidden_size;
     std::vector<double> logits(n);
@@ -171,7 +171,9 @@ class CpuModel {
     std::sort(candidates.rbegin(), candidates.rend());
     const int32_t k = config_.num_experts_per_tok;
     if (k < std::ssize(candidates)) margin = std::min(margin, candidates[k - 1] - candidates[k]);
-    return margin;
+    double square = 0;
+    for (const double logit : logits) square += logit * logit;
+    return margin / std::sqrt(square / n);
   }
 
   ThreadPool pool_;
