@@ -35,19 +35,31 @@ struct Row {
   const float* logits;
   const uint8_t* allowed;
   int vocab;
-  float best, temperature, floor;
+  float best, temperature, floor, bins_per_logit;
 
+  // body(id, logit) for the ids of this thread, -inf where not allowed; four loads of four at a time.
+  template <class Body>
+  __device__ void ForEach(Body body) const {
+    const auto one = [&](int i, float x) { body(i, allowed != nullptr && allowed[i] == 0 ? -INFINITY : x); };
+    if (vocab % 4 != 0) {
+      for (int i = threadIdx.x; i < vocab; i += kThreads) one(i, logits[i]);
+      return;
+    }
+#pragma unroll 4
+    for (int i = 4 * threadIdx.x; i < vocab; i += 4 * kThreads) {
+      const float4 x = *reinterpret_cast<const float4*>(logits + i);
+      one(i, x.x), one(i + 1, x.y), one(i + 2, x.z), one(i + 3, x.w);
+    }
+  }
   __device__ float Logit(int i) const {
     return allowed != nullptr && allowed[i] == 0 ? -INFINITY : logits[i];
   }
   // 0: not a candidate.
-  __device__ float Weight(int i) const {
-    const float w = expf((Logit(i) - best) / temperature);
+  __device__ float Weight(float logit) const {
+    const float w = expf((logit - best) / temperature);
     return w < floor ? 0.f : w;
   }
-  __device__ int Bin(int i) const {
-    return static_cast<int>(fminf((best - Logit(i)) / temperature * kBinsPerUnit, kBins - 1));
-  }
+  __device__ int Bin(float logit) const { return static_cast<int>(fminf((best - logit) * bins_per_logit, kBins - 1)); }
 };
 
 using Mass = unsigned long long;
@@ -102,17 +114,16 @@ __device__ void Histogram(const Row& row, Shared& s) {
 #pragma unroll
   for (auto& piece : s.pieces) piece[threadIdx.x] = 0;
   __syncthreads();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float w = row.Weight(i);
-    if (!(w > 0)) continue;
-    const int bin = row.Bin(i);
+  row.ForEach([&](int, float logit) {
+    const float w = row.Weight(logit);
+    if (!(w > 0)) return;
+    const int bin = row.Bin(logit);
     const Mass units = Units(w);
     atomicAdd(&s.counts[bin], 1u);
     atomicAdd(&s.pieces[0][bin], static_cast<uint32_t>(units & 0x3fff));
     if (units >> 14 & 0x3fff) atomicAdd(&s.pieces[1][bin], static_cast<uint32_t>(units >> 14 & 0x3fff));
     if (units >> 28) atomicAdd(&s.pieces[2][bin], static_cast<uint32_t>(units >> 28));
-  }
+  });
   __syncthreads();
   const int b = threadIdx.x;
   const Mass mass = (static_cast<Mass>(s.pieces[2][b]) << 28) + (static_cast<Mass>(s.pieces[1][b]) << 14) + s.pieces[0][b];
@@ -125,22 +136,22 @@ __device__ void Histogram(const Row& row, Shared& s) {
   __syncthreads();
 }
 
-// Four digits of key(i), the highest first: the key of the first candidate at which the running measure exceeds
+// Four digits of key(id, logit), the highest first: the key of the first candidate at which the running measure exceeds
 // `target`; s.found_rest becomes what is left of the target among the candidates of just that key.
 template <class KeyOf, class MeasureOf>
-__device__ uint32_t Descend(int vocab, Mass target, KeyOf key, MeasureOf measure, Shared& s) {
+__device__ uint32_t Descend(const Row& row, Mass target, KeyOf key, MeasureOf measure, Shared& s) {
   uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
     if (threadIdx.x < kDigits) s.digits[threadIdx.x] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < vocab; i += kThreads) {
-      const Mass m = measure(i);
-      if (m == 0) continue;
-      const uint32_t k = key(i);
-      if (shift < 24 && (k >> (shift + 8)) != (prefix >> (shift + 8))) continue;
+    row.ForEach([&](int i, float logit) {
+      const Mass m = measure(logit);
+      if (m == 0) return;
+      const uint32_t k = key(i, logit);
+      if (shift < 24 && (k >> (shift + 8)) != (prefix >> (shift + 8))) return;
       atomicAdd(&s.digits[k >> shift & 255], m);
-    }
+    });
     __syncthreads();
     if (threadIdx.x == 0) {
       Mass left = target;
@@ -188,11 +199,12 @@ __device__ Place Locate(const Row& row, Mass target, bool by_count, Shared& s) {
   const int bin = static_cast<int>(s.found), size = static_cast<int>(s.counts[bin]);
   const Mass rest = target - before[bin], mass_before = s.mass_before[bin];
   if (size <= kListMax) {
-    for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-      if (row.Bin(i) != bin) continue;
-      const float w = row.Weight(i);
-      if (w > 0) s.list[atomicAdd(&s.list_size, 1u)] = static_cast<uint64_t>(~__float_as_uint(w)) << 32 | static_cast<uint32_t>(i);
-    }
+    row.ForEach([&](int i, float logit) {
+      if (row.Bin(logit) != bin) return;
+      const float w = row.Weight(logit);
+      const uint64_t key = static_cast<uint64_t>(~__float_as_uint(w)) << 32 | static_cast<uint32_t>(i);
+      if (w > 0) s.list[atomicAdd(&s.list_size, 1u)] = key;
+    });
     __syncthreads();
     SortList(s, size);
     Mass units[2] = {0, 0};
@@ -212,22 +224,22 @@ __device__ Place Locate(const Row& row, Mass target, bool by_count, Shared& s) {
     __syncthreads();
     return {s.found, s.found_through};
   }
-  const auto measure = [&](int i) {
-    const float w = row.Bin(i) == bin ? row.Weight(i) : 0.f;
+  const auto bits_of = [&](float logit) { return ~__float_as_uint(row.Weight(logit)); };
+  const auto measure = [&](float logit) {
+    const float w = row.Bin(logit) == bin ? row.Weight(logit) : 0.f;
     return w > 0 ? (by_count ? Mass{1} : Units(w)) : Mass{0};
   };
-  const uint32_t bits = Descend(
-      row.vocab, rest, [&](int i) { return ~__float_as_uint(row.Weight(i)); }, measure, s);
+  const uint32_t bits = Descend(row, rest, [&](int, float logit) { return bits_of(logit); }, measure, s);
   const Mass among = s.found_rest;
   const uint32_t id = Descend(
-      row.vocab, among, [](int i) { return static_cast<uint32_t>(i); },
-      [&](int i) { return ~__float_as_uint(row.Weight(i)) == bits ? measure(i) : Mass{0}; }, s);
+      row, among, [](int i, float) { return static_cast<uint32_t>(i); },
+      [&](float logit) { return bits_of(logit) == bits ? measure(logit) : Mass{0}; }, s);
   Mass sum = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float w = row.Bin(i) == bin ? row.Weight(i) : 0.f;
+  row.ForEach([&](int i, float logit) {
+    const float w = row.Bin(logit) == bin ? row.Weight(logit) : 0.f;
     const uint32_t order = ~__float_as_uint(w);
     if (w > 0 && (order < bits || (order == bits && static_cast<uint32_t>(i) <= id))) sum += Units(w);
-  }
+  });
   return {id, mass_before + BlockSum(sum, s)};
 }
 
@@ -238,7 +250,7 @@ __device__ uint32_t LocateById(const Row& row, Mass target, Shared& s) {
     Mass sum = 0;
 #pragma unroll 8
     for (int i = t * kThreads + lane; i < min(row.vocab, (t + 1) * kThreads); i += 32) {
-      const float w = row.Weight(i);
+      const float w = row.Weight(row.Logit(i));
       if (w > 0) sum += Units(w);
     }
 #pragma unroll
@@ -251,7 +263,7 @@ __device__ uint32_t LocateById(const Row& row, Mass target, Shared& s) {
   __syncthreads();
   const int i = static_cast<int>(s.found) * kThreads + static_cast<int>(threadIdx.x);
   const Mass rest = s.found_rest;
-  const float w = i < row.vocab ? row.Weight(i) : 0.f;
+  const float w = i < row.vocab ? row.Weight(row.Logit(i)) : 0.f;
   const Mass units = w > 0 ? Units(w) : 0, up_to = BlockScan(units, s);
   if (up_to <= rest && rest < up_to + units) s.found = static_cast<uint32_t>(i);
   __syncthreads();
@@ -268,16 +280,19 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const SampleArgs a) {
   extern __shared__ __align__(16) uint8_t bytes[];
   Shared& s = *reinterpret_cast<Shared*>(bytes);
   const SampleRow params = a.params[blockIdx.x];
-  Row row = {a.logits + blockIdx.x * a.vocab, a.allowed, static_cast<int>(a.vocab), 0, params.temperature,
-             fmaxf(params.min_p, 0.f)};
+  Row row = {};
+  row.logits = a.logits + blockIdx.x * a.vocab;
+  row.allowed = a.allowed;
+  row.vocab = static_cast<int>(a.vocab);
+  row.temperature = params.temperature;
+  row.floor = fmaxf(params.min_p, 0.f);
+  row.bins_per_logit = kBinsPerUnit / params.temperature;
   uint64_t key = 0;
   bool failed = false;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const bool may = a.allowed == nullptr || a.allowed[i] != 0;
-    failed = failed || isnan(row.logits[i]);
-    if (may) key = max(key, ArgMaxKey(row.logits[i], i));
-  }
+  row.ForEach([&](int i, float logit) {
+    failed = failed || isnan(logit);
+    if (a.allowed == nullptr || a.allowed[i] != 0) key = max(key, ArgMaxKey(logit, i));
+  });
   if (__syncthreads_or(failed)) {
     if (threadIdx.x == 0) a.tokens[blockIdx.x] = kNoToken;
     return;

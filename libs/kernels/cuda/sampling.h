@@ -32,7 +32,7 @@ struct SampleArgs {
 
 inline constexpr uint32_t kNoToken = 0xffffffff;
 
-// Ties go to the lower id. A row with a NaN among its logits gives kNoToken: its forward pass has failed.
+// Ties go to the lower id. A row with a NaN among its allowed logits gives kNoToken: its forward pass has failed.
 // Weights are counted in integers, so the result does not depend on the order of addition.
 absl::Status SampleTokens(const SampleArgs& args, const Stream& stream);
 
