@@ -27,7 +27,8 @@ class RandomSource final : public cuda_model::WeightSource {
   absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
                     const Stream& stream) override {
     const float gain = name.ends_with("mlp.gate.weight") ? 4.0f : 1.2f;
-    const float deviation = name.ends_with("embed_tokens.weight") ? 1 : gain / std::sqrt(static_cast<float>(shape[1]));
+    const float deviation =
+        name.ends_with("embed_tokens.weight") ? 1 : gain / std::sqrt(static_cast<float>(shape[1]));
     return FillNormal(to.as<bf16>() + offset / 2, shape[0] * shape[1], ++seed_, deviation, stream);
   }
   absl::Status ReadF32(const std::string&, int64_t count, DeviceBuffer& to, const Stream& stream) override {
@@ -50,13 +51,15 @@ ModelConfig Config(bool v2, int layers) {
               "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "topk_method": "greedy")";
   return ModelConfig::Parse(
              R"({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_act": "silu",
-    "vocab_size": 102400, "num_hidden_layers": )" + std::to_string(layers) + R"(, "n_shared_experts": 2,
+    "vocab_size": 102400, "num_hidden_layers": )" +
+             std::to_string(layers) + R"(, "n_shared_experts": 2,
     "num_experts_per_tok": 6, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
     "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": false, "scoring_func": "softmax",
     "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": false,
     "attention_bias": false, "bos_token_id": 0, "eos_token_id": 1, "rope_scaling": {"type": "yarn", "factor": 40,
     "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
-    "mscale_all_dim": 0.707}, )" + shape + "}")
+    "mscale_all_dim": 0.707}, )" +
+             shape + "}")
       .value();
 }
 
@@ -102,10 +105,12 @@ absl::Status RunSampling(const ModelCalls& calls, const std::string& work, int r
   uint32_t state = 1;
   for (float& v : logits) {  // the sum of four uniforms is near enough to normal
     v = -6;
-    for (int i = 0; i < 4; ++i) v += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * (3.f / (1 << 24));
+    for (int i = 0; i < 4; ++i)
+      v += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * (3.f / (1 << 24));
   }
   std::vector<cuda::SampleRow> params(rows);
-  for (int r = 0; r < rows; ++r) params[r] = {.seed = 7u + r, .position = r, .temperature = temperature, .top_p = 0.95f};
+  for (int r = 0; r < rows; ++r)
+    params[r] = {.seed = 7u + r, .position = r, .temperature = temperature, .top_p = 0.95f};
   MK_ASSIGN_OR_RETURN(DeviceBuffer logits_device, DeviceBuffer::Allocate(rows * kVocab * 4));
   MK_ASSIGN_OR_RETURN(DeviceBuffer params_device, DeviceBuffer::Allocate(rows * 32));
   MK_ASSIGN_OR_RETURN(const DeviceBuffer tokens, DeviceBuffer::Allocate(rows * 4));
@@ -139,7 +144,8 @@ std::vector<std::vector<uint32_t>> ScatteredPages(int batch, int64_t each) {
   int64_t step = count * 5 / 8 | 1;
   while (std::gcd(step, count) != 1) step += 2;
   std::vector<std::vector<uint32_t>> pages(batch);
-  for (int64_t i = 0, at = 0; i < count; ++i, at = (at + step) % count) pages[i % batch].push_back(static_cast<uint32_t>(at));
+  for (int64_t i = 0, at = 0; i < count; ++i, at = (at + step) % count)
+    pages[i % batch].push_back(static_cast<uint32_t>(at));
   return pages;
 }
 
@@ -159,9 +165,8 @@ double AttentionBytes(const ModelConfig& c, int batch, int64_t context) {  // of
 }
 
 // A batch of decoding rows at `context`, ready for Attention and FeedForward.
-absl::StatusOr<std::unique_ptr<cuda_model::GpuBatch>> DecodingBatch(AttentionOnGpu& attention, int batch,
-                                                                    int64_t context,
-                                                                    const std::vector<std::vector<uint32_t>>& pages) {
+absl::StatusOr<std::unique_ptr<cuda_model::GpuBatch>> DecodingBatch(
+    AttentionOnGpu& attention, int batch, int64_t context, const std::vector<std::vector<uint32_t>>& pages) {
   MK_ASSIGN_OR_RETURN(std::unique_ptr<cuda_model::GpuBatch> rows, attention.MakeBatch());
   const std::vector<uint32_t> tokens = {17};
   std::vector<cuda_model::GpuChunk> chunks;
@@ -228,7 +233,8 @@ absl::Status RunLite(const ModelCalls& calls, const Stream& stream) {
     const double ms = times[kSteps / 2];
     const double touched = c.n_routed_experts * (1 - std::pow(1 - 6.0 / c.n_routed_experts, batch));
     const double bytes = 27 * AttentionBytes(c, batch, kContext) + 6.0 * c.hidden_size * 10944 +
-                         26 * 6.0 * c.hidden_size * c.moe_intermediate_size * (touched + 2) + 2.0 * c.vocab_size * c.hidden_size;
+                         26 * 6.0 * c.hidden_size * c.moe_intermediate_size * (touched + 2) +
+                         2.0 * c.vocab_size * c.hidden_size;
     char work[96];
     std::snprintf(work, sizeof(work), "V2-Lite decode, B=%d: %.0f tok/s, limit %.0f", batch, batch / ms * 1e3,
                   batch / bytes * calls.copy_gbps * 1e9);
@@ -256,7 +262,8 @@ absl::Status RunLite(const ModelCalls& calls, const Stream& stream) {
     MK_RETURN_IF_ERROR(part("logits", 2.0 * c.vocab_size * c.hidden_size, [&]() -> absl::Status {
       return attention.Logits(*rows, nullptr, batch).status();
     }));
-    MK_RETURN_IF_ERROR(part("26 x gate and routed experts", 26 * 6.0 * c.hidden_size * c.moe_intermediate_size * touched,
+    MK_RETURN_IF_ERROR(part("26 x gate and routed experts",
+                            26 * 6.0 * c.hidden_size * c.moe_intermediate_size * touched,
                             [&]() -> absl::Status { return model->RoutedExpertsForBench(*rows); }));
   }
   return stream.Synchronize();
@@ -264,7 +271,8 @@ absl::Status RunLite(const ModelCalls& calls, const Stream& stream) {
 
 constexpr int kV2Layers = 4;  // the first is dense; the others are measured
 
-absl::Status RunV2Attention(const ModelCalls& calls, const std::string& work, int batch, const Stream& stream) {
+absl::Status RunV2Attention(const ModelCalls& calls, const std::string& work, int batch,
+                            const Stream& stream) {
   constexpr int64_t kContext = 4096, kPagesEach = kContext / 64 + 1;
   const ModelConfig c = Config(true, kV2Layers);
   RandomSource source;
@@ -275,9 +283,11 @@ absl::Status RunV2Attention(const ModelCalls& calls, const std::string& work, in
   options.sequences_max = batch;
   options.cache_pages = batch * kPagesEach;
   options.prefill_keys_max = 1024;
-  MK_ASSIGN_OR_RETURN(std::unique_ptr<AttentionOnGpu> attention, AttentionOnGpu::Create(std::move(weights), options));
+  MK_ASSIGN_OR_RETURN(std::unique_ptr<AttentionOnGpu> attention,
+                      AttentionOnGpu::Create(std::move(weights), options));
   MK_RETURN_IF_ERROR(FillCache(*attention));
-  MK_ASSIGN_OR_RETURN(const auto rows, DecodingBatch(*attention, batch, kContext, ScatteredPages(batch, kPagesEach)));
+  MK_ASSIGN_OR_RETURN(const auto rows,
+                      DecodingBatch(*attention, batch, kContext, ScatteredPages(batch, kPagesEach)));
   MK_ASSIGN_OR_RETURN(const double ms, GraphMilliseconds(attention->stream(), [&]() -> absl::Status {
                         for (int32_t layer = 1; layer < kV2Layers; ++layer) {
                           MK_RETURN_IF_ERROR(attention->Attention(layer, *rows));
@@ -299,8 +309,9 @@ absl::Status RunV2Experts(const ModelCalls& calls, const Stream& stream) {
   std::vector<cuda::GroupedFfnWeights> layers;
   DeviceBuffer staging;
   for (int32_t layer = 1; layer < kV2Layers; ++layer) {
-    MK_ASSIGN_OR_RETURN(cuda::GroupedFfnWeights weights,
-                        cuda_model::LoadExperts(c, layer, {0, 20}, cuda::FfnFormat::kBF16, source, staging, stream));
+    MK_ASSIGN_OR_RETURN(
+        cuda::GroupedFfnWeights weights,
+        cuda_model::LoadExperts(c, layer, {0, 20}, cuda::FfnFormat::kBF16, source, staging, stream));
     layers.push_back(std::move(weights));
   }
   for (const int rows : {48, 384, 1837}) {  // of 128, 1,024 and 4,899 in the cluster
@@ -310,7 +321,8 @@ absl::Status RunV2Experts(const ModelCalls& calls, const Stream& stream) {
     options.outputs_max = rows;
     MK_ASSIGN_OR_RETURN(cuda::GroupedFfn ffn, cuda::GroupedFfn::Create(options));
     MK_ASSIGN_OR_RETURN(const DeviceBuffer x, Random(int64_t{rows} * c.hidden_size, 5, 1, stream));
-    MK_ASSIGN_OR_RETURN(const DeviceBuffer partial, DeviceBuffer::Allocate(int64_t{rows} * c.hidden_size * 2));
+    MK_ASSIGN_OR_RETURN(const DeviceBuffer partial,
+                        DeviceBuffer::Allocate(int64_t{rows} * c.hidden_size * 2));
     std::vector<int32_t> experts(rows * 6, -1);
     std::vector<float> slot_weights(rows * 6, 0.5f);
     uint32_t state = 3;
@@ -338,8 +350,8 @@ absl::Status RunV2Experts(const ModelCalls& calls, const Stream& stream) {
                           return absl::OkStatus();
                         }));
     const double expert = 3.0 * c.hidden_size * c.moe_intermediate_size;
-    calls.report({"V2 expert server, a layer, rows " + std::to_string(rows), ms / (kV2Layers - 1), 2 * expert * rows * 2,
-                  20 * expert * 2, 0});
+    calls.report({"V2 expert server, a layer, rows " + std::to_string(rows), ms / (kV2Layers - 1),
+                  2 * expert * rows * 2, 20 * expert * 2, 0});
   }
   return absl::OkStatus();
 }
@@ -357,9 +369,8 @@ void RunModelCases(const ModelCalls& calls, const Stream& stream) {
     });
   }
   for (const int rows : {1, 128, 512}) {
-    run("gate, 64 experts, hidden 2048, rows " + std::to_string(rows), [&](const std::string& work) {
-      return RunGate(calls, work, rows, false, 0, stream);
-    });
+    run("gate, 64 experts, hidden 2048, rows " + std::to_string(rows),
+        [&](const std::string& work) { return RunGate(calls, work, rows, false, 0, stream); });
   }
   for (const int rows : {1, 128}) {
     for (const float temperature : {0.f, 1.f}) {

@@ -1,5 +1,5 @@
-// The gate, sampling, a whole V2-Lite decoding on one GPU, and the steps of an attention node and an expert server of a
-// V2 cluster. Random weights, made on the device.
+// The gate, sampling, a whole V2-Lite decoding on one GPU, and the steps of an attention node and an expert
+// server of a V2 cluster. Random weights, made on the device.
 #pragma once
 
 #include <functional>

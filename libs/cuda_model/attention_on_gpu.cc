@@ -4,12 +4,10 @@
 
 #include "libs/base/status.h"
 #include "libs/kernels/cpu/mla.h"
-#include "libs/kernels/cuda/mla_generic.h"
 #include "libs/kernels/cuda/rows.h"
 
 namespace minke::cuda_model {
 
-using cuda::HeadLinearArgs;
 using cuda::LinearArgs;
 using cuda::LinearOutput;
 
@@ -25,10 +23,11 @@ int64_t QueryWidth(const ModelConfig& c) {
 
 absl::StatusOr<std::unique_ptr<AttentionOnGpu>> AttentionOnGpu::Create(AttentionWeights weights,
                                                                        const Options& options) {
-  if (options.rows_max < 1 || options.rows_max > 65535 || options.sequences_max < 1 || options.cache_pages < 1 ||
-      options.prefill_keys_max < 1) {
-    return absl::InvalidArgumentError(StrCat("AttentionOnGpu: ", options.rows_max, " rows, ", options.sequences_max,
-                                             " sequences, ", options.cache_pages, " pages"));
+  if (options.rows_max < 1 || options.rows_max > 65535 || options.sequences_max < 1 ||
+      options.cache_pages < 1 || options.prefill_keys_max < 1) {
+    return absl::InvalidArgumentError(StrCat("AttentionOnGpu: ", options.rows_max, " rows, ",
+                                             options.sequences_max, " sequences, ", options.cache_pages,
+                                             " pages"));
   }
   MK_ASSIGN_OR_RETURN(Stream stream, Stream::Create());
   std::unique_ptr<AttentionOnGpu> model(new AttentionOnGpu(std::move(weights), options, std::move(stream)));
@@ -42,7 +41,8 @@ absl::StatusOr<std::unique_ptr<AttentionOnGpu>> AttentionOnGpu::Create(Attention
 
 absl::Status AttentionOnGpu::Allocate() {
   const ModelConfig& c = config();
-  const int64_t rows = options_.rows_max, heads = c.num_attention_heads, keys = prefill_fits_ ? options_.prefill_keys_max : 0;
+  const int64_t rows = options_.rows_max, heads = c.num_attention_heads,
+                keys = prefill_fits_ ? options_.prefill_keys_max : 0;
   int64_t inner = 0;
   for (const LayerWeights& layer : weights_.layers) inner = std::max(inner, layer.inner);
   const auto allocate = [](DeviceBuffer& buffer, int64_t bytes) {
@@ -89,7 +89,8 @@ absl::StatusOr<std::unique_ptr<GpuBatch>> AttentionOnGpu::MakeBatch() {
   const int64_t values = options_.rows_max * config().hidden_size;
   MK_ASSIGN_OR_RETURN(batch->x_, DeviceBuffer::Allocate(values * 4));
   MK_ASSIGN_OR_RETURN(batch->normed_, DeviceBuffer::Allocate(values * 2));
-  MK_ASSIGN_OR_RETURN(batch->angles_, DeviceBuffer::Allocate(options_.rows_max * config().qk_rope_head_dim * 4));
+  MK_ASSIGN_OR_RETURN(batch->angles_,
+                      DeviceBuffer::Allocate(options_.rows_max * config().qk_rope_head_dim * 4));
   MK_ASSIGN_OR_RETURN(cuda::Event event, cuda::Event::Create());
   batch->uploaded_ = std::move(event);
   if (decode_fits_) {
@@ -106,14 +107,15 @@ absl::StatusOr<std::unique_ptr<GpuBatch>> AttentionOnGpu::MakeBatch() {
 
 bool AttentionOnGpu::Absorbed(int64_t rows, int64_t position_begin) const {
   return !prefill_fits_ || position_begin + rows > options_.prefill_keys_max ||
-         kernels::CheaperForm(kernels::MlaShape(config()), rows, position_begin) == kernels::MlaForm::kAbsorbed;
+         kernels::CheaperForm(kernels::MlaShape(config()), rows, position_begin) ==
+             kernels::MlaForm::kAbsorbed;
 }
 
 absl::Status AttentionOnGpu::Embed(GpuBatch& batch) {
   const ModelConfig& c = config();
   batch.pending = nullptr;
-  MK_RETURN_IF_ERROR(cuda::EmbedRows(weights_.embedding.as<bf16>(), c.vocab_size, batch.view.tokens, batch.rows(),
-                                     c.hidden_size, batch.x(), stream_));
+  MK_RETURN_IF_ERROR(cuda::EmbedRows(weights_.embedding.as<bf16>(), c.vocab_size, batch.view.tokens,
+                                     batch.rows(), c.hidden_size, batch.x(), stream_));
   return cuda::RotaryAngles(weights_.inv_freq.as<double>(), weights_.rope_magnitude, c.qk_rope_head_dim / 2,
                             batch.view.positions, batch.rows(), batch.angles_.as<float>(), stream_);
 }
@@ -138,8 +140,14 @@ absl::Status AttentionOnGpu::Attention(int32_t index, GpuBatch& batch) {
   const int64_t q_width = QueryWidth(c), width = q_width + c.latent_dim(), qk = c.qk_head_dim();
   MK_RETURN_IF_ERROR(Norm(batch, layer.input_norm, true));
   batch.pending = nullptr;
-  MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = batch.normed(), .x_row = hidden, .w = layer.qkv_a.as<bf16>(),
-                                             .y = qkv_.as(), .y_row = width, .rows = rows, .n = width, .k = hidden},
+  MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = batch.normed(),
+                                             .x_row = hidden,
+                                             .w = layer.qkv_a.as<bf16>(),
+                                             .y = qkv_.as(),
+                                             .y_row = width,
+                                             .rows = rows,
+                                             .n = width,
+                                             .k = hidden},
                                   stream_));
   cuda::LatentArgs latent;
   latent.qkv = qkv_.as<bf16>();
@@ -173,123 +181,56 @@ absl::Status AttentionOnGpu::Attention(int32_t index, GpuBatch& batch) {
   } else {
     MK_RETURN_IF_ERROR(cuda::LatentAndQueryRows(&latent, nullptr, rows, stream_));
     if (c.q_lora_rank > 0) {
-      MK_RETURN_IF_ERROR(linear_->Run(
-          LinearArgs{.x = q_compressed_.as<bf16>(), .x_row = c.q_lora_rank, .w = layer.q_b.as<bf16>(), .y = q_.as(),
-                     .y_row = q_row, .rows = rows, .n = heads * qk, .k = c.q_lora_rank},
-          stream_));
+      MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = q_compressed_.as<bf16>(),
+                                                 .x_row = c.q_lora_rank,
+                                                 .w = layer.q_b.as<bf16>(),
+                                                 .y = q_.as(),
+                                                 .y_row = q_row,
+                                                 .rows = rows,
+                                                 .n = heads * qk,
+                                                 .k = c.q_lora_rank},
+                                      stream_));
     }
     MK_RETURN_IF_ERROR(cuda::LatentAndQueryRows(nullptr, &query, view.absorbed_rows, stream_));
   }
   if (view.absorbed_rows > 0) MK_RETURN_IF_ERROR(AbsorbedRows(index, batch, q, q_row));
   if (view.absorbed_rows < rows) MK_RETURN_IF_ERROR(NaiveRows(index, batch, q, q_row));
   const int64_t v_full = heads * c.v_head_dim;
-  MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = heads_out_.as<bf16>(), .x_row = v_full, .w = layer.o.as<bf16>(),
-                                             .y = batch.x(), .y_row = hidden, .rows = rows, .n = hidden, .k = v_full,
+  MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = heads_out_.as<bf16>(),
+                                             .x_row = v_full,
+                                             .w = layer.o.as<bf16>(),
+                                             .y = batch.x(),
+                                             .y_row = hidden,
+                                             .rows = rows,
+                                             .n = hidden,
+                                             .k = v_full,
                                              .output = LinearOutput::kAddF32},
                                   stream_));
   return Norm(batch, layer.post_norm, false);
-}
-
-absl::Status AttentionOnGpu::AbsorbedRows(int32_t index, GpuBatch& batch, const bf16* q, int64_t q_row) {
-  const ModelConfig& c = config();
-  const LayerWeights& layer = weights_.layers[index];
-  const BatchView& view = batch.view;
-  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank, nope = c.qk_nope_head_dim, v = c.v_head_dim;
-  MK_RETURN_IF_ERROR(linear_->Run(
-      HeadLinearArgs{.x = q, .x_row = q_row, .x_head = c.qk_head_dim(), .w = layer.kv_b.as<bf16>(),
-                     .w_head = (nope + v) * rank, .w_is_kn = true, .y = q_latent_.as<bf16>(),
-                     .y_row = heads * c.latent_dim(), .y_head = c.latent_dim(), .rows = view.absorbed_rows, .n = rank,
-                     .k = nope, .heads = heads},
-      stream_));
-  if (batch.decode_) {
-    cuda::MlaDecodeArgs args;
-    args.q = q_latent_.as<bf16>();
-    args.cache = cache(index);
-    args.cache_pages = options_.cache_pages + 1;
-    args.page_table = view.page_table;
-    args.page_table_stride = view.stride;
-    args.out = out_latent_.as<bf16>();
-    MK_RETURN_IF_ERROR(batch.decode_->Run(args, stream_));
-  } else {
-    cuda::MlaGenericArgs args;
-    args.q = q_latent_.as<bf16>();
-    args.cache = cache(index);
-    args.page_table = view.page_table;
-    args.page_table_stride = view.stride;
-    args.sequences = view.sequences;
-    args.positions = view.positions;
-    args.out = out_latent_.as<bf16>();
-    args.rows = view.absorbed_rows;
-    args.heads = c.num_attention_heads;
-    args.rank = c.kv_lora_rank;
-    args.rope = c.qk_rope_head_dim;
-    args.softmax_scale = static_cast<float>(c.softmax_scale());
-    MK_RETURN_IF_ERROR(cuda::MlaGeneric(args, stream_));
-  }
-  return linear_->Run(HeadLinearArgs{.x = out_latent_.as<bf16>(), .x_row = heads * rank, .x_head = rank,
-                                     .w = layer.kv_b.as<bf16>() + nope * rank, .w_head = (nope + v) * rank,
-                                     .y = heads_out_.as<bf16>(), .y_row = heads * v, .y_head = v,
-                                     .rows = view.absorbed_rows, .n = v, .k = rank, .heads = heads},
-                      stream_);
-}
-
-absl::Status AttentionOnGpu::NaiveRows(int32_t index, GpuBatch& batch, const bf16* q, int64_t q_row) {
-  const ModelConfig& c = config();
-  const LayerWeights& layer = weights_.layers[index];
-  const int64_t first = batch.view.absorbed_rows, rows = batch.view.rows - first, heads = c.num_attention_heads;
-  const int64_t qk = c.qk_head_dim(), nope = c.qk_nope_head_dim, v = c.v_head_dim, latent = c.latent_dim();
-  cuda::QueryArgs query;
-  query.q = q + first * q_row;
-  query.q_row = q_row;
-  query.heads = c.num_attention_heads;
-  query.nope = c.qk_nope_head_dim;
-  query.rope = c.qk_rope_head_dim;
-  query.cos_sin = batch.angles_.as<float>() + first * c.qk_rope_head_dim;
-  query.nope_copy = q_packed_.as<bf16>();
-  query.rotated = q_packed_.as<bf16>() + nope;
-  query.rotated_row = heads * qk;
-  query.rotated_head = qk;
-  MK_RETURN_IF_ERROR(cuda::LatentAndQueryRows(nullptr, &query, rows, stream_));
-  for (size_t i = 0; i < batch.passes_used_; ++i) {
-    NaivePass& pass = batch.passes_[i];
-    cuda::GatherArgs gather;
-    gather.cache = cache(index);
-    gather.width = latent;
-    gather.page_table = pass.page_table;
-    gather.stride = pass.pages_max;
-    gather.keys = pass.key_counts;
-    gather.key_begin = pass.key_begin;
-    gather.sequences = pass.sequences;
-    gather.pages_max = pass.pages_max;
-    gather.out = latents_.as<bf16>();
-    MK_RETURN_IF_ERROR(cuda::GatherLatents(gather, stream_));
-    const int64_t width = heads * (nope + v);
-    MK_RETURN_IF_ERROR(linear_->Run(
-        LinearArgs{.x = latents_.as<bf16>(), .x_row = latent, .w = layer.kv_b.as<bf16>(), .y = expanded_.as(),
-                   .y_row = width, .rows = pass.keys, .n = width, .k = c.kv_lora_rank},
-        stream_));
-    cuda::MlaPrefillArgs args;
-    args.q = q_packed_.as<bf16>() + (pass.row_begin - first) * heads * qk;
-    args.k = {expanded_.as<bf16>(), width, nope + v};
-    args.k_rope = {latents_.as<bf16>() + c.kv_lora_rank, latent, 0};
-    args.v = {expanded_.as<bf16>() + nope, width, nope + v};
-    args.out = heads_out_.as<bf16>() + pass.row_begin * heads * v;
-    MK_RETURN_IF_ERROR(pass.prefill.Run(args, stream_));
-  }
-  return absl::OkStatus();
 }
 
 absl::Status AttentionOnGpu::FeedForward(int32_t index, GpuBatch& batch, const Stream& stream) {
   const LayerWeights& layer = weights_.layers[index];
   if (layer.inner == 0) return absl::OkStatus();
   const int64_t rows = batch.rows(), hidden = config().hidden_size, inner = layer.inner;
-  MK_RETURN_IF_ERROR(ffn_linear_->Run(
-      LinearArgs{.x = batch.normed(), .x_row = hidden, .w = layer.gate_up.as<bf16>(), .y = gate_up_.as(),
-                 .y_row = 2 * inner, .rows = rows, .n = 2 * inner, .k = hidden},
-      stream));
+  MK_RETURN_IF_ERROR(ffn_linear_->Run(LinearArgs{.x = batch.normed(),
+                                                 .x_row = hidden,
+                                                 .w = layer.gate_up.as<bf16>(),
+                                                 .y = gate_up_.as(),
+                                                 .y_row = 2 * inner,
+                                                 .rows = rows,
+                                                 .n = 2 * inner,
+                                                 .k = hidden},
+                                      stream));
   MK_RETURN_IF_ERROR(cuda::SwiGluRows(gate_up_.as<bf16>(), rows, inner, inner_.as<bf16>(), stream));
-  return ffn_linear_->Run(LinearArgs{.x = inner_.as<bf16>(), .x_row = inner, .w = layer.down.as<bf16>(),
-                                     .y = batch.x(), .y_row = hidden, .rows = rows, .n = hidden, .k = inner,
+  return ffn_linear_->Run(LinearArgs{.x = inner_.as<bf16>(),
+                                     .x_row = inner,
+                                     .w = layer.down.as<bf16>(),
+                                     .y = batch.x(),
+                                     .y_row = hidden,
+                                     .rows = rows,
+                                     .n = hidden,
+                                     .k = inner,
                                      .output = LinearOutput::kAddF32},
                           stream);
 }
@@ -311,11 +252,16 @@ absl::StatusOr<const float*> AttentionOnGpu::Logits(GpuBatch& batch, const int32
   MK_RETURN_IF_ERROR(cuda::NormRows(args, stream_));
   if (selected == nullptr) batch.pending = nullptr;  // it is in x now
   const DeviceBuffer& head = c.tie_word_embeddings ? weights_.embedding : weights_.head;
-  MK_RETURN_IF_ERROR(logits_linear_->Run(
-      LinearArgs{.x = head_in_.as<bf16>(), .x_row = c.hidden_size, .w = head.as<bf16>(), .y = logits_.as(),
-                 .y_row = c.vocab_size, .rows = count, .n = c.vocab_size, .k = c.hidden_size,
-                 .output = LinearOutput::kF32},
-      stream_));
+  MK_RETURN_IF_ERROR(logits_linear_->Run(LinearArgs{.x = head_in_.as<bf16>(),
+                                                    .x_row = c.hidden_size,
+                                                    .w = head.as<bf16>(),
+                                                    .y = logits_.as(),
+                                                    .y_row = c.vocab_size,
+                                                    .rows = count,
+                                                    .n = c.vocab_size,
+                                                    .k = c.hidden_size,
+                                                    .output = LinearOutput::kF32},
+                                         stream_));
   return logits_.as<float>();
 }
 
@@ -328,7 +274,8 @@ absl::StatusOr<const float*> AttentionOnGpu::Logits(GpuBatch& batch, std::span<c
 }
 
 absl::StatusOr<std::vector<float>> AttentionOnGpu::DownloadLogits(int64_t rows) const {
-  if (rows > options_.sequences_max) return absl::InvalidArgumentError(StrCat("DownloadLogits: ", rows, " rows"));
+  if (rows > options_.sequences_max)
+    return absl::InvalidArgumentError(StrCat("DownloadLogits: ", rows, " rows"));
   std::vector<float> logits(rows * config().vocab_size);
   MK_RETURN_IF_ERROR(logits_.Download(logits.data(), std::ssize(logits) * 4, stream_));
   MK_RETURN_IF_ERROR(stream_.Synchronize());
@@ -340,21 +287,27 @@ absl::Status AttentionOnGpu::DownloadNormed(const GpuBatch& batch, bf16* host) c
 }
 
 template <class T>
-absl::Status AttentionOnGpu::AddPartialsOf(GpuBatch& batch, std::span<const int32_t> begin, const T* partials) {
-  if (std::ssize(begin) != batch.rows() + 1 || begin.front() != 0 || !std::is_sorted(begin.begin(), begin.end())) {
-    return absl::InvalidArgumentError(StrCat("AddPartials: ", begin.size(), " offsets for ", batch.rows(), " rows"));
+absl::Status AttentionOnGpu::AddPartialsOf(GpuBatch& batch, std::span<const int32_t> begin,
+                                           const T* partials) {
+  if (std::ssize(begin) != batch.rows() + 1 || begin.front() != 0 ||
+      !std::is_sorted(begin.begin(), begin.end())) {
+    return absl::InvalidArgumentError(
+        StrCat("AddPartials: ", begin.size(), " offsets for ", batch.rows(), " rows"));
   }
   const int64_t hidden = config().hidden_size;
   MK_RETURN_IF_ERROR(partial_begin_.Upload(begin.data(), std::ssize(begin) * 4, stream_));
   MK_RETURN_IF_ERROR(partials_.Upload(partials, begin.back() * hidden * int64_t{sizeof(T)}, stream_));
-  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, partial_begin_.as<int32_t>(), partials_.as<T>(), stream_);
+  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, partial_begin_.as<int32_t>(),
+                              partials_.as<T>(), stream_);
 }
 
-absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials) {
+absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin,
+                                         const bf16* partials) {
   return AddPartialsOf(batch, begin, partials);
 }
 
-absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const float* partials) {
+absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin,
+                                         const float* partials) {
   return AddPartialsOf(batch, begin, partials);
 }
 

@@ -52,7 +52,8 @@ struct Rows {
 std::vector<uint32_t> PageTable(const std::vector<std::span<const uint32_t>>& sequences, int64_t stride) {
   std::vector<uint32_t> table(sequences.size() * stride, 0);
   for (size_t s = 0; s < sequences.size(); ++s) {
-    std::copy_n(sequences[s].begin(), std::min<int64_t>(stride, std::ssize(sequences[s])), table.begin() + s * stride);
+    std::copy_n(sequences[s].begin(), std::min<int64_t>(stride, std::ssize(sequences[s])),
+                table.begin() + s * stride);
   }
   return table;
 }
@@ -61,7 +62,8 @@ std::vector<uint32_t> PageTable(const std::vector<std::span<const uint32_t>>& se
 
 absl::Status AttentionOnGpu::CheckChunks(std::span<const GpuChunk> chunks, int64_t& rows) const {
   if (std::ssize(chunks) > options_.sequences_max) {
-    return absl::InvalidArgumentError(StrCat("a batch of ", chunks.size(), " chunks, at most ", options_.sequences_max));
+    return absl::InvalidArgumentError(
+        StrCat("a batch of ", chunks.size(), " chunks, at most ", options_.sequences_max));
   }
   bool naive = false;
   rows = 0;
@@ -69,14 +71,15 @@ absl::Status AttentionOnGpu::CheckChunks(std::span<const GpuChunk> chunks, int64
     const int64_t count = std::ssize(chunk.tokens), end = chunk.position_begin + count;
     rows += count;
     if (count == 0 || chunk.position_begin < 0 || std::ssize(chunk.pages) < PagesOf(end)) {
-      return absl::InvalidArgumentError(StrCat("a chunk of ", count, " tokens at ", chunk.position_begin, " with ",
-                                               chunk.pages.size(), " pages"));
+      return absl::InvalidArgumentError(StrCat("a chunk of ", count, " tokens at ", chunk.position_begin,
+                                               " with ", chunk.pages.size(), " pages"));
     }
     for (const uint32_t page : chunk.pages.first(PagesOf(end))) {
       if (page >= options_.cache_pages) return absl::InvalidArgumentError(StrCat("page ", page));
     }
     for (const uint32_t token : chunk.tokens) {
-      if (token >= static_cast<uint32_t>(config().vocab_size)) return absl::InvalidArgumentError(StrCat("token ", token));
+      if (token >= static_cast<uint32_t>(config().vocab_size))
+        return absl::InvalidArgumentError(StrCat("token ", token));
     }
     const bool absorbed = Absorbed(count, chunk.position_begin);
     if (absorbed && naive) return absl::InvalidArgumentError("chunks of the absorbed form come first");
@@ -102,14 +105,15 @@ absl::Status AttentionOnGpu::Begin(GpuBatch& batch, std::span<const GpuChunk> ch
     if (!Absorbed(count, chunk.position_begin)) break;
     rows.Append(chunk);
     stride = std::max(stride, PagesOf(chunk.position_begin + count));
-    // To MlaDecode a chunk is several sequences of up to four queries that share their pages; the generic kernel takes
-    // it as it is.
+    // To MlaDecode a chunk is several sequences of up to four queries that share their pages; the generic
+    // kernel takes it as it is.
     const int64_t step = batch.decode_ ? kQueriesMax : count;
     for (int64_t i = 0; i < count; i += step) {
       const int64_t queries = std::min(step, count - i);
       rows.sequences.insert(rows.sequences.end(), queries, static_cast<int32_t>(sequences.size()));
       sequences.push_back(chunk.pages);
-      decodes.push_back({static_cast<int32_t>(chunk.position_begin + i + queries), static_cast<int32_t>(queries)});
+      decodes.push_back(
+          {static_cast<int32_t>(chunk.position_begin + i + queries), static_cast<int32_t>(queries)});
     }
   }
   const int64_t absorbed_rows = std::ssize(rows.tokens);

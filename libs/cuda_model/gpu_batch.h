@@ -1,5 +1,5 @@
-// Rows that go through the layers together, on the device: their residual stream, and the tables that say which token
-// of which sequence each row is.
+// Rows that go through the layers together, on the device: their residual stream, and the tables that say
+// which token of which sequence each row is.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,9 @@ using cuda::Stream;
 // New tokens of one sequence: rows of a batch.
 struct GpuChunk {
   std::span<const uint32_t> tokens;
-  int64_t position_begin = 0;       // of the first token; the tokens before it are in the cache
-  std::span<const uint32_t> pages;  // of the sequence, in order; enough for position_begin + tokens.size() tokens
+  int64_t position_begin = 0;  // of the first token; the tokens before it are in the cache
+  std::span<const uint32_t>
+      pages;  // of the sequence, in order; enough for position_begin + tokens.size() tokens
 };
 
 // Which rows a batch has, as the kernels see it. All pointers are on the device.
@@ -53,8 +54,8 @@ struct NaivePass {
 class GpuBatch {
  public:
   int64_t rows() const { return view.rows; }
-  float* x() const { return x_.as<float>(); }           // [rows, hidden], the residual stream
-  bf16* normed() const { return normed_.as<bf16>(); }   // [rows, hidden], input of the block under way
+  float* x() const { return x_.as<float>(); }          // [rows, hidden], the residual stream
+  bf16* normed() const { return normed_.as<bf16>(); }  // [rows, hidden], input of the block under way
 
   BatchView view;
   // Routed experts' sum [rows, hidden] that the next norm adds to x; null: none. The caller's memory.
@@ -68,8 +69,8 @@ class GpuBatch {
   std::vector<NaivePass> passes_;          // the first passes_used_ are this step's
   size_t passes_used_ = 0;
   DeviceBuffer x_, normed_;
-  DeviceBuffer angles_;          // [rows, rope] f32: cosines, sines of the rows' positions
-  DeviceBuffer tables_;          // of the view and the passes, one upload
+  DeviceBuffer angles_;  // [rows, rope] f32: cosines, sines of the rows' positions
+  DeviceBuffer tables_;  // of the view and the passes, one upload
   cuda::PinnedBuffer staging_;
   std::optional<cuda::Event> uploaded_;  // staging_ may be written again
   bool uploading_ = false;

@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kHalfBytes = int64_t{32} << 20;
 
-absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name, std::initializer_list<int64_t> shape,
-                                     const Stream& stream) {
+absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name,
+                                     std::initializer_list<int64_t> shape, const Stream& stream) {
   int64_t elements = 1;
   for (const int64_t d : shape) elements *= d;
   MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(elements * 2));
@@ -35,22 +35,25 @@ absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, Weig
   const std::string p = LayerPrefix(index), a = p + "self_attn.";
   const int64_t hidden = c.hidden_size, heads = c.num_attention_heads, qk = c.qk_head_dim();
   MK_ASSIGN_OR_RETURN(layer.input_norm, ReadNorm(source, p + "input_layernorm.weight", hidden, stream));
-  MK_ASSIGN_OR_RETURN(layer.post_norm, ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
+  MK_ASSIGN_OR_RETURN(layer.post_norm,
+                      ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
   MK_ASSIGN_OR_RETURN(layer.kv_a_norm, ReadNorm(source, a + "kv_a_layernorm.weight", c.kv_lora_rank, stream));
   // The query's first projection and the latent's read the same input: one product.
   const int64_t q_width = c.q_lora_rank > 0 ? int64_t{c.q_lora_rank} : heads * qk;
   MK_ASSIGN_OR_RETURN(layer.qkv_a, DeviceBuffer::Allocate((q_width + c.latent_dim()) * hidden * 2));
   const int64_t q_shape[] = {q_width, hidden}, kv_shape[] = {c.latent_dim(), hidden};
-  MK_RETURN_IF_ERROR(source.Read(a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight"), q_shape, layer.qkv_a, 0,
-                                 stream));
+  MK_RETURN_IF_ERROR(source.Read(a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
+                                 layer.qkv_a, 0, stream));
   MK_RETURN_IF_ERROR(
       source.Read(a + "kv_a_proj_with_mqa.weight", kv_shape, layer.qkv_a, q_width * hidden * 2, stream));
   if (c.q_lora_rank > 0) {
     MK_ASSIGN_OR_RETURN(layer.q_a_norm, ReadNorm(source, a + "q_a_layernorm.weight", c.q_lora_rank, stream));
-    MK_ASSIGN_OR_RETURN(layer.q_b, ReadNew(source, a + "q_b_proj.weight", {heads * qk, c.q_lora_rank}, stream));
+    MK_ASSIGN_OR_RETURN(layer.q_b,
+                        ReadNew(source, a + "q_b_proj.weight", {heads * qk, c.q_lora_rank}, stream));
   }
-  MK_ASSIGN_OR_RETURN(layer.kv_b, ReadNew(source, a + "kv_b_proj.weight",
-                                          {heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank}, stream));
+  MK_ASSIGN_OR_RETURN(layer.kv_b,
+                      ReadNew(source, a + "kv_b_proj.weight",
+                              {heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank}, stream));
   MK_ASSIGN_OR_RETURN(layer.o, ReadNew(source, a + "o_proj.weight", {hidden, heads * c.v_head_dim}, stream));
 
   const bool moe = c.IsMoeLayer(index);
@@ -60,7 +63,8 @@ absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, Weig
     const int64_t shape[] = {layer.inner, hidden};
     MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * layer.inner * hidden * 2));
     MK_RETURN_IF_ERROR(source.Read(f + "gate_proj.weight", shape, layer.gate_up, 0, stream));
-    MK_RETURN_IF_ERROR(source.Read(f + "up_proj.weight", shape, layer.gate_up, layer.inner * hidden * 2, stream));
+    MK_RETURN_IF_ERROR(
+        source.Read(f + "up_proj.weight", shape, layer.gate_up, layer.inner * hidden * 2, stream));
     MK_ASSIGN_OR_RETURN(layer.down, ReadNew(source, f + "down_proj.weight", {hidden, layer.inner}, stream));
   }
   return layer;
@@ -106,7 +110,8 @@ absl::Status CheckpointSource::Read(const std::string& name, std::span<const int
   return absl::OkStatus();
 }
 
-absl::Status CheckpointSource::ReadF32(const std::string& name, int64_t count, DeviceBuffer& to, const Stream& stream) {
+absl::Status CheckpointSource::ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
+                                       const Stream& stream) {
   const int64_t shape[] = {count};
   MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
   std::vector<float> values(count);
@@ -127,7 +132,8 @@ absl::Status CheckSupported(const ModelConfig& c) {
       {"v_head_dim", c.v_head_dim}};
   for (const auto& [name, value] : dimensions) {
     if (value % 8 != 0) {
-      return absl::InvalidArgumentError(StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
+      return absl::InvalidArgumentError(
+          StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
     }
   }
   const bool moe = c.n_routed_experts > 0;
@@ -139,13 +145,15 @@ absl::Status CheckSupported(const ModelConfig& c) {
       {"n_group", moe ? c.n_group : 0, 32}};
   for (const auto& [name, value, most] : limits) {
     if (value > most) {
-      return absl::InvalidArgumentError(StrCat(name, ": the GPU kernels expect at most ", most, ", found ", value));
+      return absl::InvalidArgumentError(
+          StrCat(name, ": the GPU kernels expect at most ", most, ", found ", value));
     }
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, WeightSource& source, const Stream& stream,
+absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, WeightSource& source,
+                                                        const Stream& stream,
                                                         absl::FunctionRef<void(int32_t)> progress) {
   MK_RETURN_IF_ERROR(CheckSupported(c));
   AttentionWeights weights;
@@ -154,7 +162,8 @@ absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, We
                       ReadNew(source, "model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, stream));
   MK_ASSIGN_OR_RETURN(weights.final_norm, ReadNorm(source, "model.norm.weight", c.hidden_size, stream));
   if (!c.tie_word_embeddings) {
-    MK_ASSIGN_OR_RETURN(weights.head, ReadNew(source, "lm_head.weight", {c.vocab_size, c.hidden_size}, stream));
+    MK_ASSIGN_OR_RETURN(weights.head,
+                        ReadNew(source, "lm_head.weight", {c.vocab_size, c.hidden_size}, stream));
   }
   const kernels::Rope rope(c);
   MK_ASSIGN_OR_RETURN(weights.inv_freq, DeviceBuffer::Allocate(rope.half_dim() * 8));
@@ -169,13 +178,14 @@ absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, We
   return weights;
 }
 
-absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source, const Stream& stream) {
+absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source,
+                                      const Stream& stream) {
   return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", {c.n_routed_experts, c.hidden_size}, stream);
 }
 
 absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& c, int32_t layer, ExpertRange range,
-                                                    cuda::FfnFormat format, WeightSource& source, DeviceBuffer& staging,
-                                                    const Stream& stream) {
+                                                    cuda::FfnFormat format, WeightSource& source,
+                                                    DeviceBuffer& staging, const Stream& stream) {
   const int64_t hidden = c.hidden_size, inner = c.moe_intermediate_size, bytes = hidden * inner * 2;
   if (staging.bytes() < 3 * bytes) {
     MK_ASSIGN_OR_RETURN(staging, DeviceBuffer::Allocate(3 * bytes));

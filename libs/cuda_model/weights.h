@@ -1,4 +1,5 @@
-// A model's weights in device memory, as bf16 (norms f32), in the layout of the checkpoint: cuBLASLt reads it as it is.
+// A model's weights in device memory, as bf16 (norms f32), in the layout of the checkpoint: cuBLASLt reads it
+// as it is.
 #pragma once
 
 #include <cstdint>
@@ -25,20 +26,23 @@ class WeightSource {
  public:
   virtual ~WeightSource() = default;
   // Puts a tensor at `offset` bytes of `to`, in stream order.
-  virtual absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
-                            const Stream& stream) = 0;
+  virtual absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to,
+                            int64_t offset, const Stream& stream) = 0;
   // The same, widened to f32.
-  virtual absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to, const Stream& stream) = 0;
+  virtual absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
+                               const Stream& stream) = 0;
 };
 
-// Through two halves of page-locked memory: one is copied to the device while the other is filled from the file.
+// Through two halves of page-locked memory: one is copied to the device while the other is filled from the
+// file.
 class CheckpointSource final : public WeightSource {
  public:
   // The checkpoint must outlive the source.
   static absl::StatusOr<CheckpointSource> Create(const Checkpoint& checkpoint);
   absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
                     const Stream& stream) override;
-  absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to, const Stream& stream) override;
+  absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
+                       const Stream& stream) override;
 
  private:
   explicit CheckpointSource(const Checkpoint& checkpoint) : checkpoint_(&checkpoint) {}
@@ -69,14 +73,15 @@ struct LayerWeights {
 // What an attention node holds.
 struct AttentionWeights {
   ModelConfig config;
-  DeviceBuffer embedding;  // [vocab, hidden]
-  DeviceBuffer head;       // [vocab, hidden]; empty if it is the embedding
+  DeviceBuffer embedding;   // [vocab, hidden]
+  DeviceBuffer head;        // [vocab, hidden]; empty if it is the embedding
   DeviceBuffer final_norm;  // f32
   DeviceBuffer inv_freq;    // [rope / 2] f64
   double rope_magnitude = 1;
   std::vector<LayerWeights> layers;
 
-  static absl::StatusOr<AttentionWeights> Load(const ModelConfig& config, WeightSource& source, const Stream& stream,
+  static absl::StatusOr<AttentionWeights> Load(const ModelConfig& config, WeightSource& source,
+                                               const Stream& stream,
                                                absl::FunctionRef<void(int32_t layer)> progress);
 };
 
@@ -85,8 +90,9 @@ absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& config, int32_t layer, 
                                       const Stream& stream);
 
 // Routed experts of one layer. `staging` grows to one expert's bytes and may serve many calls on one stream.
-absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& config, int32_t layer, ExpertRange range,
-                                                    cuda::FfnFormat format, WeightSource& source, DeviceBuffer& staging,
+absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& config, int32_t layer,
+                                                    ExpertRange range, cuda::FfnFormat format,
+                                                    WeightSource& source, DeviceBuffer& staging,
                                                     const Stream& stream);
 
 }  // namespace minke::cuda_model

@@ -26,8 +26,8 @@ WholeModel::InputLayout::InputLayout(int64_t rows, int64_t stride)
       page_table(used + 16),
       bytes(page_table + rows * stride * 4) {}
 
-absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig& config, WeightSource& source,
-                                                               const Options& options,
+absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig& config,
+                                                               WeightSource& source, const Options& options,
                                                                absl::FunctionRef<void(int32_t)> progress) {
   std::unique_ptr<WholeModel> model(new WholeModel());
   MK_RETURN_IF_ERROR(CheckSupported(config));
@@ -39,8 +39,8 @@ absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig
     for (const int32_t layer : config.MoeLayers()) {
       MK_ASSIGN_OR_RETURN(DeviceBuffer gate, LoadGate(config, layer, source, loading));
       MK_ASSIGN_OR_RETURN(cuda::GroupedFfnWeights experts,
-                          LoadExperts(config, layer, {0, config.n_routed_experts}, options.experts, source, staging,
-                                      loading));
+                          LoadExperts(config, layer, {0, config.n_routed_experts}, options.experts, source,
+                                      staging, loading));
       model->moe_.emplace(layer, MoeLayer{std::move(gate), std::move(experts)});
       progress(layer);
     }
@@ -54,11 +54,13 @@ absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig
 absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) {
   options_ = options;
   const AttentionOnGpu::Options& limits = options.attention;
-  std::erase_if(options_.buckets, [&](int32_t b) { return b < 1 || b > std::min(limits.rows_max, limits.sequences_max); });
+  std::erase_if(options_.buckets,
+                [&](int32_t b) { return b < 1 || b > std::min(limits.rows_max, limits.sequences_max); });
   if (options_.buckets.empty() || !std::is_sorted(options_.buckets.begin(), options_.buckets.end()) ||
       options.context_max < 1 || (!options.allowed.empty() && std::ssize(options.allowed) != c.vocab_size)) {
     return absl::InvalidArgumentError(StrCat("WholeModel: ", options_.buckets.size(), " buckets, context ",
-                                             options.context_max, ", ", options.allowed.size(), " allowed ids"));
+                                             options.context_max, ", ", options.allowed.size(),
+                                             " allowed ids"));
   }
   MK_ASSIGN_OR_RETURN(batch_, attention_->MakeBatch());
   const int64_t rows = limits.rows_max, k = c.num_experts_per_tok, buckets_max = options_.buckets.back();
@@ -92,14 +94,15 @@ absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) 
   }
   const InputLayout layout(buckets_max, stride_);
   const int64_t samples = std::max(limits.sequences_max, buckets_max);
-  const std::pair<DeviceBuffer*, int64_t> buffers[] = {{&experts_, rows * k * 4},
-                                                       {&weights_, rows * k * 4},
-                                                       {&status_, rows},
-                                                       {&partial_, rows * c.hidden_size * 2},
-                                                       {&allowed_, std::ssize(options.allowed)},
-                                                       {&sampling_, samples * int64_t{sizeof(cuda::SampleRow)}},
-                                                       {&tokens_, samples * 4},
-                                                       {&inputs_, layout.bytes}};
+  const std::pair<DeviceBuffer*, int64_t> buffers[] = {
+      {&experts_, rows * k * 4},
+      {&weights_, rows * k * 4},
+      {&status_, rows},
+      {&partial_, rows * c.hidden_size * 2},
+      {&allowed_, std::ssize(options.allowed)},
+      {&sampling_, samples * int64_t{sizeof(cuda::SampleRow)}},
+      {&tokens_, samples * 4},
+      {&inputs_, layout.bytes}};
   for (const auto& [buffer, bytes] : buffers) {
     MK_ASSIGN_OR_RETURN(*buffer, DeviceBuffer::Allocate(bytes));
   }
@@ -192,10 +195,11 @@ absl::StatusOr<std::vector<uint32_t>> WholeModel::Step(std::span<const GpuChunk>
   MK_RETURN_IF_ERROR(Layers(*batch_));
   std::vector<int32_t> last;
   int64_t end = 0;
-  for (const GpuChunk& chunk : chunks) last.push_back(static_cast<int32_t>((end += std::ssize(chunk.tokens)) - 1));
+  for (const GpuChunk& chunk : chunks)
+    last.push_back(static_cast<int32_t>((end += std::ssize(chunk.tokens)) - 1));
   MK_ASSIGN_OR_RETURN(const float* const logits, attention_->Logits(*batch_, last));
-  MK_RETURN_IF_ERROR(
-      sampling_.Upload(sampling.data(), std::ssize(sampling) * int64_t{sizeof(cuda::SampleRow)}, attention_->stream()));
+  MK_RETURN_IF_ERROR(sampling_.Upload(
+      sampling.data(), std::ssize(sampling) * int64_t{sizeof(cuda::SampleRow)}, attention_->stream()));
   MK_RETURN_IF_ERROR(Sample(logits, sampling_.as<cuda::SampleRow>(), std::ssize(chunks)));
   MK_RETURN_IF_ERROR(attention_->stream().Synchronize());
   const uint32_t* tokens = tokens_host_.as<uint32_t>();
@@ -259,9 +263,11 @@ absl::Status WholeModel::DecodeLaunches(int32_t bucket) {
 
 absl::StatusOr<std::span<const uint32_t>> WholeModel::Decode(std::span<const DecodeInput> inputs, Form form) {
   if (inputs.empty()) return std::span<const uint32_t>();
-  const auto bucket_at = std::lower_bound(options_.buckets.begin(), options_.buckets.end(), std::ssize(inputs));
+  const auto bucket_at =
+      std::lower_bound(options_.buckets.begin(), options_.buckets.end(), std::ssize(inputs));
   if (bucket_at == options_.buckets.end()) {
-    return absl::InvalidArgumentError(StrCat("Decode: ", inputs.size(), " rows, at most ", options_.buckets.back()));
+    return absl::InvalidArgumentError(
+        StrCat("Decode: ", inputs.size(), " rows, at most ", options_.buckets.back()));
   }
   for (const DecodeInput& input : inputs) {
     const int64_t pages = input.position / kPageTokens + 1;
@@ -269,8 +275,8 @@ absl::StatusOr<std::span<const uint32_t>> WholeModel::Decode(std::span<const Dec
         input.token >= static_cast<uint32_t>(attention_->config().vocab_size) ||
         std::any_of(input.pages.begin(), input.pages.begin() + pages,
                     [&](uint32_t page) { return page >= attention_->scratch_page(); })) {
-      return absl::InvalidArgumentError(StrCat("Decode: token ", input.token, " at ", input.position, " with ",
-                                               input.pages.size(), " pages"));
+      return absl::InvalidArgumentError(StrCat("Decode: token ", input.token, " at ", input.position,
+                                               " with ", input.pages.size(), " pages"));
     }
   }
   const int32_t bucket = *bucket_at;

@@ -1,8 +1,8 @@
-// A whole DeepSeek-V2 on one GPU: AttentionOnGpu's segments, the gate and the routed experts on one stream, with no
-// copy to the host between them, and sampling on the device. A decode step (one token for each of B sequences) is one
-// CUDA graph per bucket of B; the rows that fill a bucket up go nowhere: they choose no experts, and write their
-// latents to a page of their own. Prompts, and mixtures of prompts and decoding rows, are launched kernel by kernel.
-// Design and numbers: docs/gpu_model.md.
+// A whole DeepSeek-V2 on one GPU: AttentionOnGpu's segments, the gate and the routed experts on one stream,
+// with no copy to the host between them, and sampling on the device. A decode step (one token for each of B
+// sequences) is one CUDA graph per bucket of B; the rows that fill a bucket up go nowhere: they choose no
+// experts, and write their latents to a page of their own. Prompts, and mixtures of prompts and decoding
+// rows, are launched kernel by kernel. Design and numbers: docs/gpu_model.md.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,8 @@ class WholeModel {
     AttentionOnGpu::Options attention;
     cuda::FfnFormat experts = cuda::FfnFormat::kBF16;
     int64_t context_max = 4096;  // tokens of a sequence that decodes
-    std::vector<int32_t> buckets = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512};  // ascending; those up to rows_max are used
+    std::vector<int32_t> buckets = {1,  2,  4,   8,   16,
+                                    32, 64, 128, 256, 512};  // ascending; those up to rows_max are used
     std::vector<uint8_t> allowed;  // [vocab], 0: an id that is never sampled; empty: all may be
   };
   static absl::StatusOr<std::unique_ptr<WholeModel>> Create(const ModelConfig& config, WeightSource& source,
@@ -51,9 +52,10 @@ class WholeModel {
                                              std::span<const cuda::SampleRow> sampling);
 
   enum class Form : uint8_t { kGraph, kLaunches };  // the same work, for tests and measurements
-  // One token each; the same results as Step with chunks of one token. The result is valid until the next call.
-  // INVALID_ARGUMENT for more rows than the largest bucket, or past context_max.
-  absl::StatusOr<std::span<const uint32_t>> Decode(std::span<const DecodeInput> inputs, Form form = Form::kGraph);
+  // One token each; the same results as Step with chunks of one token. The result is valid until the next
+  // call. INVALID_ARGUMENT for more rows than the largest bucket, or past context_max.
+  absl::StatusOr<std::span<const uint32_t>> Decode(std::span<const DecodeInput> inputs,
+                                                   Form form = Form::kGraph);
 
   // Logits of the last call, one row per chunk or input: attention().DownloadLogits.
 
@@ -91,10 +93,10 @@ class WholeModel {
   std::map<int32_t, MoeLayer> moe_;
   std::optional<cuda::Gate> gate_;
   std::optional<cuda::GroupedFfn> ffn_;
-  std::optional<Stream> side_;                  // the shared experts run beside the routed ones
+  std::optional<Stream> side_;  // the shared experts run beside the routed ones
   std::optional<cuda::Event> fork_, join_;
-  DeviceBuffer experts_, weights_, status_;     // the gate's, of one layer
-  DeviceBuffer partial_;                        // [rows, hidden] bf16
+  DeviceBuffer experts_, weights_, status_;  // the gate's, of one layer
+  DeviceBuffer partial_;                     // [rows, hidden] bf16
   DeviceBuffer allowed_, sampling_, tokens_;
   DeviceBuffer inputs_;
   cuda::PinnedBuffer inputs_host_, tokens_host_;

@@ -1,5 +1,5 @@
-// The whole model on the CPU in bf16: the attention node's model, the router's gate and the experts, in one place.
-// What the GPU must agree with.
+// The whole model on the CPU in bf16: the attention node's model, the router's gate and the experts, in one
+// place. What the GPU must agree with.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,8 @@ class CpuModel {
   using Routing = std::map<int32_t, std::vector<int32_t>>;
 
   CpuModel(std::shared_ptr<const Checkpoint> checkpoint, int64_t pages)
-      : pool_(static_cast<int>(std::min(16u, std::max(1u, std::thread::hardware_concurrency())))), config_(checkpoint->config()) {
+      : pool_(static_cast<int>(std::min(16u, std::max(1u, std::thread::hardware_concurrency())))),
+        config_(checkpoint->config()) {
     model_ = attention::AttentionModel::Load(checkpoint, Precision::kBF16, pool_, [](int32_t) {}).value();
     gate_.emplace(router::Gate::Load(*checkpoint, Precision::kBF16, pool_).value());
     gate_->SetOverrideForTest([this](int32_t layer, uint32_t row, std::span<uint16_t> experts) {
@@ -39,9 +40,10 @@ class CpuModel {
     });
     for (const int32_t layer : config_.MoeLayers()) {
       for (int32_t e = 0; e < config_.n_routed_experts; ++e) {
-        experts_[layer].push_back(kernels::FfnWeights::Load(*checkpoint, ExpertPrefix(layer, e), config_.hidden_size,
-                                                            config_.moe_intermediate_size, Precision::kBF16, pool_)
-                                      .value());
+        experts_[layer].push_back(
+            kernels::FfnWeights::Load(*checkpoint, ExpertPrefix(layer, e), config_.hidden_size,
+                                      config_.moe_intermediate_size, Precision::kBF16, pool_)
+                .value());
       }
       gates_[layer].resize(int64_t{config_.n_routed_experts} * config_.hidden_size);
       const int64_t shape[] = {config_.n_routed_experts, config_.hidden_size};
@@ -50,8 +52,8 @@ class CpuModel {
     cache_.resize(config_.num_hidden_layers, std::vector<bf16>(pages * 64 * config_.latent_dim()));
   }
 
-  // Logits of every chunk's last row, the routed experts being those of `routing`. Where this model would have routed
-  // differently, the choice must have been a near-tie.
+  // Logits of every chunk's last row, the routed experts being those of `routing`. Where this model would
+  // have routed differently, the choice must have been a near-tie.
   std::vector<float> Run(const std::vector<Chunk>& chunks, const Routing& routing) {
     attention::Microbatch batch;
     std::vector<int32_t> last;
@@ -83,8 +85,8 @@ class CpuModel {
     return logits;
   }
 
-  // What expert servers would send back for these rows of a MoE layer: one partial each. Adds this gate's own choice to
-  // `routing`.
+  // What expert servers would send back for these rows of a MoE layer: one partial each. Adds this gate's own
+  // choice to `routing`.
   std::vector<bf16> Partials(int32_t layer, const std::vector<bf16>& normed, Routing& routing) {
     const int64_t rows = std::ssize(normed) / config_.hidden_size, k = config_.num_experts_per_tok;
     std::vector<uint16_t> chosen(rows * k);
@@ -137,7 +139,8 @@ class CpuModel {
         std::copy_n(reinterpret_cast<const bf16*>(normed) + users[u].first * hidden, hidden, &in[u * hidden]);
       }
       const kernels::FfnRows item{&experts_[layer][e], 0, std::ssize(users)};
-      kernels::GroupedFfn({&item, 1}, reinterpret_cast<const std::byte*>(in.data()), y.data(), scratch_, pool_);
+      kernels::GroupedFfn({&item, 1}, reinterpret_cast<const std::byte*>(in.data()), y.data(), scratch_,
+                          pool_);
       for (size_t u = 0; u < users.size(); ++u) {
         float* to = x + users[u].first * hidden;
         for (int64_t i = 0; i < hidden; ++i) to[i] += users[u].second * y[u * hidden + i];
@@ -145,12 +148,14 @@ class CpuModel {
     }
   }
 
-  // By how much logits would have to change for another choice of groups or experts, in units of their deviation.
+  // By how much logits would have to change for another choice of groups or experts, in units of their
+  // deviation.
   double Margin(int32_t layer, const bf16* x) const {
     const int32_t n = config_.n_routed_experts, hidden = config_.hidden_size;
     std::vector<double> logits(n);
     for (int32_t e = 0; e < n; ++e) {
-      for (int32_t i = 0; i < hidden; ++i) logits[e] += double{BF16ToF32(x[i])} * gates_.at(layer)[int64_t{e} * hidden + i];
+      for (int32_t i = 0; i < hidden; ++i)
+        logits[e] += double{BF16ToF32(x[i])} * gates_.at(layer)[int64_t{e} * hidden + i];
     }
     double margin = INFINITY;
     std::vector<double> candidates = logits;

@@ -34,7 +34,8 @@ struct Result {
   std::vector<uint8_t> status;
 };
 
-Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, Path path, int32_t used = -1) {
+Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>& w, Path path,
+             int32_t used = -1) {
   auto stream = Stream::Create();
   const int64_t rows = std::ssize(x) / s.hidden;
   Gate::Options options;
@@ -47,9 +48,14 @@ Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>
   const auto used_device = ToDevice(std::vector<int32_t>{used}, *stream);
   const auto experts = Poisoned(rows * s.k * 4, *stream), weights = Poisoned(rows * s.k * 4, *stream);
   const auto status = Poisoned(rows, *stream), logits = Poisoned(rows * s.experts * 4, *stream);
-  GateArgs args = {.x = x_device.as<bf16>(), .w = w_device.as<bf16>(), .rows = rows,
-                   .rows_used = used < 0 ? nullptr : used_device.as<int32_t>(), .experts = experts.as<int32_t>(),
-                   .weights = weights.as<float>(), .status = status.as<uint8_t>(), .logits = logits.as<float>()};
+  GateArgs args = {.x = x_device.as<bf16>(),
+                   .w = w_device.as<bf16>(),
+                   .rows = rows,
+                   .rows_used = used < 0 ? nullptr : used_device.as<int32_t>(),
+                   .experts = experts.as<int32_t>(),
+                   .weights = weights.as<float>(),
+                   .status = status.as<uint8_t>(),
+                   .logits = logits.as<float>()};
   // Twice: the second finds the counters as the first left them.
   for (int i = 0; i < 2; ++i) {
     const absl::Status ran = gate->Run(args, *stream);
@@ -63,8 +69,8 @@ Result Route(const Shape& s, const std::vector<bf16>& x, const std::vector<bf16>
 void ExpectRouted(const Shape& s, const Result& got, int64_t row) {
   std::vector<float> scratch(s.experts), weights(s.k);
   std::vector<uint16_t> experts(s.k);
-  const auto routed =
-      kernels::RouteToken(ConfigOf(s), &got.logits[row * s.experts], scratch.data(), experts.data(), weights.data());
+  const auto routed = kernels::RouteToken(ConfigOf(s), &got.logits[row * s.experts], scratch.data(),
+                                          experts.data(), weights.data());
   ASSERT_TRUE(routed.ok()) << routed;
   ASSERT_EQ(got.status[row], 0) << "row " << row;
   for (int i = 0; i < s.k; ++i) {
@@ -81,8 +87,8 @@ TEST_P(GateTest, NonFiniteRowsAreRejectedAndDisturbNobody) {
   for (const int rows : {5, 300}) {
     auto x = RandomBF16(rng, rows * s.hidden);
     const auto w = RandomBF16(rng, s.experts * s.hidden, 0.25f);
-    x[1 * s.hidden + 3] = 0x7fc0;                // NaN
-    x[(rows - 1) * s.hidden + 200] = 0x7f80;     // infinity
+    x[1 * s.hidden + 3] = 0x7fc0;             // NaN
+    x[(rows - 1) * s.hidden + 200] = 0x7f80;  // infinity
     const Result got = Route(s, x, w, GetParam());
     for (const int row : {1, rows - 1}) {
       EXPECT_EQ(got.status[row], static_cast<uint8_t>(GateStatus::kRejected));
@@ -139,14 +145,16 @@ TEST_P(GateTest, MatchesFloat64) {
   for (const auto& [s, all_rows] : cases) {
     const auto w = RandomBF16(rng, s.experts * s.hidden, 3 / std::sqrt(static_cast<float>(s.hidden)));
     for (const int rows : all_rows) {
-      SCOPED_TRACE(testing::Message() << s.experts << " experts, hidden " << s.hidden << ", " << rows << " rows");
+      SCOPED_TRACE(testing::Message()
+                   << s.experts << " experts, hidden " << s.hidden << ", " << rows << " rows");
       const auto x = RandomBF16(rng, rows * s.hidden);
       const Result got = Route(s, x, w, GetParam());
       std::vector<double> error(rows * s.experts);
       ParallelFor(rows * s.experts, [&](int64_t at) {
         double sum = 0;
         for (int i = 0; i < s.hidden; ++i) {
-          sum += double{BF16ToF32(x[at / s.experts * s.hidden + i])} * BF16ToF32(w[at % s.experts * s.hidden + i]);
+          sum += double{BF16ToF32(x[at / s.experts * s.hidden + i])} *
+                 BF16ToF32(w[at % s.experts * s.hidden + i]);
         }
         error[at] = std::abs(sum - got.logits[at]);
       });
@@ -159,7 +167,8 @@ TEST_P(GateTest, MatchesFloat64) {
 }
 
 TEST(Gate, ShapesOutsideItsLimitsAreRefused) {
-  for (const Shape s : {Shape{300, 64, 6, 1, 1}, Shape{160, 60, 6, 8, 3}, Shape{160, 64, 6, 7, 3}, Shape{8, 64, 9, 1, 1}}) {
+  for (const Shape s :
+       {Shape{300, 64, 6, 1, 1}, Shape{160, 60, 6, 8, 3}, Shape{160, 64, 6, 7, 3}, Shape{8, 64, 9, 1, 1}}) {
     Gate::Options options;
     options.experts = s.experts, options.hidden = s.hidden, options.k = s.k, options.groups = s.groups;
     options.topk_groups = s.topk_groups;

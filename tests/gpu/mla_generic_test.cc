@@ -15,7 +15,8 @@ TEST(MlaGeneric, MatchesFloat64) {
   auto stream = Stream::Create();
   ASSERT_TRUE(stream.ok());
   std::mt19937 rng(3);
-  for (const Shape s : {Shape{8, 64, 16}, Shape{3, 40, 8}, Shape{16, 512, 64}, Shape{1, 8, 0}, Shape{2, 7000, 64}}) {
+  for (const Shape s :
+       {Shape{8, 64, 16}, Shape{3, 40, 8}, Shape{16, 512, 64}, Shape{1, 8, 0}, Shape{2, 7000, 64}}) {
     const int dim = s.rank + s.rope, stride = 5;
     // Rows of three sequences, in no order: decode rows and a chunk.
     const std::vector<int32_t> sequences = {2, 0, 1, 1, 1, 0}, positions = {0, 63, 64, 65, 66, 300};
@@ -36,7 +37,8 @@ TEST(MlaGeneric, MatchesFloat64) {
       std::vector<double> score(seen);
       double max = -INFINITY, total = 0;
       for (int j = 0; j < seen; ++j) {
-        for (int d = 0; d < dim; ++d) score[j] += double{BF16ToF32(q[at * dim + d])} * BF16ToF32(latent(j)[d]);
+        for (int d = 0; d < dim; ++d)
+          score[j] += double{BF16ToF32(q[at * dim + d])} * BF16ToF32(latent(j)[d]);
         max = std::max(max, score[j] *= scale);
       }
       for (double& x : score) total += x = std::exp(x - max);
@@ -46,13 +48,20 @@ TEST(MlaGeneric, MatchesFloat64) {
     });
     const auto q_device = ToDevice(q, *stream), cache_device = ToDevice(cache, *stream);
     const auto table_device = ToDevice(table, *stream);
-    const auto sequences_device = ToDevice(sequences, *stream), positions_device = ToDevice(positions, *stream);
+    const auto sequences_device = ToDevice(sequences, *stream),
+               positions_device = ToDevice(positions, *stream);
     const auto out = Poisoned(std::ssize(want) * 2, *stream);
-    const absl::Status ran = MlaGeneric({.q = q_device.as<bf16>(), .cache = cache_device.as<bf16>(),
-                                         .page_table = table_device.as<uint32_t>(), .page_table_stride = stride,
+    const absl::Status ran = MlaGeneric({.q = q_device.as<bf16>(),
+                                         .cache = cache_device.as<bf16>(),
+                                         .page_table = table_device.as<uint32_t>(),
+                                         .page_table_stride = stride,
                                          .sequences = sequences_device.as<int32_t>(),
-                                         .positions = positions_device.as<int32_t>(), .out = out.as<bf16>(),
-                                         .rows = rows, .heads = s.heads, .rank = s.rank, .rope = s.rope,
+                                         .positions = positions_device.as<int32_t>(),
+                                         .out = out.as<bf16>(),
+                                         .rows = rows,
+                                         .heads = s.heads,
+                                         .rank = s.rank,
+                                         .rope = s.rope,
                                          .softmax_scale = scale},
                                         *stream);
     ASSERT_TRUE(ran.ok()) << ran;

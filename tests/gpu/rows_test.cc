@@ -37,7 +37,9 @@ TEST_F(RowsTest, EmbeddingIsExactAndStaysInTheTable) {
   const auto table_device = ToDevice(table, stream_);
   const auto tokens_device = ToDevice(tokens, stream_);
   const auto x = Poisoned(5 * 72 * 4, stream_);
-  ASSERT_TRUE(EmbedRows(table_device.as<bf16>(), 100, tokens_device.as<uint32_t>(), 5, 72, x.as<float>(), stream_).ok());
+  ASSERT_TRUE(
+      EmbedRows(table_device.as<bf16>(), 100, tokens_device.as<uint32_t>(), 5, 72, x.as<float>(), stream_)
+          .ok());
   const auto got = ToHost<float>(x, stream_);
   for (int i = 0; i < 5 * 72; ++i) {
     ASSERT_EQ(got[i], BF16ToF32(table[std::min<uint32_t>(tokens[i / 72], 99) * 72 + i % 72])) << i;
@@ -84,15 +86,20 @@ TEST_F(RowsTest, NormAddsAndSelects) {
           want[r * width + i] = sum[r * width + i] / std::sqrt(square / width + 1e-6) * weight[i];
         }
       }
-      NormArgs args = {.x = x_device.as<float>(), .add = add ? more_device.as<bf16>() : nullptr,
-                       .weight = weight_device.as<float>(), .eps = 1e-6f, .rows = 3, .width = width,
+      NormArgs args = {.x = x_device.as<float>(),
+                       .add = add ? more_device.as<bf16>() : nullptr,
+                       .weight = weight_device.as<float>(),
+                       .eps = 1e-6f,
+                       .rows = 3,
+                       .width = width,
                        .select = select_device.as<int32_t>()};
       const auto selected = Poisoned(3 * width * 2, stream_), all = Poisoned(rows * width * 2, stream_);
       args.out = selected.as<bf16>();
       ASSERT_TRUE(NormRows(args, stream_).ok());
       EXPECT_EQ(ToHost<float>(x_device, stream_), x) << "select leaves x alone";
       std::vector<double> want_selected;
-      for (const int r : select) want_selected.insert(want_selected.end(), &want[r * width], &want[r * width] + width);
+      for (const int r : select)
+        want_selected.insert(want_selected.end(), &want[r * width], &want[r * width] + width);
       ExpectClose(ToHost<bf16>(selected, stream_), want_selected, width, 3e-3, 4e-3, "selected");
       args.out = all.as<bf16>(), args.select = nullptr, args.rows = rows;
       ASSERT_TRUE(NormRows(args, stream_).ok());
@@ -109,10 +116,12 @@ struct MlaShape {
 TEST_F(RowsTest, LatentAndQueryRows) {
   for (const auto& s : {MlaShape{3, 96, 8, 32, 16, 64}, MlaShape{2, 0, 16, 128, 64, 512},
                         MlaShape{5, 1536, 128, 128, 64, 512}, MlaShape{1, 24, 3, 8, 8, 8}}) {
-    const int qk = s.nope + s.rope, q_width = s.q_rank > 0 ? s.q_rank : s.heads * qk, latent = s.rank + s.rope;
+    const int qk = s.nope + s.rope, q_width = s.q_rank > 0 ? s.q_rank : s.heads * qk,
+              latent = s.rank + s.rope;
     const int width = q_width + latent;
     const auto qkv = RandomBF16(rng_, s.rows * width), q_wide = RandomBF16(rng_, s.rows * s.heads * qk);
-    const auto q_norm = RandomF32(rng_, std::max(8, s.q_rank), 1, 0.1f), kv_norm = RandomF32(rng_, s.rank, 1, 0.1f);
+    const auto q_norm = RandomF32(rng_, std::max(8, s.q_rank), 1, 0.1f),
+               kv_norm = RandomF32(rng_, s.rank, 1, 0.1f);
     const auto angles = RandomF32(rng_, s.rows * s.rope);
     std::vector<uint32_t> pages;
     std::vector<int32_t> positions;
@@ -126,18 +135,31 @@ TEST_F(RowsTest, LatentAndQueryRows) {
     const auto compressed = Poisoned(std::max(8, s.rows * s.q_rank) * 2, stream_);
     const auto packed = Poisoned(s.rows * s.heads * qk * 2, stream_);
     const auto q_latent = Poisoned(s.rows * s.heads * latent * 2, stream_);
-    LatentArgs l = {.qkv = qkv_device.as<bf16>(), .qkv_row = width, .q_rank = s.q_rank,
-                    .q_norm = q_norm_device.as<float>(), .q_compressed = compressed.as<bf16>(),
-                    .latent_offset = q_width, .rank = s.rank, .rope = s.rope,
-                    .latent_norm = kv_norm_device.as<float>(), .eps = 1e-5f, .cos_sin = angles_device.as<float>(),
-                    .cache = cache.as<bf16>(), .pages = pages_device.as<uint32_t>(),
+    LatentArgs l = {.qkv = qkv_device.as<bf16>(),
+                    .qkv_row = width,
+                    .q_rank = s.q_rank,
+                    .q_norm = q_norm_device.as<float>(),
+                    .q_compressed = compressed.as<bf16>(),
+                    .latent_offset = q_width,
+                    .rank = s.rank,
+                    .rope = s.rope,
+                    .latent_norm = kv_norm_device.as<float>(),
+                    .eps = 1e-5f,
+                    .cos_sin = angles_device.as<float>(),
+                    .cache = cache.as<bf16>(),
+                    .pages = pages_device.as<uint32_t>(),
                     .positions = positions_device.as<int32_t>()};
     const bool direct = s.q_rank == 0;
     const std::vector<bf16>& q = direct ? qkv : q_wide;
     const int q_row = direct ? width : s.heads * qk;
-    QueryArgs absorbed = {.q = direct ? qkv_device.as<bf16>() : q_device.as<bf16>(), .q_row = q_row, .heads = s.heads,
-                          .nope = s.nope, .rope = s.rope, .cos_sin = angles_device.as<float>(),
-                          .rotated = q_latent.as<bf16>() + s.rank, .rotated_row = s.heads * latent,
+    QueryArgs absorbed = {.q = direct ? qkv_device.as<bf16>() : q_device.as<bf16>(),
+                          .q_row = q_row,
+                          .heads = s.heads,
+                          .nope = s.nope,
+                          .rope = s.rope,
+                          .cos_sin = angles_device.as<float>(),
+                          .rotated = q_latent.as<bf16>() + s.rank,
+                          .rotated_row = s.heads * latent,
                           .rotated_head = latent};
     QueryArgs naive = absorbed;
     naive.rotated = packed.as<bf16>() + s.nope, naive.nope_copy = packed.as<bf16>();
@@ -162,7 +184,8 @@ TEST_F(RowsTest, LatentAndQueryRows) {
       return out;
     };
     const auto got_cache = ToHost<bf16>(cache, stream_), got_packed = ToHost<bf16>(packed, stream_);
-    const auto got_latent = ToHost<bf16>(q_latent, stream_), got_compressed = ToHost<bf16>(compressed, stream_);
+    const auto got_latent = ToHost<bf16>(q_latent, stream_),
+               got_compressed = ToHost<bf16>(compressed, stream_);
     const auto part = [](const std::vector<bf16>& all, int64_t begin, int64_t n) {
       return std::vector<bf16>(all.begin() + begin, all.begin() + begin + n);
     };
@@ -172,10 +195,13 @@ TEST_F(RowsTest, LatentAndQueryRows) {
     for (int r = 0; r < s.rows; ++r) {
       const bf16* row = &qkv[r * width];
       const int64_t slot = (pages[r] * 64 + positions[r] % 64) * latent;
-      ExpectClose(part(got_cache, slot, s.rank), norm(row + q_width, s.rank, kv_norm), s.rank, 4e-3, 4e-3, "latent");
-      ExpectClose(part(got_cache, slot + s.rank, s.rope), rotate(row + q_width + s.rank, r), s.rope, 4e-3, 4e-3, "key");
+      ExpectClose(part(got_cache, slot, s.rank), norm(row + q_width, s.rank, kv_norm), s.rank, 4e-3, 4e-3,
+                  "latent");
+      ExpectClose(part(got_cache, slot + s.rank, s.rope), rotate(row + q_width + s.rank, r), s.rope, 4e-3,
+                  4e-3, "key");
       if (s.q_rank > 0) {
-        ExpectClose(part(got_compressed, r * s.q_rank, s.q_rank), norm(row, s.q_rank, q_norm), s.q_rank, 4e-3, 4e-3, "q");
+        ExpectClose(part(got_compressed, r * s.q_rank, s.q_rank), norm(row, s.q_rank, q_norm), s.q_rank, 4e-3,
+                    4e-3, "q");
       }
       for (int h = 0; h < s.heads; ++h) {
         const bf16* from = &q[r * q_row + h * qk];
@@ -198,16 +224,23 @@ TEST_F(RowsTest, GatherFollowsThePageTable) {
   const auto table_device = ToDevice(table, stream_);
   const auto keys_device = ToDevice(keys, stream_), begin_device = ToDevice(begin, stream_);
   const auto out = Poisoned(263 * width * 2, stream_);
-  ASSERT_TRUE(GatherLatents({.cache = cache_device.as<bf16>(), .width = width, .page_table = table_device.as<uint32_t>(),
-                             .stride = 3, .keys = keys_device.as<int32_t>(), .key_begin = begin_device.as<int32_t>(),
-                             .sequences = 3, .pages_max = 3, .out = out.as<bf16>()},
+  ASSERT_TRUE(GatherLatents({.cache = cache_device.as<bf16>(),
+                             .width = width,
+                             .page_table = table_device.as<uint32_t>(),
+                             .stride = 3,
+                             .keys = keys_device.as<int32_t>(),
+                             .key_begin = begin_device.as<int32_t>(),
+                             .sequences = 3,
+                             .pages_max = 3,
+                             .out = out.as<bf16>()},
                             stream_)
                   .ok());
   const auto got = ToHost<bf16>(out, stream_);
   for (int s = 0; s < 3; ++s) {
     for (int key = 0; key < keys[s]; ++key) {
       for (int i = 0; i < width; ++i) {
-        ASSERT_EQ(got[(begin[s] + key) * width + i], cache[(table[s * 3 + key / 64] * 64 + key % 64) * width + i]);
+        ASSERT_EQ(got[(begin[s] + key) * width + i],
+                  cache[(table[s * 3 + key / 64] * 64 + key % 64) * width + i]);
       }
     }
   }
@@ -232,8 +265,8 @@ TEST_F(RowsTest, SwiGluAndPartialSums) {
   const auto x_device = ToDevice(x, stream_);
   const auto partials_device = ToDevice(partials, stream_);
   const auto begin_device = ToDevice(begin, stream_);
-  ASSERT_TRUE(AddPartialRows(x_device.as<float>(), rows, inner, begin_device.as<int32_t>(), partials_device.as<bf16>(),
-                             stream_)
+  ASSERT_TRUE(AddPartialRows(x_device.as<float>(), rows, inner, begin_device.as<int32_t>(),
+                             partials_device.as<bf16>(), stream_)
                   .ok());
   const auto got = ToHost<float>(x_device, stream_);
   for (int r = 0; r < rows; ++r) {

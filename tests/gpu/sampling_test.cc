@@ -15,9 +15,11 @@ std::vector<uint32_t> OnDevice(const std::vector<float>& logits, const std::vect
   const auto rows_device = ToDevice(rows, *stream);
   const auto allowed_device = ToDevice(allowed, *stream);
   const auto tokens = Poisoned(std::ssize(rows) * 4, *stream);
-  const absl::Status ran = SampleTokens({.logits = logits_device.as<float>(), .params = rows_device.as<SampleRow>(),
+  const absl::Status ran = SampleTokens({.logits = logits_device.as<float>(),
+                                         .params = rows_device.as<SampleRow>(),
                                          .allowed = allowed.empty() ? nullptr : allowed_device.as<uint8_t>(),
-                                         .tokens = tokens.as<uint32_t>(), .rows = std::ssize(rows),
+                                         .tokens = tokens.as<uint32_t>(),
+                                         .rows = std::ssize(rows),
                                          .vocab = std::ssize(logits) / std::ssize(rows)},
                                         *stream);
   EXPECT_TRUE(ran.ok()) << ran;
@@ -51,8 +53,8 @@ TEST(Sampling, RowsWithNanHaveNoToken) {
   EXPECT_LT(OnDevice(logits, rows, {})[1], 3000u);
 }
 
-// The host's exp and the device's differ in the last place: where the draw falls next to a boundary, the neighbour
-// may be chosen. Less than one in a thousand.
+// The host's exp and the device's differ in the last place: where the draw falls next to a boundary, the
+// neighbour may be chosen. Less than one in a thousand.
 TEST(Sampling, DrawsAreTheHosts) {
   std::mt19937 rng(5);
   int different = 0, total = 0;

@@ -19,7 +19,8 @@ struct GatePlan {
 // About as many blocks as multiprocessors, but every part's logits are written and read back.
 GatePlan PlanGate(int64_t rows, int32_t experts, int32_t hidden, int multiprocessors) {
   GatePlan plan;
-  // A tile of 128 rows reads the weights half as often as one of 64; small batches need many blocks more than that.
+  // A tile of 128 rows reads the weights half as often as one of 64; small batches need many blocks more than
+  // that.
   plan.tile_rows = rows <= 128 ? 16 : rows <= 2048 || experts > 160 ? 64 : 128;
   plan.tiles = static_cast<int>((rows + plan.tile_rows - 1) / plan.tile_rows);
   const int steps = (hidden + kGateStep - 1) / kGateStep;
@@ -36,9 +37,9 @@ absl::StatusOr<Gate> Gate::Create(const Options& o) {
   if (o.experts < 1 || o.experts > 256 || o.hidden < 8 || o.hidden % 8 != 0 || o.k < 1 || o.k > 32 ||
       o.k > o.experts || o.groups < 1 || o.groups > 32 || o.experts % o.groups != 0 || o.topk_groups < 1 ||
       o.topk_groups > o.groups || o.k > o.experts / o.groups * o.topk_groups || o.rows_max < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("Gate: ", o.experts, " experts, hidden ", o.hidden, ", top ", o.k,
-                                                   ", ", o.topk_groups, " of ", o.groups, " groups, ", o.rows_max,
-                                                   " rows"));
+    return absl::InvalidArgumentError(absl::StrCat("Gate: ", o.experts, " experts, hidden ", o.hidden,
+                                                   ", top ", o.k, ", ", o.topk_groups, " of ", o.groups,
+                                                   " groups, ", o.rows_max, " rows"));
   }
   Gate gate;
   gate.options_ = o;
@@ -60,7 +61,8 @@ absl::StatusOr<Gate> Gate::Create(const Options& o) {
 absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   if (args.rows == 0) return absl::OkStatus();
   if (args.rows > options_.rows_max) {
-    return absl::InvalidArgumentError(absl::StrCat("Gate: ", args.rows, " rows, room for ", options_.rows_max));
+    return absl::InvalidArgumentError(
+        absl::StrCat("Gate: ", args.rows, " rows, room for ", options_.rows_max));
   }
   const GatePlan plan = PlanGate(args.rows, options_.experts, options_.hidden, device_.multiprocessors);
   if (int64_t{plan.tiles} * plan.splits * plan.tile_rows * GateColumns(options_.experts) > partial_values_) {
@@ -82,7 +84,8 @@ absl::Status Gate::Run(const GateArgs& args, const Stream& stream) {
   if (path_ == Path::kHopper && plan.tile_rows >= 64) {
     const uint64_t row_bytes[1] = {static_cast<uint64_t>(options_.hidden) * 2};
     const uint64_t x_dims[2] = {static_cast<uint64_t>(options_.hidden), static_cast<uint64_t>(args.rows)};
-    const uint64_t w_dims[2] = {static_cast<uint64_t>(options_.hidden), static_cast<uint64_t>(options_.experts)};
+    const uint64_t w_dims[2] = {static_cast<uint64_t>(options_.hidden),
+                                static_cast<uint64_t>(options_.experts)};
     const uint32_t x_box[2] = {kGateStep, static_cast<uint32_t>(plan.tile_rows)};
     const uint32_t w_box[2] = {kGateStep, static_cast<uint32_t>(GateColumns(options_.experts))};
     absl::StatusOr<CUtensorMap> x_map = MakeTensorMap(args.x, x_dims, row_bytes, x_box);

@@ -1,6 +1,7 @@
-// Two kernels, the second set up while the first runs. In the first a block computes one tile of logits over its part of
-// the hidden dimension with mma.sync, fed by cp.async through kStages buffers. In the second a warp per row adds the parts
-// up in order and chooses: spread over the whole GPU that takes 2 us, where the last block of a tile would take 10.
+// Two kernels, the second set up while the first runs. In the first a block computes one tile of logits over its part
+// of the hidden dimension with mma.sync, fed by cp.async through kStages buffers. In the second a warp per row adds the
+// parts up in order and chooses: spread over the whole GPU that takes 2 us, where the last block of a tile would
+// take 10.
 #include "libs/kernels/cuda/gate_kernels.h"
 #include "libs/kernels/cuda/mma_sm80.cuh"
 

@@ -1,7 +1,8 @@
-// The gate of a MoE layer in one call: logits = x Wg^T on the tensor cores (bf16 in, f32 sums), softmax over all
-// experts, device-limited top-k. What it computes is kernels::RouteToken, row by row:
+// The gate of a MoE layer in one call: logits = x Wg^T on the tensor cores (bf16 in, f32 sums), softmax over
+// all experts, device-limited top-k. What it computes is kernels::RouteToken, row by row:
 //   a group's score is its largest logit; the topk_groups best groups stay, the others are out (-inf, not 0);
-//   the k largest of the rest, ties to the lower index; weight = p * scale, or p / sum of the chosen if normalised.
+//   the k largest of the rest, ties to the lower index; weight = p * scale, or p / sum of the chosen if
+//   normalised.
 // Source: arXiv 2405.04434, section 2.2; docs/mathematics.md.
 #pragma once
 

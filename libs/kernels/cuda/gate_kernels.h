@@ -15,9 +15,9 @@ struct GateParams {
   int32_t experts, hidden, k, groups, topk_groups;
   float scale;
   bool normalise;
-  int32_t splits;   // blocks that share a tile of rows, each a part of the hidden dimension
-  int32_t k_steps;  // of kGateStep columns per split
-  float* partials;  // [tiles, splits, tile rows, columns]
+  int32_t splits;     // blocks that share a tile of rows, each a part of the hidden dimension
+  int32_t k_steps;    // of kGateStep columns per split
+  float* partials;    // [tiles, splits, tile rows, columns]
   int32_t tile_rows;  // 16, 64 or 128 (portable: with at most 160 columns)
 };
 

@@ -35,7 +35,8 @@ __device__ __forceinline__ void Store(float* part, const float (&d)[n], int row,
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    LogitsKernel(const GateParams p, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map) {
+    LogitsKernel(const GateParams p, const __grid_constant__ CUtensorMap x_map,
+                 const __grid_constant__ CUtensorMap w_map) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = SharedAddress(shared);
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     for (int k = 0; k < kGateStep / 16; ++k) {
       const uint64_t a = Descriptor(rows + k * 32, 1024, 16);
       ProductShared(first, a, Descriptor(columns + k * 32, 1024, 16), 1);
-      if constexpr (S::kSecond > 0) ProductShared(second, a, Descriptor(columns + S::kFirst * 128 + k * 32, 1024, 16), 1);
+      if constexpr (S::kSecond > 0)
+        ProductShared(second, a, Descriptor(columns + S::kFirst * 128 + k * 32, 1024, 16), 1);
     }
     ProductsCommit();
     ProductsWait<1>();  // the step before this one is done with its stage
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
 template <class S>
 cudaError_t Launch(const GateParams& p, const CUtensorMap& x_map, const CUtensorMap& w_map, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(LogitsKernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(LogitsKernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.splits, static_cast<unsigned>((p.args.rows + S::kRows - 1) / S::kRows));
   LogitsKernel<S><<<grid, S::kThreads, S::kBytes, stream>>>(p, x_map, w_map);
@@ -107,9 +110,12 @@ cudaError_t Launch(const GateParams& p, const CUtensorMap& x_map, const CUtensor
 cudaError_t LaunchLogitsSm90(const GateParams& p, const CUtensorMap& x_map, const CUtensorMap& w_map,
                              cudaStream_t stream) {
   const int columns = GateColumns(p.experts);
-  const auto launch = p.tile_rows == 64
-                          ? (columns == 64 ? Launch<Shape<1, 64>> : columns == 160 ? Launch<Shape<1, 160>> : Launch<Shape<1, 256>>)
-                          : (columns == 64 ? Launch<Shape<2, 64>> : columns == 160 ? Launch<Shape<2, 160>> : Launch<Shape<2, 256>>);
+  const auto launch = p.tile_rows == 64 ? (columns == 64    ? Launch<Shape<1, 64>>
+                                           : columns == 160 ? Launch<Shape<1, 160>>
+                                                            : Launch<Shape<1, 256>>)
+                                        : (columns == 64    ? Launch<Shape<2, 64>>
+                                           : columns == 160 ? Launch<Shape<2, 160>>
+                                                            : Launch<Shape<2, 256>>);
   return launch(p, x_map, w_map, stream);
 }
 

@@ -8,7 +8,8 @@ absl::StatusOr<Graph> Graph::Capture(const Stream& stream, absl::FunctionRef<abs
   MK_CUDA_RETURN_IF_ERROR(cudaStreamBeginCapture(stream.handle(), cudaStreamCaptureModeThreadLocal));
   const absl::Status recorded = body();
   cudaGraph_t graph = nullptr;
-  const cudaError_t ended = cudaStreamEndCapture(stream.handle(), &graph);  // also after an error: it ends the capture
+  const cudaError_t ended =
+      cudaStreamEndCapture(stream.handle(), &graph);  // also after an error: it ends the capture
   if (!recorded.ok()) {
     if (graph != nullptr) (void)cudaGraphDestroy(graph);
     (void)cudaGetLastError();

@@ -1,5 +1,5 @@
-// Work recorded once and launched again as a whole: one call for the hundreds of kernels of a step. And what goes
-// with it: memory the copy engine reads without help, and order between streams.
+// Work recorded once and launched again as a whole: one call for the hundreds of kernels of a step. And what
+// goes with it: memory the copy engine reads without help, and order between streams.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,9 @@ namespace minke::cuda {
 
 class Graph {
  public:
-  // Records what `body` puts into `stream`, and into streams that wait for it meanwhile. Nothing runs. Addresses and
-  // arguments are as at recording. `body` must not allocate, and must have run once before (modules load lazily).
+  // Records what `body` puts into `stream`, and into streams that wait for it meanwhile. Nothing runs.
+  // Addresses and arguments are as at recording. `body` must not allocate, and must have run once before
+  // (modules load lazily).
   static absl::StatusOr<Graph> Capture(const Stream& stream, absl::FunctionRef<absl::Status()> body);
   Graph(Graph&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Graph& operator=(Graph&& other) noexcept {

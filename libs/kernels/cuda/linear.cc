@@ -20,13 +20,13 @@ absl::Status ToStatus(cublasStatus_t code, const char* call) {
   return absl::InternalError(absl::StrCat(call, ": ", cublasLtGetStatusString(code)));
 }
 
-#define MK_LT_RETURN_IF_ERROR(call)                                                  \
-  do {                                                                               \
-    if (absl::Status mk_lt = ToStatus((call), #call); !mk_lt.ok()) return mk_lt;     \
+#define MK_LT_RETURN_IF_ERROR(call)                                              \
+  do {                                                                           \
+    if (absl::Status mk_lt = ToStatus((call), #call); !mk_lt.ok()) return mk_lt; \
   } while (false)
 
-// Everything that an algorithm depends on. cuBLASLt's matrices are column-major: a row-major [rows, width] is its
-// [width, rows], so W is its first operand and x its second.
+// Everything that an algorithm depends on. cuBLASLt's matrices are column-major: a row-major [rows, width] is
+// its [width, rows], so W is its first operand and x its second.
 struct Shape {
   int64_t n, rows, k, w_row, x_row, y_row, heads, w_head, x_head, y_head;
   bool w_is_kn, y_f32, add;
@@ -52,8 +52,8 @@ struct Product {
   cublasLtMatmulAlgo_t algorithm;
 };
 
-absl::StatusOr<Layout> MakeLayout(cudaDataType_t type, int64_t rows, int64_t columns, int64_t stride, int64_t batch,
-                                  int64_t batch_stride) {
+absl::StatusOr<Layout> MakeLayout(cudaDataType_t type, int64_t rows, int64_t columns, int64_t stride,
+                                  int64_t batch, int64_t batch_stride) {
   cublasLtMatrixLayout_t made = nullptr;
   MK_LT_RETURN_IF_ERROR(cublasLtMatrixLayoutCreate(&made, type, rows, columns, stride));
   Layout layout(made);
@@ -95,22 +95,25 @@ struct Linear::Impl {
     };
     const cudaDataType_t out = s.y_f32 ? CUDA_R_32F : CUDA_R_16BF;
     const int64_t w_rows = s.w_is_kn ? s.n : s.k, w_columns = s.w_is_kn ? s.k : s.n;
-    absl::Status status = set(product.w, MakeLayout(CUDA_R_16BF, w_rows, w_columns, s.w_row, s.heads, s.w_head));
-    if (status.ok()) status = set(product.x, MakeLayout(CUDA_R_16BF, s.k, s.rows, s.x_row, s.heads, s.x_head));
+    absl::Status status =
+        set(product.w, MakeLayout(CUDA_R_16BF, w_rows, w_columns, s.w_row, s.heads, s.w_head));
+    if (status.ok())
+      status = set(product.x, MakeLayout(CUDA_R_16BF, s.k, s.rows, s.x_row, s.heads, s.x_head));
     if (status.ok()) status = set(product.y, MakeLayout(out, s.n, s.rows, s.y_row, s.heads, s.y_head));
     if (!status.ok()) return status;
     cublasLtMatmulPreference_t made = nullptr;
     MK_LT_RETURN_IF_ERROR(cublasLtMatmulPreferenceCreate(&made));
     const Preference preference(made);
     const uint64_t bytes = kWorkspaceBytes;
-    MK_LT_RETURN_IF_ERROR(cublasLtMatmulPreferenceSetAttribute(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
-                                                               sizeof(bytes)));
+    MK_LT_RETURN_IF_ERROR(cublasLtMatmulPreferenceSetAttribute(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                               &bytes, sizeof(bytes)));
     // Slices of larger buffers begin anywhere; 16 bytes is what this project's dimensions guarantee.
     const uint32_t alignment = 16;
     for (const auto attribute :
          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
-      MK_LT_RETURN_IF_ERROR(cublasLtMatmulPreferenceSetAttribute(made, attribute, &alignment, sizeof(alignment)));
+      MK_LT_RETURN_IF_ERROR(
+          cublasLtMatmulPreferenceSetAttribute(made, attribute, &alignment, sizeof(alignment)));
     }
     cublasLtMatmulHeuristicResult_t found = {};
     int count = 0;
@@ -118,9 +121,9 @@ struct Linear::Impl {
         cublasLtMatmulAlgoGetHeuristic(handle, desc, product.w.get(), product.x.get(), product.y.get(),
                                        product.y.get(), made, 1, &found, &count);
     if (asked != CUBLAS_STATUS_SUCCESS || count == 0) {
-      return absl::FailedPreconditionError(absl::StrCat("cuBLASLt knows no algorithm for ", s.rows, " rows, n=", s.n,
-                                                        ", k=", s.k, ", ", s.heads, " heads: ",
-                                                        cublasLtGetStatusString(asked)));
+      return absl::FailedPreconditionError(absl::StrCat("cuBLASLt knows no algorithm for ", s.rows,
+                                                        " rows, n=", s.n, ", k=", s.k, ", ", s.heads,
+                                                        " heads: ", cublasLtGetStatusString(asked)));
     }
     product.algorithm = found.algo;
     return &products.emplace(s, std::move(product)).first->second;
@@ -131,8 +134,9 @@ struct Linear::Impl {
     if (!product.ok()) return product.status();
     const float one = 1, beta = shape.add ? 1 : 0;
     const Product& p = **product;
-    MK_LT_RETURN_IF_ERROR(cublasLtMatmul(handle, p.desc.get(), &one, w, p.w.get(), x, p.x.get(), &beta, y, p.y.get(), y,
-                                         p.y.get(), &p.algorithm, workspace.as(), kWorkspaceBytes, stream.handle()));
+    MK_LT_RETURN_IF_ERROR(cublasLtMatmul(handle, p.desc.get(), &one, w, p.w.get(), x, p.x.get(), &beta, y,
+                                         p.y.get(), y, p.y.get(), &p.algorithm, workspace.as(),
+                                         kWorkspaceBytes, stream.handle()));
     return absl::OkStatus();
   }
 };

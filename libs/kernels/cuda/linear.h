@@ -40,8 +40,9 @@ struct HeadLinearArgs {
   int64_t rows = 0, n = 0, k = 0, heads = 0;
 };
 
-// Owns a workspace, so one stream at a time; a second stream wants a second Linear. Thread-compatible. Runs may be
-// captured into a graph. Rows of 0 do nothing. FAILED_PRECONDITION if cuBLASLt knows no algorithm for a shape.
+// Owns a workspace, so one stream at a time; a second stream wants a second Linear. Thread-compatible. Runs
+// may be captured into a graph. Rows of 0 do nothing. FAILED_PRECONDITION if cuBLASLt knows no algorithm for
+// a shape.
 class Linear {
  public:
   static absl::StatusOr<Linear> Create();

@@ -69,11 +69,12 @@ absl::Status MlaGeneric(const MlaGenericArgs& a, const Stream& stream) {
         absl::StrCat("MlaGeneric: ", a.rows, " rows, ", a.heads, " heads, ", a.rank, " + ", a.rope));
   }
   if (values * 4 > 48 << 10) {
-    MK_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(GenericKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(values * 4)));
+    MK_CUDA_RETURN_IF_ERROR(
+        cudaFuncSetAttribute(GenericKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(values * 4)));
   }
   GenericKernel<<<dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.rows)), kThreads,
-                  static_cast<size_t>(values * 4), stream.handle()>>>(a, a.softmax_scale * std::numbers::log2e_v<float>);
+                  static_cast<size_t>(values * 4), stream.handle()>>>(a,
+                                                                      a.softmax_scale * std::numbers::log2e_v<float>);
   MK_CUDA_RETURN_IF_ERROR(cudaGetLastError());
   return absl::OkStatus();
 }

@@ -1,6 +1,6 @@
-// Weight-absorbed MLA of any dimensions and any number of heads: what MlaDecode and MlaPrefill compute, for models
-// they do not fit. Decode steps and prompt chunks alike: every row names its sequence and its position. Plain, not
-// fast. Source: arXiv 2405.04434, section 2.1; docs/mathematics.md.
+// Weight-absorbed MLA of any dimensions and any number of heads: what MlaDecode and MlaPrefill compute, for
+// models they do not fit. Decode steps and prompt chunks alike: every row names its sequence and its
+// position. Plain, not fast. Source: arXiv 2405.04434, section 2.1; docs/mathematics.md.
 #pragma once
 
 #include <cstdint>

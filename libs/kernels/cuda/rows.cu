@@ -1,8 +1,7 @@
-#include "libs/kernels/cuda/rows.h"
-
 #include <cuda_bf16.h>
 
 #include "libs/kernels/cuda/check.h"
+#include "libs/kernels/cuda/rows.h"
 
 namespace minke::cuda {
 namespace {
@@ -62,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void AnglesKernel(const double* inv_freq, double magnitude, int half, const int32_t* positions, int64_t count,
-                             float* cos_sin) {
+__global__ void AnglesKernel(const double* inv_freq, double magnitude, int half, const int32_t* positions,
+                             int64_t count, float* cos_sin) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const int64_t row = i / half;
@@ -197,7 +196,8 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const GatherArgs a) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) SwiGluKernel(const bf16* gate_up, int64_t eights, int64_t inner, bf16* out) {
+__global__ void __launch_bounds__(kThreads)
+    SwiGluKernel(const bf16* gate_up, int64_t eights, int64_t inner, bf16* out) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (e >= eights) return;
   const int64_t row = 8 * e / inner, i = 8 * e % inner;
@@ -239,8 +239,8 @@ absl::Status EmbedRows(const bf16* table, int64_t vocab, const uint32_t* tokens,
   return Launched();
 }
 
-absl::Status RotaryAngles(const double* inv_freq, double magnitude, int64_t half, const int32_t* positions, int64_t rows,
-                          float* cos_sin, const Stream& stream) {
+absl::Status RotaryAngles(const double* inv_freq, double magnitude, int64_t half, const int32_t* positions,
+                          int64_t rows, float* cos_sin, const Stream& stream) {
   if (rows == 0) return absl::OkStatus();
   AnglesKernel<<<Blocks(rows * half, kThreads), kThreads, 0, stream.handle()>>>(
       inv_freq, magnitude, static_cast<int>(half), positions, rows * half, cos_sin);

@@ -1,6 +1,6 @@
-// What happens to rows between the matrix products: embedding, norms, rotary embedding, cache rows, SwiGLU, sums.
-// Arithmetic is f32, activations bf16, the residual stream f32. Every width is a multiple of 8, every pointer 16-byte
-// aligned. All pointers are on the device. Source: docs/mathematics.md.
+// What happens to rows between the matrix products: embedding, norms, rotary embedding, cache rows, SwiGLU,
+// sums. Arithmetic is f32, activations bf16, the residual stream f32. Every width is a multiple of 8, every
+// pointer 16-byte aligned. All pointers are on the device. Source: docs/mathematics.md.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 namespace minke::cuda {
 
 // x [rows, hidden] = table[tokens]. A token past the table reads its last row.
-absl::Status EmbedRows(const bf16* table, int64_t vocab, const uint32_t* tokens, int64_t rows, int64_t hidden, float* x,
-                       const Stream& stream);
+absl::Status EmbedRows(const bf16* table, int64_t vocab, const uint32_t* tokens, int64_t rows, int64_t hidden,
+                       float* x, const Stream& stream);
 
 // cos_sin [rows, 2 half]: cosines, then sines, times `magnitude`; angles in double (kernels::Rope::Angles).
-absl::Status RotaryAngles(const double* inv_freq, double magnitude, int64_t half, const int32_t* positions, int64_t rows,
-                          float* cos_sin, const Stream& stream);
+absl::Status RotaryAngles(const double* inv_freq, double magnitude, int64_t half, const int32_t* positions,
+                          int64_t rows, float* cos_sin, const Stream& stream);
 
 // x += add; out = x * rsqrt(mean(x^2) + eps) * weight.
 struct NormArgs {
@@ -27,7 +27,8 @@ struct NormArgs {
   float eps = 0;
   bf16* out = nullptr;  // [rows, width]
   int64_t rows = 0, width = 0;
-  const int32_t* select = nullptr;  // row i reads x[select[i]] and add[select[i]], and x stays as it is; null: row i
+  const int32_t* select =
+      nullptr;  // row i reads x[select[i]] and add[select[i]], and x stays as it is; null: row i
 };
 absl::Status NormRows(const NormArgs& args, const Stream& stream);
 
@@ -42,10 +43,10 @@ struct LatentArgs {
   int32_t rank = 0, rope = 0;
   const float* latent_norm = nullptr;
   float eps = 0;
-  const float* cos_sin = nullptr;  // [rows, rope]
-  bf16* cache = nullptr;           // [pages, 64, rank + rope]: normed latent, rotated key
-  const uint32_t* pages = nullptr;      // [rows], where the row's token goes,
-  const int32_t* positions = nullptr;   // [rows], slot position % 64
+  const float* cos_sin = nullptr;      // [rows, rope]
+  bf16* cache = nullptr;               // [pages, 64, rank + rope]: normed latent, rotated key
+  const uint32_t* pages = nullptr;     // [rows], where the row's token goes,
+  const int32_t* positions = nullptr;  // [rows], slot position % 64
 };
 
 // Rotates the rotary part of the queries.
@@ -56,11 +57,13 @@ struct QueryArgs {
   const float* cos_sin = nullptr;  // [rows, rope]
   bf16* rotated = nullptr;         // row r, head h at rotated + r * rotated_row + h * rotated_head
   int64_t rotated_row = 0, rotated_head = 0;
-  bf16* nope_copy = nullptr;  // the other part copied to the same row and head strides from here; null: not copied
+  bf16* nope_copy =
+      nullptr;  // the other part copied to the same row and head strides from here; null: not copied
 };
 
 // Both at once, for rows [0, rows); either may be null.
-absl::Status LatentAndQueryRows(const LatentArgs* latent, const QueryArgs* query, int64_t rows, const Stream& stream);
+absl::Status LatentAndQueryRows(const LatentArgs* latent, const QueryArgs* query, int64_t rows,
+                                const Stream& stream);
 
 // out [keys of all sequences, width] = the sequences' first keys[s] cache rows, in order.
 struct GatherArgs {
@@ -82,7 +85,7 @@ absl::Status SwiGluRows(const bf16* gate_up, int64_t rows, int64_t inner, bf16* 
 // x[r] += partials[begin[r]] + ... + partials[begin[r + 1] - 1], in that order, in f32.
 absl::Status AddPartialRows(float* x, int64_t rows, int64_t width, const int32_t* begin, const bf16* partials,
                             const Stream& stream);
-absl::Status AddPartialRows(float* x, int64_t rows, int64_t width, const int32_t* begin, const float* partials,
-                            const Stream& stream);
+absl::Status AddPartialRows(float* x, int64_t rows, int64_t width, const int32_t* begin,
+                            const float* partials, const Stream& stream);
 
 }  // namespace minke::cuda

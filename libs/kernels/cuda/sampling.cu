@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBins = kThreads;        // a thread per bin
-constexpr float kBinsPerUnit = 32;     // of z: the last bin begins at w = 1e-14
+constexpr int kBins = kThreads;     // a thread per bin
+constexpr float kBinsPerUnit = 32;  // of z: the last bin begins at w = 1e-14
 constexpr int kListMax = 2 * kThreads;
 constexpr int kDigits = 256;
 constexpr int kVocabMax = 1 << 18;
@@ -51,9 +51,7 @@ struct Row {
       one(i, x.x), one(i + 1, x.y), one(i + 2, x.z), one(i + 3, x.w);
     }
   }
-  __device__ float Logit(int i) const {
-    return allowed != nullptr && allowed[i] == 0 ? -INFINITY : logits[i];
-  }
+  __device__ float Logit(int i) const { return allowed != nullptr && allowed[i] == 0 ? -INFINITY : logits[i]; }
   // 0: not a candidate.
   __device__ float Weight(float logit) const {
     const float w = expf((logit - best) / temperature);
@@ -126,7 +124,8 @@ __device__ void Histogram(const Row& row, Shared& s) {
   });
   __syncthreads();
   const int b = threadIdx.x;
-  const Mass mass = (static_cast<Mass>(s.pieces[2][b]) << 28) + (static_cast<Mass>(s.pieces[1][b]) << 14) + s.pieces[0][b];
+  const Mass mass =
+      (static_cast<Mass>(s.pieces[2][b]) << 28) + (static_cast<Mass>(s.pieces[1][b]) << 14) + s.pieces[0][b];
   s.count_before[b] = BlockScan(s.counts[b], s);
   s.mass_before[b] = BlockScan(mass, s);
   if (b == kBins - 1) {
@@ -217,7 +216,8 @@ __device__ Place Locate(const Row& row, Mass target, bool by_count, Shared& s) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int at = 2 * threadIdx.x + k;
-      const bool here = at < size && (by_count ? static_cast<Mass>(at) == rest : through <= rest && rest < through + units[k]);
+      const bool here =
+          at < size && (by_count ? static_cast<Mass>(at) == rest : through <= rest && rest < through + units[k]);
       through += units[k];
       if (here) s.found = static_cast<uint32_t>(s.list[at]), s.found_through = mass_before + through;
     }
@@ -229,7 +229,8 @@ __device__ Place Locate(const Row& row, Mass target, bool by_count, Shared& s) {
     const float w = row.Bin(logit) == bin ? row.Weight(logit) : 0.f;
     return w > 0 ? (by_count ? Mass{1} : Units(w)) : Mass{0};
   };
-  const uint32_t bits = Descend(row, rest, [&](int, float logit) { return bits_of(logit); }, measure, s);
+  const uint32_t bits = Descend(
+      row, rest, [&](int, float logit) { return bits_of(logit); }, measure, s);
   const Mass among = s.found_rest;
   const uint32_t id = Descend(
       row, among, [](int i, float) { return static_cast<uint32_t>(i); },

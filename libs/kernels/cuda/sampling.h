@@ -1,6 +1,7 @@
 // Logits to tokens on the device: the greedy choice, and temperature, top-k, top-p and min-p with the draw of
-// services/attention/sampling, f(seed, position), so that a request that moves between nodes and devices goes on with
-// the same sequence. Penalties, biases and log-probabilities are the host sampler's: download the logits for those.
+// services/attention/sampling, f(seed, position), so that a request that moves between nodes and devices goes
+// on with the same sequence. Penalties, biases and log-probabilities are the host sampler's: download the
+// logits for those.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,7 @@ static_assert(sizeof(SampleRow) == 32);
 
 struct SampleArgs {
   // All on the device.
-  const float* logits = nullptr;     // [rows, vocab]
+  const float* logits = nullptr;      // [rows, vocab]
   const SampleRow* params = nullptr;  // [rows]
   const uint8_t* allowed = nullptr;   // [vocab], 0: never chosen; null: all may be
   uint32_t* tokens = nullptr;         // [rows]
@@ -32,8 +33,8 @@ struct SampleArgs {
 
 inline constexpr uint32_t kNoToken = 0xffffffff;
 
-// Ties go to the lower id. A row with a NaN among its allowed logits gives kNoToken: its forward pass has failed.
-// Weights are counted in integers, so the result does not depend on the order of addition.
+// Ties go to the lower id. A row with a NaN among its allowed logits gives kNoToken: its forward pass has
+// failed. Weights are counted in integers, so the result does not depend on the order of addition.
 absl::Status SampleTokens(const SampleArgs& args, const Stream& stream);
 
 }  // namespace minke::cuda
