@@ -6,8 +6,10 @@
 #include <string>
 
 #include "bench/gpu/ceilings.h"
+#include "bench/gpu/ffn_cases.h"
 #include "bench/gpu/fill.h"
 #include "bench/gpu/measure.h"
+#include "bench/gpu/model_cases.h"
 #include "libs/kernels/cuda/mla_decode.h"
 #include "libs/kernels/cuda/mla_prefill.h"
 #include "nlohmann/json.hpp"
@@ -299,6 +301,21 @@ int Main(int argc, char** argv) {
   std::printf("%s: copy %.0f GB/s, bf16 8192^3 product %.0f TFLOP/s\n", device->name.c_str(), bench.copy, bench.product);
   std::printf("%-52s %9s %8s %6s %8s %6s  %s\n", "work", "ms", "TFLOP/s", "", "GB/s", "", "target (H200)");
   RunAll(bench);
+  const ModelCalls model_calls = {
+      [&](const std::string& work) { return bench.Wanted(work); },
+      [&](const ModelRow& row) {
+        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, 0, 0, row.target_ms});
+      },
+      [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }, bench.copy};
+  RunModelCases(model_calls, bench.stream);
+  const FfnCalls ffn_calls = {
+      [&](const std::string& work) { return bench.Wanted(work); },
+      [&](const FfnRow& row) {
+        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, row.target_tflops,
+                      row.target_gbps, row.target_ms});
+      },
+      [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }};
+  RunFfnCases(ffn_calls, flags.variants, flags.portable, bench.stream);
   if (!flags.json.empty()) {
     std::ofstream(flags.json) << nlohmann::json{{"device", device->name},
                                                 {"copy_gbps", bench.copy},

@@ -66,6 +66,7 @@ class Event {
   absl::Status Synchronize() const;
   // Milliseconds between two recorded events; both must have happened.
   static absl::StatusOr<float> Milliseconds(const Event& begin, const Event& end);
+  CUevent_st* handle() const { return handle_; }
 
  private:
   explicit Event(CUevent_st* handle) : handle_(handle) {}

@@ -1,0 +1,210 @@
+#include "libs/cuda_model/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+
+#include "libs/base/status.h"
+#include "libs/kernels/cpu/rope.h"
+#include "libs/model/tensors.h"
+
+namespace minke::cuda_model {
+namespace {
+
+constexpr int64_t kHalfBytes = int64_t{32} << 20;
+
+absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name,
+                                     std::initializer_list<int64_t> shape, const Stream& stream) {
+  int64_t elements = 1;
+  for (const int64_t d : shape) elements *= d;
+  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(elements * 2));
+  MK_RETURN_IF_ERROR(source.Read(name, {shape.begin(), shape.size()}, buffer, 0, stream));
+  return buffer;
+}
+
+absl::StatusOr<DeviceBuffer> ReadNorm(WeightSource& source, const std::string& name, int64_t count,
+                                      const Stream& stream) {
+  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(count * 4));
+  MK_RETURN_IF_ERROR(source.ReadF32(name, count, buffer, stream));
+  return buffer;
+}
+
+absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, WeightSource& source,
+                                       const Stream& stream) {
+  LayerWeights layer;
+  const std::string p = LayerPrefix(index), a = p + "self_attn.";
+  const int64_t hidden = c.hidden_size, heads = c.num_attention_heads, qk = c.qk_head_dim();
+  MK_ASSIGN_OR_RETURN(layer.input_norm, ReadNorm(source, p + "input_layernorm.weight", hidden, stream));
+  MK_ASSIGN_OR_RETURN(layer.post_norm,
+                      ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
+  MK_ASSIGN_OR_RETURN(layer.kv_a_norm, ReadNorm(source, a + "kv_a_layernorm.weight", c.kv_lora_rank, stream));
+  // The query's first projection and the latent's read the same input: one product.
+  const int64_t q_width = c.q_lora_rank > 0 ? int64_t{c.q_lora_rank} : heads * qk;
+  MK_ASSIGN_OR_RETURN(layer.qkv_a, DeviceBuffer::Allocate((q_width + c.latent_dim()) * hidden * 2));
+  const int64_t q_shape[] = {q_width, hidden}, kv_shape[] = {c.latent_dim(), hidden};
+  MK_RETURN_IF_ERROR(source.Read(a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
+                                 layer.qkv_a, 0, stream));
+  MK_RETURN_IF_ERROR(
+      source.Read(a + "kv_a_proj_with_mqa.weight", kv_shape, layer.qkv_a, q_width * hidden * 2, stream));
+  if (c.q_lora_rank > 0) {
+    MK_ASSIGN_OR_RETURN(layer.q_a_norm, ReadNorm(source, a + "q_a_layernorm.weight", c.q_lora_rank, stream));
+    MK_ASSIGN_OR_RETURN(layer.q_b,
+                        ReadNew(source, a + "q_b_proj.weight", {heads * qk, c.q_lora_rank}, stream));
+  }
+  MK_ASSIGN_OR_RETURN(layer.kv_b,
+                      ReadNew(source, a + "kv_b_proj.weight",
+                              {heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank}, stream));
+  MK_ASSIGN_OR_RETURN(layer.o, ReadNew(source, a + "o_proj.weight", {hidden, heads * c.v_head_dim}, stream));
+
+  const bool moe = c.IsMoeLayer(index);
+  layer.inner = moe ? c.shared_intermediate_size() : c.intermediate_size;
+  if (layer.inner > 0) {
+    const std::string f = p + (moe ? "mlp.shared_experts." : "mlp.");
+    const int64_t shape[] = {layer.inner, hidden};
+    MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * layer.inner * hidden * 2));
+    MK_RETURN_IF_ERROR(source.Read(f + "gate_proj.weight", shape, layer.gate_up, 0, stream));
+    MK_RETURN_IF_ERROR(
+        source.Read(f + "up_proj.weight", shape, layer.gate_up, layer.inner * hidden * 2, stream));
+    MK_ASSIGN_OR_RETURN(layer.down, ReadNew(source, f + "down_proj.weight", {hidden, layer.inner}, stream));
+  }
+  return layer;
+}
+
+}  // namespace
+
+absl::StatusOr<CheckpointSource> CheckpointSource::Create(const Checkpoint& checkpoint) {
+  CheckpointSource source(checkpoint);
+  MK_ASSIGN_OR_RETURN(source.staging_, cuda::PinnedBuffer::Allocate(2 * kHalfBytes));
+  for (int i = 0; i < 2; ++i) {
+    MK_ASSIGN_OR_RETURN(cuda::Event event, cuda::Event::Create());
+    source.copied_.push_back(std::move(event));
+  }
+  return source;
+}
+
+absl::StatusOr<std::byte*> CheckpointSource::Half() {
+  half_ ^= 1;
+  if (used_[half_]) MK_RETURN_IF_ERROR(copied_[half_].Synchronize());
+  used_[half_] = true;
+  return staging_.as<std::byte>() + half_ * kHalfBytes;
+}
+
+absl::Status CheckpointSource::Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to,
+                                    int64_t offset, const Stream& stream) {
+  MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
+  std::vector<float> wide;
+  for (int64_t begin = 0; begin < view.elements(); begin += kHalfBytes / 2) {
+    const int64_t count = std::min(kHalfBytes / 2, view.elements() - begin);
+    MK_ASSIGN_OR_RETURN(std::byte* const half, Half());
+    if (view.dtype == DType::kBF16) {
+      std::memcpy(half, view.data + begin * 2, count * 2);
+    } else {
+      wide.resize(count);
+      view.Read(begin, wide);
+      std::transform(wide.begin(), wide.end(), reinterpret_cast<bf16*>(half), F32ToBF16);
+    }
+    MK_RETURN_IF_ERROR(to.Upload(half, count * 2, stream, offset + begin * 2));
+    MK_RETURN_IF_ERROR(copied_[half_].Record(stream));
+  }
+  checkpoint_->Release(view);
+  return absl::OkStatus();
+}
+
+absl::Status CheckpointSource::ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
+                                       const Stream& stream) {
+  const int64_t shape[] = {count};
+  MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
+  std::vector<float> values(count);
+  view.Read(0, values);
+  MK_RETURN_IF_ERROR(to.Upload(values.data(), count * 4, stream));
+  return stream.Synchronize();  // `values` goes
+}
+
+absl::Status CheckSupported(const ModelConfig& c) {
+  const std::pair<const char*, int64_t> dimensions[] = {
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"moe_intermediate_size", c.n_routed_experts > 0 ? c.moe_intermediate_size : 8},
+      {"q_lora_rank", c.q_lora_rank},
+      {"kv_lora_rank", c.kv_lora_rank},
+      {"qk_nope_head_dim", c.qk_nope_head_dim},
+      {"qk_rope_head_dim", c.qk_rope_head_dim},
+      {"v_head_dim", c.v_head_dim}};
+  for (const auto& [name, value] : dimensions) {
+    if (value % 8 != 0) {
+      return absl::InvalidArgumentError(
+          StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
+    }
+  }
+  const bool moe = c.n_routed_experts > 0;
+  const std::tuple<const char*, int64_t, int64_t> limits[] = {
+      {"kv_lora_rank + qk_rope_head_dim", c.latent_dim(), 8192},
+      {"vocab_size", c.vocab_size, 1 << 18},
+      {"n_routed_experts", c.n_routed_experts, cuda::kGroupedFfnExpertsMax},
+      {"num_experts_per_tok", moe ? c.num_experts_per_tok : 0, 32},
+      {"n_group", moe ? c.n_group : 0, 32}};
+  for (const auto& [name, value, most] : limits) {
+    if (value > most) {
+      return absl::InvalidArgumentError(
+          StrCat(name, ": the GPU kernels expect at most ", most, ", found ", value));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, WeightSource& source,
+                                                        const Stream& stream,
+                                                        absl::FunctionRef<void(int32_t)> progress) {
+  MK_RETURN_IF_ERROR(CheckSupported(c));
+  AttentionWeights weights;
+  weights.config = c;
+  MK_ASSIGN_OR_RETURN(weights.embedding,
+                      ReadNew(source, "model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, stream));
+  MK_ASSIGN_OR_RETURN(weights.final_norm, ReadNorm(source, "model.norm.weight", c.hidden_size, stream));
+  if (!c.tie_word_embeddings) {
+    MK_ASSIGN_OR_RETURN(weights.head,
+                        ReadNew(source, "lm_head.weight", {c.vocab_size, c.hidden_size}, stream));
+  }
+  const kernels::Rope rope(c);
+  MK_ASSIGN_OR_RETURN(weights.inv_freq, DeviceBuffer::Allocate(rope.half_dim() * 8));
+  MK_RETURN_IF_ERROR(weights.inv_freq.Upload(rope.inv_freq().data(), rope.half_dim() * 8, stream));
+  weights.rope_magnitude = rope.magnitude();
+  for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+    MK_ASSIGN_OR_RETURN(LayerWeights loaded, LoadLayer(c, layer, source, stream));
+    weights.layers.push_back(std::move(loaded));
+    progress(layer);
+  }
+  MK_RETURN_IF_ERROR(stream.Synchronize());
+  return weights;
+}
+
+absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source,
+                                      const Stream& stream) {
+  return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", {c.n_routed_experts, c.hidden_size}, stream);
+}
+
+absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& c, int32_t layer, ExpertRange range,
+                                                    cuda::FfnFormat format, WeightSource& source,
+                                                    DeviceBuffer& staging, const Stream& stream) {
+  const int64_t hidden = c.hidden_size, inner = c.moe_intermediate_size, bytes = hidden * inner * 2;
+  if (staging.bytes() < 3 * bytes) {
+    MK_ASSIGN_OR_RETURN(staging, DeviceBuffer::Allocate(3 * bytes));
+  }
+  cuda::GroupedFfnShape shape;
+  shape.experts = range.size();
+  shape.hidden = c.hidden_size;
+  shape.inner = c.moe_intermediate_size;
+  MK_ASSIGN_OR_RETURN(cuda::GroupedFfnWeights weights, cuda::GroupedFfnWeights::Create(shape, format));
+  const int64_t up[] = {inner, hidden}, down[] = {hidden, inner};
+  for (int32_t expert = range.begin; expert < range.end; ++expert) {
+    const std::string p = ExpertPrefix(layer, expert);
+    MK_RETURN_IF_ERROR(source.Read(p + "gate_proj.weight", up, staging, 0, stream));
+    MK_RETURN_IF_ERROR(source.Read(p + "up_proj.weight", up, staging, bytes, stream));
+    MK_RETURN_IF_ERROR(source.Read(p + "down_proj.weight", down, staging, 2 * bytes, stream));
+    const bf16* from = staging.as<bf16>();
+    MK_RETURN_IF_ERROR(weights.Load(expert - range.begin, from, from + bytes / 2, from + bytes, stream));
+  }
+  return weights;
+}
+
+}  // namespace minke::cuda_model

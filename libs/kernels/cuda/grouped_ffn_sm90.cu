@@ -1,0 +1,557 @@
+// Grouped SwiGLU for Hopper: both products in one persistent launch. docs/gpu_experts.md has the arithmetic.
+//
+// Weights are the left operand (64 rows of a product), pairs the right one (8 to 128 columns), so that few pairs cost few
+// columns and weights stream at the rate of the memory. Blocks work in clusters of two. A cluster takes items from a
+// counter: first all gate/up items, expert by expert, then all down items, which wait only for the gate/up items of
+// their own expert; their weights are on the way meanwhile. Of an item, a block computes two units of weight rows (or
+// one) for up to 128 pairs:
+//   pair item: both blocks have the same units and different pairs; each fetches half of the weights for both.
+//   solo item: the blocks have different units and the same pairs.
+// Roles: two consumer warpgroups; of a third one, a warp that takes items and fetches weights (bulk copies), and three
+// that gather the pairs' rows (16-byte asynchronous copies).
+#include "libs/kernels/cuda/grouped_ffn_fp8.cuh"
+#include "libs/kernels/cuda/grouped_ffn_kernels.h"
+#include "libs/kernels/cuda/products.cuh"
+
+namespace minke::cuda {
+namespace {
+
+using namespace ptx;
+
+constexpr int kThreads = 384;
+constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows that the gathering warps fetch at a time
+constexpr int kPrefetch = 6;  // blocks of shared weights on the way to the L2 beyond those on the way to a stage
+constexpr int kChunk = 32;  // pairs that leave through shared memory at a time
+
+// Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 8 x (8 + 2 x 8.125) KiB, and 20 KiB for the rest.
+template <FfnFormat kFormat>
+struct Layout {
+  static constexpr bool kFP8 = kFormat == FfnFormat::kFP8;
+  static constexpr int kStages = kFP8 ? 8 : 4;
+  static constexpr int kPairs = FfnTileRows(kFormat);
+  static constexpr int kUnitBytes = kFP8 ? kFfnFP8Bytes : kFfnBF16Bytes;  // of one block of columns
+  static constexpr int kUnitStride = (kUnitBytes + 127) / 128 * 128;
+  static constexpr int kPairBytes = kPairs * 128;
+  static constexpr int kWeights = kStages * kPairBytes;
+  static constexpr int kStaging = kWeights + kStages * 2 * kUnitStride;
+  static constexpr int kStagingBytes = kChunk * 256;  // of a warpgroup
+  static constexpr int kExperts = kStaging + 2 * kStagingBytes;
+  static constexpr int kWork = kExperts + (kGroupedFfnExpertsMax + 1) * 16;
+  static constexpr int kClaim = kWork + 2 * 32;
+  static constexpr int kFull = kClaim + 16;
+  static constexpr int kEmpty = kFull + 8 * kStages;
+  static constexpr int kReady = kEmpty + 8 * kStages;  // the other block's stage may be written
+  static constexpr int kWorkFull = kReady + 8 * kStages;
+  static constexpr int kWorkEmpty = kWorkFull + 16;
+  static constexpr int kClaimFull = kWorkEmpty + 16;
+  static constexpr int kClaimEmpty = kClaimFull + 16;
+  static constexpr int kBytes = kClaimEmpty + 16;
+  static_assert(kBytes <= 227 * 1024);
+};
+
+// One block's part of an item.
+struct Work {
+  int phase;  // 0: gate and up, 1: down, < 0: no more work
+  int expert;
+  int unit, units;  // the block's first unit; 0, 1 or 2 of them
+  int row, rows;    // pairs
+  int shared;       // the cluster shares the weights
+  int blocks;       // of columns
+};
+static_assert(sizeof(Work) == 32);
+
+// A position in the ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void LoadBulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void LoadBulkMulticast(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+__device__ __forceinline__ void PrefetchBulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ uint64_t EvictFirst() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// A word and its arrival to the same places in block `rank` of the cluster.
+__device__ __forceinline__ void SendWord(uint32_t to, int value, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place, remote;\n"
+      "mapa.shared::cluster.u32 place, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], %1, [remote];\n"
+      "}" ::"r"(to),
+      "r"(value), "r"(barrier), "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void GatherPiece(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// One of the arrivals that the barrier counts, once this thread's copies have landed.
+__device__ __forceinline__ void GatherArrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ int LoadAcquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void StoreMatrixTransposed4(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 LoadShared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void Release(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) BarrierArrive(barrier);
+}
+
+// The part of block `rank` in an item. Items grow, so the search goes on where it was.
+template <int kPairs>
+__device__ __forceinline__ Work Decode(const FfnParams& p, const FfnExpert* experts, int item, int rank, int solo_units,
+                                       int& expert, int& phase) {
+  const int items1 = experts[p.experts].items1, items2 = experts[p.experts].items2;
+  Work work = {};
+  work.phase = -1;
+  if (item >= items1 + items2) return work;
+  if (item >= items1 && phase == 0) phase = 1, expert = 0;
+  const auto first = [&](int e) { return phase == 0 ? experts[e].items1 : items1 + experts[e].items2; };
+  while (first(expert + 1) <= item) ++expert;
+  const int units = phase == 0 ? p.units.units1 : p.units.units2;
+  const int row = experts[expert].row, rows = experts[expert + 1].row - row;
+  const int groups = (rows + kPairs - 1) / (2 * kPairs), local = item - first(expert);
+  const int solo = local - groups * ((units + 1) / 2);
+  work.phase = phase;
+  work.expert = expert;
+  work.blocks = phase == 0 ? p.units.blocks1 : p.units.blocks2;
+  if (solo < 0) {
+    // Groups of pairs that share weights are neighbours, so that the weights come from the L2 for all but the first.
+    const int group = local % groups, here = min(2 * kPairs, rows - group * 2 * kPairs);
+    const int half = ((here + 1) / 2 + 7) / 8 * 8;
+    work.shared = 1;
+    work.unit = local / groups * 2;
+    work.units = min(2, units - work.unit);
+    work.row = row + group * 2 * kPairs + rank * half;
+    work.rows = rank == 0 ? half : here - half;
+  } else {
+    work.unit = (solo * 2 + rank) * solo_units;
+    work.units = max(0, min(solo_units, units - work.unit));
+    work.row = row + groups * 2 * kPairs;
+    work.rows = rows - groups * 2 * kPairs;
+  }
+  return work;
+}
+
+__device__ __forceinline__ Work ReadWork(const uint8_t* shared, int at) {
+  const int4* from = reinterpret_cast<const int4*>(shared + at);
+  const int4 a = from[0], b = from[1];
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+
+// Takes items, fetches weights. One thread.
+template <FfnFormat kFormat>
+__device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uint32_t base, int rank) {
+  using L = Layout<kFormat>;
+  const FfnExpert* experts = reinterpret_cast<const FfnExpert*>(shared + L::kExperts);
+  const int solo_units = p.tables.counters[1];
+  const uint64_t once = EvictFirst();
+  Ring<L::kStages> ring;
+  uint32_t ready = 0;  // parities
+  int expert = 0, phase = 0, next = rank == 0 ? atomicAdd(p.tables.counters, 1) : 0;
+  for (int n = 0;; ++n) {
+    const int slot = n & 1;
+    const uint32_t parity = (n >> 1) & 1;
+    if (rank == 0) {
+      BarrierWait(base + L::kClaimEmpty + 8 * slot, parity ^ 1);
+      SendWord(base + L::kClaim + 4 * slot, next, base + L::kClaimFull + 8 * slot, 1);
+    } else {
+      BarrierExpect(base + L::kClaimFull + 8 * slot, 4);
+      BarrierWait(base + L::kClaimFull + 8 * slot, parity);
+      next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * slot);
+      BarrierArriveRemote(base + L::kClaimEmpty + 8 * slot, 0);
+    }
+    const Work work = Decode<L::kPairs>(p, experts, next, rank, solo_units, expert, phase);
+    BarrierWait(base + L::kWorkEmpty + 8 * slot, parity ^ 1);
+    *reinterpret_cast<Work*>(shared + L::kWork + slot * 32) = work;
+    BarrierArrive(base + L::kWorkFull + 8 * slot);
+    if (work.phase < 0) break;
+    const int64_t unit_bytes = static_cast<int64_t>(work.blocks) * L::kUnitBytes;
+    const int units = work.phase == 0 ? p.units.units1 : p.units.units2;
+    const uint8_t* from = (work.phase == 0 ? p.gate_up : p.down) +
+                          (static_cast<int64_t>(work.expert) * units + work.unit) * unit_bytes;
+    const int claim_at = max(0, work.blocks - 8);  // the next item is known when this one's last block is asked for
+    for (int block = 0; block < work.blocks; ++block) {
+      const uint32_t full = base + L::kFull + 8 * ring.stage;
+      const uint32_t to = base + L::kWeights + ring.stage * 2 * L::kUnitStride;
+      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+      BarrierExpect(full, work.units * L::kUnitBytes);
+      if (work.shared) {
+        const uint32_t mine = base + L::kReady + 8 * ring.stage;
+        BarrierArriveRemote(mine, rank ^ 1);
+        BarrierWait(mine, (ready >> ring.stage) & 1);
+        ready ^= 1u << ring.stage;
+        if (rank < work.units) {
+          if (block + kPrefetch < work.blocks) {
+            PrefetchBulk(from + rank * unit_bytes + kPrefetch * L::kUnitBytes, L::kUnitBytes);
+          }
+          LoadBulkMulticast(to + rank * L::kUnitStride, from + rank * unit_bytes, L::kUnitBytes, full);
+        }
+      } else {
+        for (int u = 0; u < work.units; ++u) {
+          LoadBulk(to + u * L::kUnitStride, from + u * unit_bytes, L::kUnitBytes, full, once);
+        }
+      }
+      from += L::kUnitBytes;
+      if (block == claim_at && rank == 0) next = atomicAdd(p.tables.counters, 1);
+      ring.Next();
+    }
+  }
+}
+
+// Fetches the rows of the pairs. kGatherWarps warps; a thread has one 16-byte column of every kGatherRows-th row.
+template <FfnFormat kFormat>
+__device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared, uint32_t base, int thread) {
+  using L = Layout<kFormat>;
+  const FfnExpert* experts = reinterpret_cast<const FfnExpert*>(shared + L::kExperts);
+  const int lane = thread % 32, piece = thread % 8, first = thread / 8;
+  // Row first + 12 i begins 128 (first + 12 i) bytes in, its pieces swapped by its number modulo 8.
+  const uint32_t even = first * 128 + ((piece ^ (first & 7)) << 4), odd = first * 128 + ((piece ^ ((first + 4) & 7)) << 4);
+  constexpr int kSteps = (L::kPairs + kGatherRows - 1) / kGatherRows;
+  Ring<L::kStages> ring;
+  for (int n = 0;; ++n) {
+    const int slot = n & 1;
+    BarrierWait(base + L::kWorkFull + 8 * slot, (n >> 1) & 1);
+    const Work work = ReadWork(shared, L::kWork + slot * 32);
+    Release(base + L::kWorkEmpty + 8 * slot, lane);
+    if (work.phase < 0) break;
+    const int rows = work.units > 0 ? work.rows : 0;
+    const int columns = work.phase == 0 ? p.hidden : work.blocks * 64;
+    uint32_t offsets[kSteps];  // in pieces of 16 bytes
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int row = first + i * kGatherRows;
+      uint32_t at = 0;
+      if (row < rows) at = work.phase == 0 ? p.tables.pair_source[work.row + row] : work.row + row;
+      offsets[i] = at * (columns / 8) + piece;
+    }
+    if (work.phase == 1 && rows > 0) {
+      if (lane == 0) {
+        const int want = 4 * (experts[work.expert + 1].items1 - experts[work.expert].items1);
+        while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
+      }
+      __syncwarp();
+    }
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(work.phase == 0 ? p.x : p.inner);
+    for (int block = 0; block < work.blocks; ++block) {
+      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+      const uint32_t to = base + ring.stage * L::kPairBytes;
+      const int bytes = block * 64 + piece * 8 < columns ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (i * kGatherRows >= rows) break;
+        if (first + i * kGatherRows < rows) {
+          const int64_t offset = bytes == 0 ? 0 : static_cast<int64_t>(offsets[i] + block * 8) * 16;
+          GatherPiece(to + ((i & 1) ? odd : even) + i * kGatherRows * 128, from + offset, bytes);
+        }
+      }
+      GatherArrive(base + L::kFull + 8 * ring.stage);
+      ring.Next();
+    }
+  }
+}
+
+// d of `kTiles` times 64 weight rows and kN pairs.
+template <FfnFormat kFormat, int kN, int kTiles>
+__device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, int group, int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+  using L = Layout<kFormat>;
+  // Two units: one for each warpgroup. One: half for each.
+  const int part = kTiles == 2 ? group * L::kUnitStride : group * (kFfnUnitRows * kFfnBlockColumns / 2) * (L::kFP8 ? 1 : 2);
+  // Set, not left to the first product: of what is unset, the compiler keeps every form's in registers between items.
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) d[t][i] = 0;
+    Pin(d[t]);
+  }
+  int before = 0;
+  if constexpr (kFormat == FfnFormat::kBF16) {
+    for (int block = 0; block < blocks; ++block) {
+      const uint32_t pairs = base + ring.stage * L::kPairBytes;
+      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride + part;
+      BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
+      ProductsBegin();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          ProductShared(d[t], Descriptor(weights + t * 8192 + k * 32, 1024, 16), Descriptor(pairs + k * 32, 1024, 16), 1);
+        }
+      }
+      ProductsCommit();
+      ProductsWait<1>();
+      if (block > 0) Release(base + L::kEmpty + 8 * before, lane);
+      before = ring.stage;
+      ring.Next();
+    }
+  } else {
+    // Left operands in registers: while the products of some are under way, the next are expanded.
+    constexpr int kParts = 2 * kTiles, kAhead = 2;
+    uint32_t a[kAhead][8];
+    const int thread = warp * 32 + lane;
+    for (int block = 0; block < blocks; ++block) {
+      const uint32_t pairs = base + ring.stage * L::kPairBytes;
+      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride;
+      const uint32_t unit = kTiles == 2 ? weights + group * L::kUnitStride : weights;
+      BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
+      const uint4 factors = LoadShared(unit + kFfnUnitRows * kFfnBlockColumns);
+#pragma unroll
+      for (int q = 0; q < kParts; ++q) {
+        const uint4 bytes = LoadShared(weights + part + q * 2048 + thread * 16);
+        ProductsWait<kAhead - 1>();
+        ExpandFragments(bytes, factors.x, factors.y, a[q % kAhead]);
+        ProductsBegin();
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          ProductRegisters(d[q / 2], a[q % kAhead] + 4 * k, Descriptor(pairs + (q % 2 * 2 + k) * 32, 1024, 16), 1);
+        }
+        ProductsCommit();
+      }
+      if (block > 0) Release(base + L::kEmpty + 8 * before, lane);
+      before = ring.stage;
+      ring.Next();
+    }
+  }
+  ProductsWait<0>();
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) Pin(d[t]);
+  Release(base + L::kEmpty + 8 * before, lane);
+}
+
+__device__ __forceinline__ float Swish(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
+
+// Turns d around through shared memory, so that rows of pairs leave in whole pieces of 128 bytes or more.
+template <int kN, int kTiles, bool kDown>
+__device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const FfnParams& p, const Work& work,
+                                      uint32_t staging, int group, int warp, int lane) {
+  constexpr int kPieces = kTiles * (kDown ? 8 : 4);  // of 16 bytes, of a pair
+  constexpr int kRows = kN < kChunk ? kN : kChunk, kBlocks = kRows / 8;
+  constexpr int kStep = kDown ? 2 : 4;  // blocks of 8 pairs in one store
+  const int thread = warp * 32 + lane, matrix = lane / 8;
+  const int columns = kDown ? p.hidden : p.units.blocks2 * 64;
+  const int column = kDown ? work.unit * 128 + group * 64 * kTiles : work.unit * 64 + group * 32 * kTiles;
+  uint16_t* out = (kDown ? p.pairs : p.inner) + static_cast<int64_t>(work.row) * columns + column;
+  const auto at = [](int row, int piece) {
+    const int turn = kPieces >= 8 ? row & 7 : (row >> 1) & 3;
+    return row * kPieces * 16 + ((piece ^ turn) << 4);
+  };
+#pragma unroll
+  for (int first = 0; first < kN; first += kRows) {
+    if (first >= work.rows) break;
+    NamedSync<128>(1 + group);  // the rows before have left
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; i += kStep) {
+        const auto block = [&](int j) { return (i + j) % kBlocks; };
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* v = d[t] + first / 2 + 4 * block(kDown ? j / 2 : j);
+          packed[j] = kDown ? PackBF16(v[j % 2 * 2], v[j % 2 * 2 + 1]) : PackBF16(Swish(v[0], v[2]), Swish(v[1], v[3]));
+        }
+        const int row = 8 * block(kDown ? matrix / 2 : matrix) + lane % 8;
+        const int piece = kDown ? t * 8 + warp * 2 + matrix % 2 : t * 4 + warp;
+        StoreMatrixTransposed4(staging + at(row, piece), packed[0], packed[1], packed[2], packed[3]);
+      }
+    }
+    NamedSync<128>(1 + group);
+#pragma unroll
+    for (int i = thread; i < kRows * kPieces; i += 128) {
+      const int row = i / kPieces, piece = i % kPieces;
+      if (first + row < work.rows && column + piece * 8 < columns) {
+        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(first + row) * columns + piece * 8) =
+            LoadShared(staging + at(row, piece));
+      }
+    }
+  }
+}
+
+template <FfnFormat kFormat, int kN, int kTiles>
+__device__ __forceinline__ void Compute(const FfnParams& p, const Work& work, uint32_t base, int group,
+                                        int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+  using L = Layout<kFormat>;
+  // Otherwise the addresses of every form are kept in registers from item to item.
+  asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
+  float d[kTiles][kN / 2];
+  Multiply<kFormat, kN, kTiles>(d, base, work.blocks, group, warp, lane, ring);
+  asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
+  const uint32_t staging = base + L::kStaging + group * L::kStagingBytes;
+  if (work.phase == 0) {
+    Store<kN, kTiles, false>(d, p, work, staging, group, warp, lane);
+  } else {
+    Store<kN, kTiles, true>(d, p, work, staging, group, warp, lane);
+  }
+}
+
+template <FfnFormat kFormat, int kTiles>
+__device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work, uint32_t base, int group,
+                                            int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+  if (work.rows <= 8) {
+    Compute<kFormat, 8, kTiles>(p, work, base, group, warp, lane, ring);
+  } else if (work.rows <= 16) {
+    Compute<kFormat, 16, kTiles>(p, work, base, group, warp, lane, ring);
+  } else if (work.rows <= 32) {
+    Compute<kFormat, 32, kTiles>(p, work, base, group, warp, lane, ring);
+  } else if (Layout<kFormat>::kPairs == 64 || work.rows <= 64) {
+    Compute<kFormat, 64, kTiles>(p, work, base, group, warp, lane, ring);
+  } else if constexpr (Layout<kFormat>::kPairs == 128) {
+    Compute<kFormat, 128, kTiles>(p, work, base, group, warp, lane, ring);
+  }
+}
+
+template <FfnFormat kFormat>
+__device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* shared, uint32_t base, int group, int warp, int lane) {
+  using L = Layout<kFormat>;
+  Ring<L::kStages> ring;
+  for (int n = 0;; ++n) {
+    const int slot = n & 1;
+    BarrierWait(base + L::kWorkFull + 8 * slot, (n >> 1) & 1);
+    const Work work = ReadWork(shared, L::kWork + slot * 32);
+    Release(base + L::kWorkEmpty + 8 * slot, lane);
+    if (work.phase < 0) break;
+    if (work.units == 2) {
+      ComputeRows<kFormat, 2>(p, work, base, group, warp, lane, ring);
+    } else if (work.units == 1) {
+      ComputeRows<kFormat, 1>(p, work, base, group, warp, lane, ring);
+    } else {
+      for (int block = 0; block < work.blocks; ++block) {
+        BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+        Release(base + L::kEmpty + 8 * ring.stage, lane);
+        ring.Next();
+      }
+    }
+    if (work.phase == 0) {
+      NamedSync<128>(1 + group);  // all rows of this warpgroup are written
+      if (warp == 0 && lane == 0) {
+        __threadfence();
+        atomicAdd(p.tables.done + work.expert, 1);
+      }
+    }
+  }
+}
+
+template <FfnFormat kFormat>
+__global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<kFormat>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = SharedAddress(shared);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+  LaunchDependents();
+  if (threadIdx.x == 0) {
+    if (base % 1024 != 0) __trap();
+    for (int i = 0; i < L::kStages; ++i) {
+      BarrierInit(base + L::kFull + 8 * i, 1 + 32 * kGatherWarps);
+      BarrierInit(base + L::kEmpty + 8 * i, 8);
+      BarrierInit(base + L::kReady + 8 * i, 1);
+    }
+    for (int i = 0; i < 2; ++i) {
+      BarrierInit(base + L::kWorkFull + 8 * i, 1);
+      BarrierInit(base + L::kWorkEmpty + 8 * i, 8 + kGatherWarps);
+      BarrierInit(base + L::kClaimFull + 8 * i, 1);
+      BarrierInit(base + L::kClaimEmpty + 8 * i, 1);
+    }
+    FenceBarrierInit();
+  }
+  DependentWait();
+  for (int i = threadIdx.x; i <= p.experts; i += kThreads) {
+    reinterpret_cast<int4*>(shared + L::kExperts)[i] = reinterpret_cast<const int4*>(p.tables.experts)[i];
+  }
+  __syncthreads();
+  ClusterSync();
+  if (warp >= 8) {
+    RegistersDown<48>();
+    if (warp == 8) {
+      if (lane == 0) Produce<kFormat>(p, shared, base, ClusterRank());
+    } else {
+      Gather<kFormat>(p, shared, base, threadIdx.x - 9 * 32);
+    }
+    __syncwarp();
+    ClusterSync();  // the other block may still arrive at barriers here
+  } else {
+    RegistersUp<224>();
+    Consume<kFormat>(p, shared, base, warp / 4, warp % 4, lane);
+    __syncwarp();
+    ClusterSync();
+  }
+#endif
+}
+
+template <FfnFormat kFormat>
+cudaError_t Launch(const FfnParams& params, int multiprocessors, cudaStream_t stream) {
+  const auto kernel = FfnKernel<kFormat>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kFormat>::kBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(multiprocessors / 2 * 2);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = Layout<kFormat>::kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = 2;
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace
+
+cudaError_t LaunchFfnSm90(const FfnParams& params, FfnFormat format, int multiprocessors, cudaStream_t stream) {
+  switch (format) {
+    case FfnFormat::kBF16:
+      return Launch<FfnFormat::kBF16>(params, multiprocessors, stream);
+    case FfnFormat::kFP8:
+      return Launch<FfnFormat::kFP8>(params, multiprocessors, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace minke::cuda
