@@ -13,6 +13,9 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/transport/ucx/ucx.h"
+#if MK_HAVE_CUDA
+#include "libs/kernels/cuda/device.h"
+#endif
 
 namespace minke::node {
 namespace {
@@ -98,12 +101,20 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
   return -1;
 }
 
-absl::Status CheckDevice(const std::string& device) {
-  if (device == "cuda") {
-    return absl::FailedPreconditionError(
-        "--device: expected cpu or auto, found cuda: this build has no CUDA backend");
+absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precision) {
+  if (device == "cpu" || (device == "auto" && precision == Precision::kExact)) return Device::kCpu;
+  if (precision == Precision::kExact) {
+    return absl::InvalidArgumentError("--device: expected cpu with --precision=exact, found cuda");
   }
-  return absl::OkStatus();
+#if MK_HAVE_CUDA
+  const absl::StatusOr<int> count = cuda::DeviceCount();
+  if (count.ok() && *count > 0) return Device::kCuda;
+  const std::string reason = count.ok() ? "there is no GPU here" : std::string(count.status().message());
+#else
+  const std::string reason = "this build has no CUDA backend";
+#endif
+  if (device == "auto") return Device::kCpu;
+  return absl::FailedPreconditionError(StrCat("--device: expected cpu or auto, found cuda: ", reason));
 }
 
 absl::StatusOr<std::string> ReadSecret(const std::string& path) {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "libs/base/device.h"
 #include "libs/base/dtype.h"
 #include "libs/model/checkpoint.h"
 #include "libs/telemetry/metrics.h"
@@ -48,8 +49,9 @@ void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
 // level and process name.
 int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags);
 
-// FAILED_PRECONDITION for a device this build does not have.
-absl::Status CheckDevice(const std::string& device);
+// What --device and --precision come to: auto takes a GPU if there is one and the precision is bf16. FAILED_PRECONDITION
+// for a GPU that this build or this machine has not, INVALID_ARGUMENT for one that should compute exactly.
+absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precision);
 absl::StatusOr<std::string> ReadSecret(const std::string& file);
 // A UCX transport by the flags, for a node with a fresh id.
 absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
