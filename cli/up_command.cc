@@ -37,6 +37,10 @@ namespace {
 constexpr absl::Duration kListenTimeout = absl::Minutes(30);  // attention listens when its weights are loaded
 constexpr absl::Duration kStopGrace = absl::Seconds(7);
 
+Precision PrecisionOf(const UpFlags& flags) {
+  return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
+}
+
 absl::Status Validate(const UpFlags& flags) {
   if (flags.routers > 1) {
     return absl::InvalidArgumentError(
@@ -47,7 +51,7 @@ absl::Status Validate(const UpFlags& flags) {
     return absl::InvalidArgumentError(
         StrCat("--replicas: expected at most --experts (", flags.experts, "), found ", flags.replicas));
   }
-  MK_RETURN_IF_ERROR(node::CheckDevice(flags.device));
+  MK_RETURN_IF_ERROR(node::ChooseDevice(flags.device, PrecisionOf(flags)).status());
   return Checkpoint::Open(flags.checkpoint).status();
 }
 
@@ -351,11 +355,13 @@ absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
 
 absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("serve");
-  MK_RETURN_IF_ERROR(node::CheckDevice(flags.device));
+  const Precision precision = PrecisionOf(flags);
+  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, precision));
+  // A GPU computes whole steps: no expert servers beside it, and no messages.
+  const bool whole = device == Device::kCuda;
   Signals signals;
   MK_ASSIGN_OR_RETURN(auto opened, Checkpoint::Open(flags.checkpoint));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);  // shared by the roles
-  const Precision precision = flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
   const int threads = node::NodeFlags{.threads = flags.threads}.Threads();
   transport::InprocHub hub;
   const auto make_transport = [&](uint8_t role) {
@@ -373,15 +379,19 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.api_key_file = flags.api_key_file;
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
   MK_ASSIGN_OR_RETURN(auto router,
-                      router::RouterService::Start(checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
-                                                   {.precision = precision, .threads = threads}));
+                      router::RouterService::Start(
+                          checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
+                          {.precision = precision, .expert_servers = whole ? 0 : 1, .threads = threads}));
   const auto refused = [](const absl::Status& status) { log::Error("serve", StdView(status.message())); };
-  MK_ASSIGN_OR_RETURN(auto experts,
-                      experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
-                                                    {.router = router->rpc_address(),
-                                                     .precision = precision,
-                                                     .threads = threads,
-                                                     .on_refused = refused}));
+  std::unique_ptr<experts::ExpertService> experts;
+  if (!whole) {
+    MK_ASSIGN_OR_RETURN(experts,
+                        experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
+                                                      {.router = router->rpc_address(),
+                                                       .precision = precision,
+                                                       .threads = threads,
+                                                       .on_refused = refused}));
+  }
   attention::AttentionFlags attention_flags;
   attention_flags.routing = flags.routing;
   attention_flags.microbatches = flags.microbatches;
@@ -398,6 +408,8 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   MK_ASSIGN_OR_RETURN(auto attention_options,
                       attention::ToServiceOptions(attention_flags, *checkpoint, precision));
   attention_options.router = router->rpc_address();
+  attention_options.device = device;
+  attention_options.whole = whole;
   attention_options.threads = threads;
   attention_options.on_refused = refused;
   MK_ASSIGN_OR_RETURN(auto attention, attention::AttentionService::Start(

@@ -1,6 +1,5 @@
 # CUDA is optional: AUTO uses it where the toolkit is found (an nvcc suffices, no GPU), ON requires it. Sets MK_HAVE_CUDA.
-# OFF by default while the backend is under way (docs/gpu.md).
-set(MK_CUDA "OFF" CACHE STRING "AUTO | ON | OFF")
+set(MK_CUDA "AUTO" CACHE STRING "AUTO | ON | OFF")
 set_property(CACHE MK_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(MK_HAVE_CUDA OFF)
 if(MK_CUDA STREQUAL "AUTO" AND MK_SANITIZE)

@@ -273,12 +273,18 @@ absl::StatusOr<const float*> AttentionOnGpu::Logits(GpuBatch& batch, std::span<c
   return Logits(batch, selected_.as<int32_t>(), std::ssize(selected));
 }
 
+absl::Status AttentionOnGpu::DownloadLogits(int64_t begin, int64_t rows, float* logits) const {
+  if (begin < 0 || rows < 0 || begin + rows > options_.sequences_max) {
+    return absl::InvalidArgumentError(StrCat("DownloadLogits: ", rows, " rows from ", begin));
+  }
+  const int64_t row_bytes = config().vocab_size * int64_t{sizeof(float)};
+  MK_RETURN_IF_ERROR(logits_.Download(logits, rows * row_bytes, stream_, begin * row_bytes));
+  return stream_.Synchronize();
+}
+
 absl::StatusOr<std::vector<float>> AttentionOnGpu::DownloadLogits(int64_t rows) const {
-  if (rows > options_.sequences_max)
-    return absl::InvalidArgumentError(StrCat("DownloadLogits: ", rows, " rows"));
-  std::vector<float> logits(rows * config().vocab_size);
-  MK_RETURN_IF_ERROR(logits_.Download(logits.data(), std::ssize(logits) * 4, stream_));
-  MK_RETURN_IF_ERROR(stream_.Synchronize());
+  std::vector<float> logits(std::max<int64_t>(0, rows) * config().vocab_size);
+  MK_RETURN_IF_ERROR(DownloadLogits(0, rows, logits.data()));
   return logits;
 }
 

@@ -65,7 +65,9 @@ class AttentionOnGpu {
   // The same for rows named on the host.
   absl::StatusOr<const float*> Logits(GpuBatch& batch, std::span<const int32_t> selected);
 
-  // The first rows of what Logits gave last, to the host; waits.
+  // Rows [begin, begin + rows) of what Logits gave last, to host memory [rows, vocab]; waits.
+  absl::Status DownloadLogits(int64_t begin, int64_t rows, float* logits) const;
+  // The first rows of it.
   absl::StatusOr<std::vector<float>> DownloadLogits(int64_t rows) const;
 
   // For the exchange with expert servers. normed [rows, hidden] to the host; valid once the stream is

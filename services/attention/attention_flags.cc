@@ -61,9 +61,9 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
   options.engine.trace_steps = flags.trace_steps;
   options.engine.cache_bytes = flags.cache_mib << 20;
   options.engine.microbatches = flags.microbatches == "auto" ? 0 : flags.microbatches[0] - '0';
-  options.engine.mla = flags.mla == "naive"      ? MlaChoice::kNaive
-                       : flags.mla == "absorbed" ? MlaChoice::kAbsorbed
-                                                 : MlaChoice::kAuto;
+  options.mla = flags.mla == "naive"      ? MlaChoice::kNaive
+                : flags.mla == "absorbed" ? MlaChoice::kAbsorbed
+                                          : MlaChoice::kAuto;
   options.engine.exchange.total_timeout = absl::Seconds(flags.unavailable_after_s);
   absl::StatusOr<std::unique_ptr<tokenizer::Tokenizer>> tokenizer =
       tokenizer::Tokenizer::Load(checkpoint.directory());

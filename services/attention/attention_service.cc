@@ -9,8 +9,26 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/cluster/view.h"
+#include "services/attention/layers/cpu_attention_model.h"
+#include "services/attention/layers/cuda_models.h"
 
 namespace minke::attention {
+
+namespace {
+
+absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<const Checkpoint>& checkpoint,
+                                                          const AttentionServiceOptions& o, ThreadPool& pool,
+                                                          absl::FunctionRef<void(int32_t)> progress) {
+  switch (o.device) {
+    case Device::kCpu:
+      return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, pool, progress);
+    case Device::kCuda:
+      return LoadCudaModel(checkpoint, o.mla, o.whole, progress);
+  }
+  return absl::InternalError("unknown device");
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
     std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
@@ -21,12 +39,21 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->pool_ = std::make_unique<ThreadPool>(o.threads);
   const int32_t layers = checkpoint->config().num_hidden_layers;
   absl::Time last = absl::Now();
-  MK_ASSIGN_OR_RETURN(auto model,
-                      AttentionModel::Load(checkpoint, o.precision, *service->pool_, [&](int32_t layer) {
-                        if (absl::Now() - last < absl::Seconds(1)) return;
-                        last = absl::Now();
-                        log::Info("attention", StrCat("loading layers: ", layer + 1, " of ", layers));
-                      }));
+  const auto progress = [&](int32_t layer) {
+    if (absl::Now() - last < absl::Seconds(1)) return;
+    last = absl::Now();
+    log::Info("attention", StrCat("loading layers: ", layer + 1, " of ", layers));
+  };
+  MK_ASSIGN_OR_RETURN(std::unique_ptr<AttentionModel> model,
+                      LoadModel(checkpoint, o, *service->pool_, progress));
+  const int64_t page_bytes = model->CacheBytesPerToken() * kernels::kPageTokens;
+  const ModelLimits limits{
+      .cache_pages = std::max<int64_t>(1, o.engine.cache_bytes / page_bytes),
+      .microbatches = MicrobatchesMax(o.engine),
+      .rows_max = std::max(o.engine.limits.step_tokens_max, o.engine.limits.sequences_max),
+      .sequences_max = o.engine.limits.sequences_max,
+      .allowed_tokens = o.allowed_tokens};
+  MK_RETURN_IF_ERROR(model->Prepare(limits));
   std::unique_ptr<router::Gate> gate;
   if (o.local_routing) {
     MK_ASSIGN_OR_RETURN(router::Gate loaded, router::Gate::Load(*checkpoint, o.precision, *service->pool_));

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "absl/status/statusor.h"
+#include "libs/base/device.h"
 #include "libs/rpc/grpc_server.h"
 #include "libs/rpc/membership_client.h"
 #include "services/attention/api/attention_api.h"
@@ -20,6 +21,10 @@ struct AttentionServiceOptions {
   std::string listen = "127.0.0.1:0";  // gRPC
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
+  MlaChoice mla = MlaChoice::kAuto;  // auto: naive for long chunks; absorbed for all in exact mode
+  Device device = Device::kCpu;
+  bool whole =
+      false;  // on a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`)
   bool local_routing = false;
   int threads = 1;
   EngineOptions engine;

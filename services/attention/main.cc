@@ -22,7 +22,8 @@ int main(int argc, char** argv) {
   if (const int code = node::ParseFlags(app, argc, argv, "attention", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("attention", status); };
 
-  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
+  if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ATTENTION, **checkpoint);
@@ -33,6 +34,7 @@ int main(int argc, char** argv) {
   options->listen = flags.listen;
   options->advertise_host = flags.advertise;
   options->precision = flags.ParsedPrecision();
+  options->device = *device;
   options->threads = flags.Threads();
   options->on_refused = [](const absl::Status& status) {
     node::Fail("attention", status);

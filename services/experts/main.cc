@@ -20,7 +20,8 @@ int main(int argc, char** argv) {
   if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
 
-  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
+  if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_EXPERT, **checkpoint);

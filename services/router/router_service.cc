@@ -15,7 +15,11 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     RouterServiceOptions options) {
   std::unique_ptr<RouterService> service(new RouterService);
   service->pool_ = std::make_unique<ThreadPool>(options.threads);
-  MK_ASSIGN_OR_RETURN(Gate gate, Gate::Load(*checkpoint, options.precision, *service->pool_));
+  const bool routes = checkpoint->config().n_routed_experts > 0 && options.expert_servers > 0;
+  Gate gate(checkpoint->config());
+  if (routes) {
+    MK_ASSIGN_OR_RETURN(gate, Gate::Load(*checkpoint, options.precision, *service->pool_));
+  }
   gate.SetOverrideForTest(std::move(options.gate_override));
 
   cluster::v1::Member self;
@@ -41,15 +45,14 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     SetThreadName("router-engine");
     raw->engine_->Run();
   });
-  service->watch_thread_ =
-      std::thread([raw = service.get(), dense = checkpoint->config().n_routed_experts == 0] {
-        while (!raw->stop_.load()) {
-          const bool ready = dense || raw->engine_->status().connected;
-          raw->membership_->SetSelf(ready, ready ? "" : "connecting to expert servers");
-          raw->server_->SetServing(ready);
-          absl::SleepFor(absl::Milliseconds(20));
-        }
-      });
+  service->watch_thread_ = std::thread([raw = service.get(), routes] {
+    while (!raw->stop_.load()) {
+      const bool ready = !routes || raw->engine_->status().connected;
+      raw->membership_->SetSelf(ready, ready ? "" : "connecting to expert servers");
+      raw->server_->SetServing(ready);
+      absl::SleepFor(absl::Milliseconds(20));
+    }
+  });
   log::Info("router", StrCat("serving rpc=", service->rpc_address_));
   return service;
 }

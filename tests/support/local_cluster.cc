@@ -68,12 +68,12 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   engine.limits.reuse_prefixes = options_.reuse_prefixes;
   engine.cache_bytes = options_.cache_bytes;
   engine.microbatches = options_.microbatches;
-  engine.mla = options_.mla;
   engine.exchange = options_.exchange;
   auto attention = attention::AttentionService::Start(
       checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
       {.router = router_->rpc_address(),
        .precision = options_.precision,
+       .mla = options_.mla,
        .local_routing = options_.local_routing,
        .threads = options_.threads,
        .engine = engine,

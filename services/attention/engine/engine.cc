@@ -20,10 +20,6 @@ constexpr absl::Duration kExchangeWait = absl::Milliseconds(2);
 // Rows of a microbatch below which sending it alone gains less than reading the weights once more costs.
 constexpr int64_t kMicrobatchRowsMin = 16;
 
-int MicrobatchesMax(const EngineOptions& options) {
-  return options.microbatches > 0 ? options.microbatches : 2;
-}
-
 absl::Status OutcomeError(RowOutcome outcome) {
   return outcome == RowOutcome::kRejected
              ? absl::InternalError("the model produced values that are not finite for this request")
@@ -31,6 +27,10 @@ absl::Status OutcomeError(RowOutcome outcome) {
 }
 
 }  // namespace
+
+int MicrobatchesMax(const EngineOptions& options) {
+  return options.microbatches > 0 ? options.microbatches : 2;
+}
 
 struct Engine::Command {
   struct CancelSessionCommand {
@@ -44,21 +44,19 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
                std::vector<uint8_t> allowed_tokens, OutputSink sink)
     : options_(options),
       model_(std::move(model)),
-      mla_shape_(model_->config()),
       transport_(std::move(transport)),
       local_gate_(std::move(local_gate)),
       pool_(pool),
       allowed_tokens_(std::move(allowed_tokens)),
       sink_(std::move(sink)),
-      pages_(
-          std::max<int64_t>(1, options.cache_bytes / (model_->CacheBytesPerToken() * kernels::kPageTokens))),
-      cache_(model_->config(), model_->precision(), pages_.total()),
+      pages_(model_->cache_pages()),
       scheduler_(options.limits, pages_),
       exchange_(model_->config(), model_->precision(), *transport_, options.exchange,
                 MicrobatchesMax(options), local_gate_.get(), pool),
       peers_(*transport_),
       lanes_(MicrobatchesMax(options)),
       profile_(options_.trace_file, options_.trace_steps) {
+  for (size_t i = 0; i < lanes_.size(); ++i) lanes_[i].batch.index = static_cast<int>(i);
   PublishStatus();
 }
 
@@ -133,9 +131,10 @@ void Engine::PublishStatus() {
   const bool routed =
       local_gate_ != nullptr || std::any_of(cluster_.routers.begin(), cluster_.routers.end(),
                                             [&](const auto& router) { return peers_.IsUp(router.first); });
-  status.connected = cluster_.placement != nullptr && routed &&
-                     std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
-                                 [&](const auto& expert) { return peers_.IsUp(expert.first); });
+  status.connected = model_->whole() != nullptr ||
+                     (cluster_.placement != nullptr && routed &&
+                      std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
+                                  [&](const auto& expert) { return peers_.IsUp(expert.first); }));
   const MutexLock lock(mutex_);
   status_ = status;
 }
@@ -229,23 +228,10 @@ void Engine::Run() {
   }
 }
 
-kernels::MlaForm Engine::FormOf(const StepChunk& chunk) const {
-  switch (options_.mla) {
-    case MlaChoice::kAbsorbed:
-      return kernels::MlaForm::kAbsorbed;
-    case MlaChoice::kNaive:
-      return kernels::MlaForm::kNaive;
-    case MlaChoice::kAuto:
-      break;
-  }
-  // Exact mode promises the same bits for every chunking, so it has one form.
-  if (model_->precision() == Precision::kExact) return kernels::MlaForm::kAbsorbed;
-  return kernels::CheaperForm(mla_shape_, chunk.count, chunk.begin);
-}
-
 // Two microbatches keep this node busy while the other's rows are away, at the price of reading the weights
 // twice. That pays where the experts have memory of their own, and enough to do.
 int64_t Engine::MicrobatchesFor(const std::vector<StepChunk>& chunks) const {
+  if (model_->whole() != nullptr) return 1;
   if (options_.microbatches > 0) return options_.microbatches;
   int64_t rows = 0;
   for (const StepChunk& chunk : chunks) rows += chunk.count;
@@ -259,6 +245,7 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
     lane.batch.rows.clear();
     lane.batch.chunks.clear();
     lane.chunks.clear();
+    lane.rows_planned = 0;
     lane.layer = 0;
     lane.traffic_class = wire::TrafficClass::kDecode;
   }
@@ -268,20 +255,28 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
                    [](const StepChunk& a, const StepChunk& b) { return a.count > b.count; });
   for (const StepChunk& chunk : order_) {
     Lane& lane = *std::min_element(lanes_.begin(), lanes_.begin() + in_use, [](const Lane& a, const Lane& b) {
-      return a.batch.size() < b.batch.size();
+      return a.rows_planned < b.rows_planned;
     });
     if (chunk.count > 1) lane.traffic_class = wire::TrafficClass::kPrefill;
     lane.chunks.push_back(chunk);
-    lane.batch.chunks.push_back({.row_begin = lane.batch.size(),
-                                 .rows = chunk.count,
-                                 .position_begin = chunk.begin,
-                                 .pages = chunk.sequence->pages,
-                                 .form = FormOf(chunk)});
-    for (int64_t position = chunk.begin; position < chunk.begin + chunk.count; ++position) {
-      lane.batch.rows.push_back({.token = chunk.sequence->tokens[position],
-                                 .page = chunk.sequence->pages[position / kernels::kPageTokens],
-                                 .page_slot = static_cast<uint32_t>(position % kernels::kPageTokens),
-                                 .position = position});
+    lane.rows_planned += chunk.count;
+  }
+  const auto form = [&](const StepChunk& chunk) { return model_->FormOf(chunk.count, chunk.begin); };
+  for (Lane& lane : lanes_) {
+    std::partition(lane.chunks.begin(), lane.chunks.end(),
+                   [&](const StepChunk& chunk) { return form(chunk) == kernels::MlaForm::kAbsorbed; });
+    for (const StepChunk& chunk : lane.chunks) {
+      lane.batch.chunks.push_back({.row_begin = lane.batch.size(),
+                                   .rows = chunk.count,
+                                   .position_begin = chunk.begin,
+                                   .pages = chunk.sequence->pages,
+                                   .form = form(chunk)});
+      for (int64_t position = chunk.begin; position < chunk.begin + chunk.count; ++position) {
+        lane.batch.rows.push_back({.token = chunk.sequence->tokens[position],
+                                   .page = chunk.sequence->pages[position / kernels::kPageTokens],
+                                   .page_slot = static_cast<uint32_t>(position % kernels::kPageTokens),
+                                   .position = position});
+      }
     }
   }
   for (Lane& lane : lanes_) {
@@ -296,19 +291,22 @@ void Engine::Advance(Lane& lane, int index) {
   profile_.Enter(StepPhase::kAttention, lane.layer);
   if (lane.layer == 0) model_->Embed(lane.batch);
   while (lane.layer < config.num_hidden_layers) {
-    const bool moe = config.IsMoeLayer(lane.layer);
-    model_->Attention(lane.layer, lane.batch, cache_.layer(lane.layer),
-                      moe ? exchange_.RowsOfMessage(index, lane.batch.size()) : nullptr);
-    if (moe) {
+    if (config.IsMoeLayer(lane.layer)) {
+      std::byte* rows = exchange_.RowsOfMessage(index, lane.batch.size());
+      if (rows == nullptr) {
+        lane.rows.resize(lane.batch.size() * config.hidden_size * ActivationBytes(model_->precision()));
+        rows = lane.rows.data();
+      }
+      model_->Attention(lane.layer, lane.batch, rows);
       profile_.Enter(StepPhase::kDispatch, lane.layer);
-      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, lane.batch.normed, lane.batch.size(),
-                      absl::Now());
+      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), absl::Now());
       profile_.Enter(StepPhase::kSharedExperts, lane.layer);
       model_->FeedForward(lane.layer, lane.batch);  // the shared experts, while the rows are away
       lane.phase = Phase::kExchange;
       profile_.Enter(StepPhase::kWait, lane.layer);
       return;
     }
+    model_->Attention(lane.layer, lane.batch, nullptr);
     model_->FeedForward(lane.layer, lane.batch);
     ++lane.layer;
   }
@@ -318,7 +316,8 @@ void Engine::Advance(Lane& lane, int index) {
 void Engine::FinishExchange(Lane& lane, int index) {
   profile_.Enter(StepPhase::kCombine, lane.layer);
   exchange_outcomes_.resize(lane.batch.size());
-  exchange_.Combine(index, lane.batch.x.data(), exchange_outcomes_);
+  exchange_.Combine(index, model_->RoutedTarget(lane.batch), exchange_outcomes_);
+  model_->AddRouted(lane.batch);
   for (size_t i = 0; i < exchange_outcomes_.size(); ++i) {
     if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = exchange_outcomes_[i];
   }
@@ -332,6 +331,21 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
   int64_t rows = 0;
   for (const Lane& lane : lanes_) rows += lane.batch.size();
   profile_.StepBegins(rows);
+  if (WholeSteps* whole = model_->whole()) {
+    ComputeWhole(*whole, lanes_.front());
+  } else {
+    ComputeLanes();
+  }
+  if (stop_.load()) return;
+  profile_.Enter(StepPhase::kOutput);
+  std::vector<RequestEvent> events;
+  for (Lane& lane : lanes_) CollectOutputs(lane, events);
+  PublishStatus();  // before the events: whoever sees a stream end may look at the pages next
+  Emit(std::move(events));
+}
+
+// All lanes through all layers, one computing while another's rows are away.
+void Engine::ComputeLanes() {
   const auto done = [&] {
     return std::all_of(lanes_.begin(), lanes_.end(),
                        [](const Lane& lane) { return lane.phase == Phase::kDone; });
@@ -356,78 +370,97 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
     TakeMail();
     transport_->Wait(kExchangeWait);
   }
-  if (stop_.load()) return;
-  profile_.Enter(StepPhase::kOutput);
-  std::vector<RequestEvent> events;
-  for (Lane& lane : lanes_) CollectOutputs(lane, events);
-  PublishStatus();  // before the events: whoever sees a stream end may look at the pages next
-  Emit(std::move(events));
 }
 
-namespace {
+// A step without an exchange; the model draws the tokens it can.
+void Engine::ComputeWhole(WholeSteps& whole, Lane& lane) {
+  PollTransport();
+  profile_.Enter(StepPhase::kAttention);
+  PlanOutputs(lane);
+  std::vector<DrawRow> draws;
+  std::vector<uint32_t> tokens(outputs_.size());
+  for (const OutputRow& output : outputs_) {
+    const Sequence& sequence = *lane.chunks[output.chunk].sequence;
+    const SamplingParams& params = sequence.request.sampling;
+    const bool draw = !output.prompt_token && !params.want_logprobs && whole.CanDraw(params);
+    draws.push_back({output.row, draw ? &params : nullptr, std::ssize(sequence.tokens)});
+  }
+  whole.Step(lane.batch, draws, tokens);
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    if (draws[i].params == nullptr) continue;
+    outputs_[i].drawn = true;
+    outputs_[i].token = tokens[i];
+    if (tokens[i] == WholeSteps::kNoToken) lane.outcomes[outputs_[i].row] = RowOutcome::kRejected;
+  }
+  lane.phase = Phase::kDone;
+}
 
-// A row whose logits are wanted, and why.
-struct OutputRow {
-  int32_t row;  // in the microbatch
-  size_t chunk;
-  std::optional<uint32_t> prompt_token;  // set: log-probability of this next prompt token; unset: sample
-};
-
-}  // namespace
-
-void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
-  std::vector<OutputRow> outputs;
-  std::vector<RowOutcome> failed(lane.chunks.size(), RowOutcome::kOk);
+// The rows of a lane whose logits matter, in the order of its chunks.
+void Engine::PlanOutputs(const Lane& lane) {
+  outputs_.clear();
   for (size_t c = 0; c < lane.chunks.size(); ++c) {
     const StepChunk& chunk = lane.chunks[c];
-    Sequence& sequence = *chunk.sequence;
+    const Sequence& sequence = *chunk.sequence;
     const int64_t first = lane.batch.chunks[c].row_begin;
-    for (int64_t i = 0; i < chunk.count; ++i) {
-      if (lane.outcomes[first + i] != RowOutcome::kOk) failed[c] = lane.outcomes[first + i];
-    }
-    if (failed[c] != RowOutcome::kOk) continue;
     const SamplingParams& params = sequence.request.sampling;
     for (int64_t i = 0; params.want_prompt_logprobs && i < chunk.count; ++i) {
       const int64_t next = chunk.begin + i + 1;
       if (next < sequence.prompt_size() && next > sequence.prompt_logprobs_done) {
-        outputs.push_back({static_cast<int32_t>(first + i), c, sequence.tokens[next]});
+        outputs_.push_back({static_cast<int32_t>(first + i), c, sequence.tokens[next]});
       }
     }
     if (chunk.begin + chunk.count == std::ssize(sequence.tokens) &&
         sequence.generated_size() < params.max_tokens) {
-      outputs.push_back({static_cast<int32_t>(first + chunk.count - 1), c, std::nullopt});
+      outputs_.push_back({static_cast<int32_t>(first + chunk.count - 1), c, std::nullopt});
     }
   }
+}
 
+// Log-probabilities, and the tokens the model did not draw, from logits in host memory.
+void Engine::DrawOnHost(const Lane& lane) {
   const int64_t vocab = model_->config().vocab_size;
-  std::vector<TokenLogprobs> logprobs(outputs.size());
-  std::vector<uint32_t> sampled(outputs.size());
+  std::vector<OutputRow*> open;
+  for (OutputRow& output : outputs_) {
+    if (!output.drawn) open.push_back(&output);
+  }
   std::vector<int32_t> selected;
-  for (size_t begin = 0; begin < outputs.size(); begin += kLogitRowsMax) {
-    const size_t count = std::min<size_t>(kLogitRowsMax, outputs.size() - begin);
+  for (size_t begin = 0; begin < open.size(); begin += kLogitRowsMax) {
+    const size_t count = std::min<size_t>(kLogitRowsMax, open.size() - begin);
     selected.clear();
-    for (size_t i = 0; i < count; ++i) selected.push_back(outputs[begin + i].row);
+    for (size_t i = 0; i < count; ++i) selected.push_back(open[begin + i]->row);
     float* logits = logits_.Resize(static_cast<int64_t>(count) * vocab);
     profile_.Enter(StepPhase::kHead);
     model_->Logits(lane.batch, selected, logits);
     profile_.Enter(StepPhase::kSampling);
     pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) {
-      const OutputRow& output = outputs[begin + i];
+      OutputRow& output = *open[begin + i];
       const Sequence& sequence = *lane.chunks[output.chunk].sequence;
       const SamplingParams& params = sequence.request.sampling;
       const std::span<float> row(logits + i * vocab, vocab);
       if (output.prompt_token) {
-        logprobs[begin + i] = Logprobs(row, *output.prompt_token, params.top_prompt_logprobs);
+        output.logprobs = Logprobs(row, *output.prompt_token, params.top_prompt_logprobs);
         return;
       }
       // Log-probabilities are of the plain distribution; sampling changes the row.
       std::vector<float> plain;
       if (params.want_logprobs) plain.assign(row.begin(), row.end());
-      sampled[begin + i] = Sample(params, sequence.counts, allowed_tokens_, std::ssize(sequence.tokens), row);
-      if (params.want_logprobs)
-        logprobs[begin + i] = Logprobs(plain, sampled[begin + i], params.top_logprobs);
+      output.token = Sample(params, sequence.counts, allowed_tokens_, std::ssize(sequence.tokens), row);
+      if (params.want_logprobs) output.logprobs = Logprobs(plain, output.token, params.top_logprobs);
     });
   }
+}
+
+void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
+  std::vector<RowOutcome> failed(lane.chunks.size(), RowOutcome::kOk);
+  for (size_t c = 0; c < lane.chunks.size(); ++c) {
+    const int64_t first = lane.batch.chunks[c].row_begin;
+    for (int64_t i = 0; i < lane.chunks[c].count; ++i) {
+      if (lane.outcomes[first + i] != RowOutcome::kOk) failed[c] = lane.outcomes[first + i];
+    }
+  }
+  if (model_->whole() == nullptr) PlanOutputs(lane);
+  std::erase_if(outputs_, [&](const OutputRow& output) { return failed[output.chunk] != RowOutcome::kOk; });
+  DrawOnHost(lane);
 
   profile_.Enter(StepPhase::kOutput);
   size_t next_output = 0;
@@ -443,18 +476,19 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     sequence.computed = chunk.begin + chunk.count;
     computed_tokens_ += chunk.count;
     if (failed[c] == RowOutcome::kOk) scheduler_.Publish(sequence);
-    for (; next_output < outputs.size() && outputs[next_output].chunk == c; ++next_output) {
-      if (outputs[next_output].prompt_token) {
-        event.prompt_logprobs.push_back(std::move(logprobs[next_output]));
+    for (; next_output < outputs_.size() && outputs_[next_output].chunk == c; ++next_output) {
+      OutputRow& output = outputs_[next_output];
+      if (output.prompt_token) {
+        event.prompt_logprobs.push_back(std::move(output.logprobs));
         ++sequence.prompt_logprobs_done;
         continue;
       }
-      const uint32_t token = sampled[next_output];
+      const uint32_t token = output.token;
       sequence.tokens.push_back(token);
       ++sequence.counts.generated[token];
       ++generated_tokens_;
       event.tokens.push_back(token);
-      if (params.want_logprobs) event.logprobs.push_back(std::move(logprobs[next_output]));
+      if (params.want_logprobs) event.logprobs.push_back(std::move(output.logprobs));
       const auto& stops = params.stop_token_ids;
       if (std::find(stops.begin(), stops.end(), token) != stops.end()) event.finish = FinishReason::kStop;
     }
@@ -474,6 +508,7 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     }
     if (finished) scheduler_.Finish(&sequence);
   }
+  outputs_.clear();
 }
 
 }  // namespace minke::attention

@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,18 +26,18 @@
 
 namespace minke::attention {
 
-enum class MlaChoice { kAuto, kAbsorbed, kNaive };
-
 struct EngineOptions {
   SchedulerLimits limits;
   int64_t cache_bytes = int64_t{1} << 30;  // of the latent cache; untouched memory costs nothing
   int microbatches = 0;                    // 0: auto, 1 or 2 by step
-  MlaChoice mla = MlaChoice::kAuto;        // auto: naive for long chunks; absorbed for all in exact mode
   ExchangeOptions exchange;
   std::string trace_file;  // of the first trace_steps steps; empty: none
   int64_t trace_steps = 200;
   int64_t mailbox_max = 4096;  // submissions not yet seen by the engine
 };
+
+// The most microbatches a step of this engine has.
+int MicrobatchesMax(const EngineOptions& options);
 
 // The part of the cluster this node talks to.
 struct ClusterSnapshot {
@@ -90,11 +91,23 @@ class Engine {
   enum class Phase { kCompute, kExchange, kDone };
   struct Lane {  // one microbatch on its way
     Microbatch batch;
-    std::vector<StepChunk> chunks;
+    std::vector<StepChunk> chunks;     // in the order of batch.chunks
+    int64_t rows_planned = 0;          // of `chunks`
+    std::vector<std::byte> rows;       // [rows, hidden] Act, where they do not fit one message
     std::vector<RowOutcome> outcomes;  // worst so far, by row
     Phase phase = Phase::kDone;
     int32_t layer = 0;
     wire::TrafficClass traffic_class{};
+  };
+  // A row whose logits are wanted, why, and what came of it.
+  struct OutputRow {
+    int32_t row;  // in the microbatch
+    size_t chunk;
+    std::optional<uint32_t>
+        prompt_token;    // set: log-probability of this next prompt token; unset: a new token
+    bool drawn = false;  // `token` is there
+    uint32_t token = 0;
+    TokenLogprobs logprobs;
   };
   struct Command;
 
@@ -106,14 +119,16 @@ class Engine {
   void FillLanes(const std::vector<StepChunk>& chunks);
   void Advance(Lane& lane, int index);
   void FinishExchange(Lane& lane, int index);
+  void ComputeLanes();
+  void ComputeWhole(WholeSteps& whole, Lane& lane);
+  void PlanOutputs(const Lane& lane);
+  void DrawOnHost(const Lane& lane);
   void CollectOutputs(Lane& lane, std::vector<RequestEvent>& events);
   void Emit(std::vector<RequestEvent> events);
   void PublishStatus();
-  kernels::MlaForm FormOf(const StepChunk& chunk) const;
 
   const EngineOptions options_;
   std::unique_ptr<AttentionModel> model_;
-  const kernels::MlaShape mla_shape_;
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<router::Gate> local_gate_;
   ThreadPool& pool_;
@@ -121,11 +136,11 @@ class Engine {
   const OutputSink sink_;
 
   PagePool pages_;
-  LatentCache cache_;
   Scheduler scheduler_;
   ExpertExchange exchange_;
   cluster::PeerKeeper peers_;
   std::vector<Lane> lanes_;
+  std::vector<OutputRow> outputs_;             // of the lane whose outputs are being collected
   std::vector<StepChunk> order_;               // of FillLanes
   std::vector<RowOutcome> exchange_outcomes_;  // of one layer
   uint64_t step_ = 0, split_steps_ = 0;

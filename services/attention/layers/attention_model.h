@@ -1,23 +1,22 @@
-// The weights an attention node holds (embedding, MLA, norms, dense layers, shared experts, head) and the
-// parts of the forward pass it computes with them. The routed experts between are not its business.
+// The weights an attention node holds (embedding, MLA, norms, dense layers, shared experts, head), its latent
+// cache, and the parts of the forward pass it computes with them, on a CPU or a GPU. The routed experts
+// between are a cluster's (engine/), unless the model has them too (WholeSteps).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <vector>
 
-#include "absl/status/statusor.h"
-#include "libs/base/thread_pool.h"
-#include "libs/kernels/cpu/grouped_ffn.h"
-#include "libs/kernels/cpu/matmul.h"
+#include "absl/status/status.h"
+#include "libs/base/dtype.h"
 #include "libs/kernels/cpu/mla.h"
-#include "libs/kernels/cpu/rope.h"
-#include "libs/model/checkpoint.h"
+#include "libs/model/config.h"
+#include "services/attention/sampling/sampler.h"
 
 namespace minke::attention {
 
-// One row of a step: a token of a sequence at a position, and where its latents go.
+// A row of a step: a token of a sequence at a position, and where its latents go.
 struct StepRow {
   uint32_t token = 0;
   uint32_t page = 0;       // of the latent cache
@@ -25,77 +24,78 @@ struct StepRow {
   int64_t position = 0;
 };
 
-// Rows that go through the layers together, and their memory. Reused from step to step.
+// Rows that go through the layers together. Their memory is the model's, by `index`.
 struct Microbatch {
+  int index = 0;
   std::vector<StepRow> rows;
-  std::vector<kernels::MlaChunk> chunks;  // row_begin relative to this microbatch
-  kernels::Scratch<float> x;              // [rows, hidden], the residual stream
-  std::byte* normed = nullptr;            // [rows, hidden] Act: input of the feed-forward block under way
-  kernels::Scratch<std::byte> memory;     // of `normed`, unless the caller had a place for it
-  kernels::Scratch<float> angles;         // [rows, rope_dim]: cosines, sines
+  std::vector<kernels::MlaChunk> chunks;  // row_begin relative to this microbatch; absorbed ones first
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
 
+// What the engine asks of a model beyond its weights.
+struct ModelLimits {
+  int64_t cache_pages = 0;
+  int microbatches = 1;
+  int64_t rows_max = 0;                 // of a microbatch
+  int64_t sequences_max = 0;            // chunks of a microbatch
+  std::vector<uint8_t> allowed_tokens;  // [vocab] 0/1: ids that may be drawn; empty: all
+};
+
+// Which forms of MLA a chunk may take.
+enum class MlaChoice { kAuto, kAbsorbed, kNaive };
+
+// A row after which a token is wanted.
+struct DrawRow {
+  int32_t row = 0;                         // of the microbatch
+  const SamplingParams* params = nullptr;  // null: only the row's logits
+  int64_t position = 0;                    // of the new token in its sequence
+};
+
+// A model that has the routed experts too: steps need no exchange, and no copy to the host between layers.
+class WholeSteps {
+ public:
+  static constexpr uint32_t kNoToken = 0xffffffff;
+  virtual ~WholeSteps() = default;
+  // Whether it can draw by these parameters itself; otherwise ask for the row's logits.
+  virtual bool CanDraw(const SamplingParams& params) const = 0;
+  // Computes all rows of the microbatch; tokens[i] becomes the token drawn after draws[i].row (rows ascend),
+  // or kNoToken where there is none: parameters null, or a forward pass without numbers.
+  // AttentionModel::Logits then gives the logits of any of the draws' rows.
+  virtual void Step(const Microbatch& batch, std::span<const DrawRow> draws, std::span<uint32_t> tokens) = 0;
+};
+
+// Engine thread only. A device that fails ends the process: its streams go on elsewhere.
 class AttentionModel {
  public:
-  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(
-      std::shared_ptr<const Checkpoint> checkpoint, Precision precision, ThreadPool& pool,
-      absl::FunctionRef<void(int32_t layer)> progress);
+  virtual ~AttentionModel() = default;
 
-  const ModelConfig& config() const { return checkpoint_->config(); }
-  Precision precision() const { return precision_; }
-  int64_t CacheBytesPerToken() const;  // of all layers
+  virtual const ModelConfig& config() const = 0;
+  virtual Precision precision() const = 0;
+  virtual int64_t CacheBytesPerToken() const = 0;  // of all layers
+  // Allocates the latent cache and the microbatches' memory; once, before everything below.
+  // RESOURCE_EXHAUSTED if the device has not enough.
+  virtual absl::Status Prepare(const ModelLimits& limits) = 0;
+  virtual int64_t cache_pages() const = 0;
 
-  // x = embedding of the rows' tokens; rotary angles of their positions.
-  void Embed(Microbatch& batch);
-  // x += MLA(norm(x)); then normed = post-attention norm of x. `cache`: this layer's pages, where the rows'
-  // latents are written first. `normed`: where the result is wanted, such as in the message that carries it
-  // to the experts; null: anywhere.
-  void Attention(int32_t layer, Microbatch& batch, std::byte* cache, std::byte* normed);
-  // x += FFN(normed): the dense layer's or the shared experts'. Nothing if the layer has neither.
-  void FeedForward(int32_t layer, Microbatch& batch);
+  virtual kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const = 0;
+
+  // x = embedding of the rows' tokens; rotary angles of their positions. Begins a step of the microbatch.
+  virtual void Embed(const Microbatch& batch) = 0;
+  // x += MLA(norm(x)); then the post-attention norm of x, input of the feed-forward blocks. The rows' latents
+  // are written to the cache first. `rows`: where the norm is wanted in host memory too, [rows, hidden] Act,
+  // such as in the message that carries it to the experts, valid until the exchange ends; null: nowhere.
+  virtual void Attention(int32_t layer, const Microbatch& batch, std::byte* rows) = 0;
+  // x += FFN(norm): the dense layer's or the shared experts'. Nothing if the layer has neither.
+  virtual void FeedForward(int32_t layer, const Microbatch& batch) = 0;
+  // Host memory [rows, hidden] f32 to which the routed experts' sums are added, ...
+  virtual float* RoutedTarget(const Microbatch& batch) = 0;
+  // ... and then are in x.
+  virtual void AddRouted(const Microbatch& batch) = 0;
   // logits [selected, vocab] f32 of rows `selected` of the final x.
-  void Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits);
+  virtual void Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits) = 0;
 
- private:
-  struct Layer {
-    std::vector<float> input_norm, post_norm, q_a_norm, kv_a_norm;
-    kernels::PackedMatrix qkv_a;  // [q_lora_rank or heads * qk, hidden] then [latent_dim, hidden]
-    kernels::PackedMatrix q_b;    // empty without q_lora_rank
-    kernels::MlaWeights mla;
-    kernels::PackedMatrix o;
-    kernels::FfnWeights ffn;  // dense or shared; empty if neither
-    bool has_ffn = false;
-  };
-
-  AttentionModel(std::shared_ptr<const Checkpoint> checkpoint, Precision precision, ThreadPool& pool)
-      : checkpoint_(std::move(checkpoint)),
-        precision_(precision),
-        pool_(pool),
-        shape_(checkpoint_->config()),
-        rope_(checkpoint_->config()) {}
-  absl::Status LoadLayer(int32_t index);
-  absl::StatusOr<std::vector<float>> LoadVector(const std::string& name, int64_t n) const;
-  void ForRows(int64_t rows, absl::FunctionRef<void(int64_t)> body);
-  void NormRow(const std::vector<float>& weight, const float* x, std::byte* out);
-
-  const std::shared_ptr<const Checkpoint>
-      checkpoint_;  // shared with the process's other roles; embedding is read in place
-  const Precision precision_;
-  ThreadPool& pool_;
-  const kernels::MlaShape shape_;
-  const kernels::Rope rope_;
-  TensorView embedding_;
-  std::vector<float> final_norm_;
-  kernels::PackedMatrix head_;
-  std::vector<Layer> layers_;
-
-  // Scratch of one Attention call.
-  kernels::Scratch<float> qkv_, q_, projected_;
-  kernels::Scratch<std::byte> q_compressed_, heads_out_;
-  kernels::MlaScratch mla_scratch_;
-  kernels::FfnScratch ffn_scratch_;
-  kernels::Scratch<std::byte> head_in_;
+  // Null: the routed experts are elsewhere.
+  virtual WholeSteps* whole() { return nullptr; }
 };
 
 }  // namespace minke::attention

@@ -74,7 +74,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
 
 MembershipService::MembershipService(MembershipOptions options, cluster::v1::Member self, OnView on_view)
     : options_(std::move(options)),
-      units_(AllUnits(options_.config)),
+      units_(options_.expert_servers > 0 ? AllUnits(options_.config) : std::vector<UnitId>()),
       on_view_(std::move(on_view)),
       self_(std::move(self)) {
   {

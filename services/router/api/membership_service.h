@@ -26,7 +26,7 @@ struct MembershipOptions {
   std::string model_fingerprint;
   std::string precision;
   int replicas = 1;
-  int expert_servers = 1;  // to wait for before the first placement
+  int expert_servers = 1;  // to wait for before the first placement; 0: nothing is to be placed
   absl::Duration lease = absl::Seconds(3);
 };
 

@@ -20,6 +20,7 @@ enum class GateResult : uint8_t { kRouted, kRejected };
 
 class Gate {
  public:
+  explicit Gate(const ModelConfig& config) : config_(config) {}  // of no layer
   // Reads mlp.gate.weight of every MoE layer. The checkpoint must outlive nothing: weights are packed.
   static absl::StatusOr<Gate> Load(const Checkpoint& checkpoint, Precision precision, ThreadPool& pool);
 
@@ -39,7 +40,6 @@ class Gate {
   void SetOverrideForTest(Override override) { override_ = std::move(override); }
 
  private:
-  explicit Gate(const ModelConfig& config) : config_(config) {}
   ModelConfig config_;
   std::map<int32_t, kernels::PackedMatrix> layers_;
   kernels::Scratch<float> logits_, scores_;

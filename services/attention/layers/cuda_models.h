@@ -1,0 +1,21 @@
+// Models on a GPU: an attention node's part, or the whole of it. A build without CUDA has neither.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/statusor.h"
+#include "libs/model/checkpoint.h"
+#include "services/attention/layers/attention_model.h"
+
+namespace minke::attention {
+
+// bf16, on the calling thread's GPU. `whole`: with gate and routed experts (AttentionModel::whole() is
+// there). Weights are read by Load or Prepare. INVALID_ARGUMENT for a model or a form of MLA the kernels have
+// not; FAILED_PRECONDITION without a device; RESOURCE_EXHAUSTED if the weights do not fit.
+absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaModel(
+    std::shared_ptr<const Checkpoint> checkpoint, MlaChoice mla, bool whole,
+    absl::FunctionRef<void(int32_t layer)> progress);
+
+}  // namespace minke::attention
