@@ -11,7 +11,7 @@
 #include "libs/kernels/cpu/grouped_ffn.h"
 #include "libs/model/checkpoint.h"
 #include "libs/model/tensors.h"
-#include "services/attention/layers/attention_model.h"
+#include "services/attention/layers/cpu_attention_model.h"
 #include "services/router/gating/gate.h"
 
 namespace minke::testing_support {
@@ -29,7 +29,10 @@ class CpuModel {
   CpuModel(std::shared_ptr<const Checkpoint> checkpoint, int64_t pages)
       : pool_(static_cast<int>(std::min(16u, std::max(1u, std::thread::hardware_concurrency())))),
         config_(checkpoint->config()) {
-    model_ = attention::AttentionModel::Load(checkpoint, Precision::kBF16, pool_, [](int32_t) {}).value();
+    model_ = attention::CpuAttentionModel::Load(checkpoint, Precision::kBF16, attention::MlaChoice::kAuto, pool_,
+                                                [](int32_t) {})
+                 .value();
+    EXPECT_TRUE(model_->Prepare({.cache_pages = pages}).ok());
     gate_.emplace(router::Gate::Load(*checkpoint, Precision::kBF16, pool_).value());
     gate_->SetOverrideForTest([this](int32_t layer, uint32_t row, std::span<uint16_t> experts) {
       if (forced_ == nullptr) return false;
@@ -49,7 +52,6 @@ class CpuModel {
       const int64_t shape[] = {config_.n_routed_experts, config_.hidden_size};
       checkpoint->Find(LayerPrefix(layer) + "mlp.gate.weight", shape)->Read(0, gates_[layer]);
     }
-    cache_.resize(config_.num_hidden_layers, std::vector<bf16>(pages * 64 * config_.latent_dim()));
   }
 
   // Logits of every chunk's last row, the routed experts being those of `routing`. Where this model would
@@ -63,7 +65,7 @@ class CpuModel {
       mla.rows = std::ssize(chunk.tokens);
       mla.position_begin = chunk.position_begin;
       mla.pages = chunk.pages;
-      mla.form = kernels::CheaperForm(kernels::MlaShape(config_), mla.rows, mla.position_begin);
+      mla.form = model_->FormOf(mla.rows, mla.position_begin);
       batch.chunks.push_back(mla);
       for (int64_t i = 0; i < mla.rows; ++i) {
         const int64_t position = chunk.position_begin + i;
@@ -74,11 +76,12 @@ class CpuModel {
       }
       last.push_back(static_cast<int32_t>(batch.size() - 1));
     }
+    std::vector<std::byte> normed(batch.size() * config_.hidden_size * sizeof(bf16));
     model_->Embed(batch);
     for (int32_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
-      model_->Attention(layer, batch, reinterpret_cast<std::byte*>(cache_[layer].data()));
+      model_->Attention(layer, batch, normed.data());
       model_->FeedForward(layer, batch);
-      if (config_.IsMoeLayer(layer)) Moe(layer, batch, routing);
+      if (config_.IsMoeLayer(layer)) Moe(layer, batch, normed.data(), routing);
     }
     std::vector<float> logits(last.size() * config_.vocab_size);
     model_->Logits(batch, last, logits.data());
@@ -105,23 +108,24 @@ class CpuModel {
   int64_t routed_rows = 0, differently_routed_rows = 0;
 
  private:
-  void Moe(int32_t layer, attention::Microbatch& batch, const Routing& routing) {
+  void Moe(int32_t layer, const attention::Microbatch& batch, const std::byte* normed, const Routing& routing) {
     const int64_t rows = batch.size(), k = config_.num_experts_per_tok, hidden = config_.hidden_size;
     std::vector<uint16_t> own(rows * k), chosen(rows * k);
     std::vector<float> weights(rows * k);
     std::vector<router::GateResult> results(rows);
     forced_ = nullptr;
-    gate_->Route(layer, 0, batch.normed.data(), rows, own.data(), weights.data(), results.data(), pool_);
+    gate_->Route(layer, 0, normed, rows, own.data(), weights.data(), results.data(), pool_);
     forced_ = &routing;
-    gate_->Route(layer, 0, batch.normed.data(), rows, chosen.data(), weights.data(), results.data(), pool_);
+    gate_->Route(layer, 0, normed, rows, chosen.data(), weights.data(), results.data(), pool_);
     routed_rows += rows;
     for (int64_t r = 0; r < rows; ++r) {
       if (std::equal(&own[r * k], &own[r * k] + k, &chosen[r * k])) continue;
       ++differently_routed_rows;
-      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(batch.normed.data()) + r * hidden), 0.12)
+      EXPECT_LE(Margin(layer, reinterpret_cast<const bf16*>(normed) + r * hidden), 0.12)
           << "layer " << layer << ", row " << r << ": routed differently, and no near-tie";
     }
-    AddExperts(layer, batch.normed.data(), rows, chosen, weights, batch.x.data());
+    AddExperts(layer, normed, rows, chosen, weights, model_->RoutedTarget(batch));
+    model_->AddRouted(batch);
   }
 
   void AddExperts(int32_t layer, const std::byte* normed, int64_t rows, const std::vector<uint16_t>& chosen,
@@ -188,7 +192,6 @@ class CpuModel {
   const Routing* forced_ = nullptr;
   std::map<int32_t, std::vector<kernels::FfnWeights>> experts_;
   std::map<int32_t, std::vector<float>> gates_;
-  std::vector<std::vector<bf16>> cache_;  // by layer
   kernels::FfnScratch scratch_;
 };
 
