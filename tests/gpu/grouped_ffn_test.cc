@@ -368,7 +368,7 @@ TEST_P(GroupedFfnTest, ManyExperts) {
   const GroupedFfnShape shape = {kGroupedFfnExpertsMax, 64, 64};
   const Experts experts = RandomExperts(rng, shape);
   const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
-  for (const int outputs : {3, 3000}) {
+  for (const int outputs : {3, 600, 3000}) {
     GroupedFfn ffn = Make(shape, 8, outputs);
     std::uniform_int_distribution<int> pick(0, shape.experts - 1);
     Check(ffn, weights, Effective(experts), RandomWork(rng, outputs, 8, 8, pick), 14, 3);

@@ -18,9 +18,10 @@ namespace {
 
 using namespace ptx;
 
+constexpr int kEarlyBlocks = 6;     // of each unit, asked for before the plan is there
+constexpr int kEarlySlots = 4096;   // looked through for that
 constexpr int kThreads = 384;
-constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows that the gathering warps fetch at a time
-constexpr int kPrefetch = 6;  // blocks of shared weights on the way to the L2 beyond those on the way to a stage
+constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows of x that are asked for at a time
 constexpr int kChunk = 32;  // pairs that leave through shared memory at a time
 
 // Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 8 x (8 + 2 x 8.125) KiB, and 20 KiB for the rest.
@@ -77,6 +78,17 @@ __device__ __forceinline__ void LoadBulk(uint32_t to, const void* from, int byte
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+__device__ __forceinline__ void LoadBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// More bytes for the phase under way; no arrival.
+__device__ __forceinline__ void BarrierExpectMore(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Ordinary accesses to any memory before this come before what the copy engine does after it.
+__device__ __forceinline__ void FenceAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void LoadBulkMulticast(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
@@ -106,6 +118,16 @@ __device__ __forceinline__ void SendWord(uint32_t to, int value, uint32_t barrie
 }
 __device__ __forceinline__ void GatherPiece(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ uint64_t EvictLast() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void StoreKeep(void* to, const uint4& v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy)
+               : "memory");
 }
 // One of the arrivals that the barrier counts, once this thread's copies have landed.
 __device__ __forceinline__ void GatherArrive(uint32_t barrier) {
@@ -187,18 +209,23 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
   const uint64_t once = EvictFirst();
   Ring<L::kStages> ring;
   uint32_t ready = 0;  // parities
-  int expert = 0, phase = 0, next = rank == 0 ? atomicAdd(p.tables.counters, 1) : 0;
+  int expert = 0, phase = 0, next = blockIdx.x / 2;
   for (int n = 0;; ++n) {
     const int slot = n & 1;
     const uint32_t parity = (n >> 1) & 1;
-    if (rank == 0) {
-      BarrierWait(base + L::kClaimEmpty + 8 * slot, parity ^ 1);
-      SendWord(base + L::kClaim + 4 * slot, next, base + L::kClaimFull + 8 * slot, 1);
-    } else {
-      BarrierExpect(base + L::kClaimFull + 8 * slot, 4);
-      BarrierWait(base + L::kClaimFull + 8 * slot, parity);
-      next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * slot);
-      BarrierArriveRemote(base + L::kClaimEmpty + 8 * slot, 0);
+    // The first item has the cluster's number; block 0 tells the other one of each later one.
+    if (n > 0) {
+      const int place = (n - 1) & 1;
+      const uint32_t turn = ((n - 1) >> 1) & 1, full = base + L::kClaimFull + 8 * place;
+      if (rank == 0) {
+        BarrierWait(base + L::kClaimEmpty + 8 * place, turn ^ 1);
+        SendWord(base + L::kClaim + 4 * place, next, full, 1);
+      } else {
+        BarrierExpect(full, 4);
+        BarrierWait(full, turn);
+        next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * place);
+        BarrierArriveRemote(base + L::kClaimEmpty + 8 * place, 0);
+      }
     }
     const Work work = Decode<L::kPairs>(p, experts, next, rank, solo_units, expert, phase);
     BarrierWait(base + L::kWorkEmpty + 8 * slot, parity ^ 1);
@@ -221,9 +248,6 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
         BarrierWait(mine, (ready >> ring.stage) & 1);
         ready ^= 1u << ring.stage;
         if (rank < work.units) {
-          if (block + kPrefetch < work.blocks) {
-            PrefetchBulk(from + rank * unit_bytes + kPrefetch * L::kUnitBytes, L::kUnitBytes);
-          }
           LoadBulkMulticast(to + rank * L::kUnitStride, from + rank * unit_bytes, L::kUnitBytes, full);
         }
       } else {
@@ -238,7 +262,7 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
   }
 }
 
-// Fetches the rows of the pairs. kGatherWarps warps; a thread has one 16-byte column of every kGatherRows-th row.
+// Fetches the rows of the pairs. kGatherWarps warps: of x, a thread has one 16-byte column of every kGatherRows-th row.
 template <FfnFormat kFormat>
 __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared, uint32_t base, int thread) {
   using L = Layout<kFormat>;
@@ -255,33 +279,54 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
     Release(base + L::kWorkEmpty + 8 * slot, lane);
     if (work.phase < 0) break;
     const int rows = work.units > 0 ? work.rows : 0;
-    const int columns = work.phase == 0 ? p.hidden : work.blocks * 64;
+    if (work.phase == 1) {
+      // What the gate/up items of these pairs wrote lies as it will lie here, block after block.
+      const int bytes = rows * 128;
+      if (thread == 0 && rows > 0) {
+        const int want = 4 * (experts[work.expert + 1].items1 - experts[work.expert].items1);
+        while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
+        FenceAsync();
+      }
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.inner) + static_cast<int64_t>(work.row) * work.blocks * 128;
+      for (int block = 0; block < work.blocks; ++block, from += bytes) {
+        const uint32_t full = base + L::kFull + 8 * ring.stage;
+        BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+        if (thread == 0 && rows > 0) {
+          BarrierExpectMore(full, bytes);
+          LoadBulk(base + ring.stage * L::kPairBytes, from, bytes, full);
+        }
+        BarrierArrive(full);
+        ring.Next();
+      }
+      continue;
+    }
     uint32_t offsets[kSteps];  // in pieces of 16 bytes
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int row = first + i * kGatherRows;
-      uint32_t at = 0;
-      if (row < rows) at = work.phase == 0 ? p.tables.pair_source[work.row + row] : work.row + row;
-      offsets[i] = at * (columns / 8) + piece;
+      offsets[i] = (row < rows ? p.tables.pair_source[work.row + row] : 0) * (p.hidden / 8) + piece;
     }
-    if (work.phase == 1 && rows > 0) {
-      if (lane == 0) {
-        const int want = 4 * (experts[work.expert + 1].items1 - experts[work.expert].items1);
-        while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
-      }
-      __syncwarp();
-    }
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(work.phase == 0 ? p.x : p.inner);
-    for (int block = 0; block < work.blocks; ++block) {
-      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.x);
+    for (int block = 0; block < work.blocks; ++block, from += 128) {
       const uint32_t to = base + ring.stage * L::kPairBytes;
-      const int bytes = block * 64 + piece * 8 < columns ? 16 : 0;
+      const uint32_t to_even = to + even, to_odd = to + odd;
+      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+      if (block * 64 + 64 <= p.hidden) {
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (i * kGatherRows >= rows) break;
-        if (first + i * kGatherRows < rows) {
-          const int64_t offset = bytes == 0 ? 0 : static_cast<int64_t>(offsets[i] + block * 8) * 16;
-          GatherPiece(to + ((i & 1) ? odd : even) + i * kGatherRows * 128, from + offset, bytes);
+        for (int i = 0; i < kSteps; ++i) {
+          if (first + i * kGatherRows < rows) {
+            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128, from + static_cast<uint64_t>(offsets[i]) * 16, 16);
+          }
+        }
+      } else {
+        // Pieces past the last column become zero.
+        const int bytes = block * 64 + piece * 8 < p.hidden ? 16 : 0;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          if (first + i * kGatherRows < rows) {
+            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
+                        bytes == 0 ? from : from + static_cast<uint64_t>(offsets[i]) * 16, bytes);
+          }
         }
       }
       GatherArrive(base + L::kFull + 8 * ring.stage);
@@ -369,9 +414,13 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
   constexpr int kRows = kN < kChunk ? kN : kChunk, kBlocks = kRows / 8;
   constexpr int kStep = kDown ? 2 : 4;  // blocks of 8 pairs in one store
   const int thread = warp * 32 + lane, matrix = lane / 8;
-  const int columns = kDown ? p.hidden : p.units.blocks2 * 64;
-  const int column = kDown ? work.unit * 128 + group * 64 * kTiles : work.unit * 64 + group * 32 * kTiles;
-  uint16_t* out = (kDown ? p.pairs : p.inner) + static_cast<int64_t>(work.row) * columns + column;
+  const int column = work.unit * 128 + group * 64 * kTiles;  // of the down product
+  // The gate/up product leaves in the order in which it is fetched: tile, block of 64 columns, row, pieces swapped.
+  const int block = kTiles == 2 ? work.unit + group : work.unit, first_piece = kTiles == 2 ? 0 : group * 4;
+  uint8_t* out = kDown ? reinterpret_cast<uint8_t*>(p.pairs) + (static_cast<int64_t>(work.row) * p.hidden + column) * 2
+                       : reinterpret_cast<uint8_t*>(p.inner) +
+                             (static_cast<int64_t>(work.row) * p.units.blocks2 + static_cast<int64_t>(work.rows) * block) * 128;
+  const uint64_t keep = EvictLast();
   const auto at = [](int row, int piece) {
     const int turn = kPieces >= 8 ? row & 7 : (row >> 1) & 3;
     return row * kPieces * 16 + ((piece ^ turn) << 4);
@@ -400,9 +449,15 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
 #pragma unroll
     for (int i = thread; i < kRows * kPieces; i += 128) {
       const int row = i / kPieces, piece = i % kPieces;
-      if (first + row < work.rows && column + piece * 8 < columns) {
-        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(first + row) * columns + piece * 8) =
-            LoadShared(staging + at(row, piece));
+      if (first + row < work.rows && (!kDown || column + piece * 8 < p.hidden)) {
+        uint8_t* to = kDown ? out + static_cast<int64_t>(first + row) * p.hidden * 2 + piece * 16
+                            : out + (first + row) * 128 + (((piece + first_piece) ^ (row & 7)) << 4);
+        const uint4 v = LoadShared(staging + at(row, piece));
+        if (work.shared) {
+          *reinterpret_cast<uint4*>(to) = v;
+        } else {
+          StoreKeep(to, v, keep);
+        }
       }
     }
   }
@@ -463,11 +518,31 @@ __device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* share
       }
     }
     if (work.phase == 0) {
+      FenceAsync();
       NamedSync<128>(1 + group);  // all rows of this warpgroup are written
       if (warp == 0 && lane == 0) {
         __threadfence();
         atomicAdd(p.tables.done + work.expert, 1);
       }
+    }
+  }
+}
+
+// While the plan is being made: brings the weights of the block's first item into the L2, as the item will be if every
+// expert has pairs, none more than fill a tile. Only where that expert is among the first slots, so that a few pairs do not
+// pay for weights of others.
+template <FfnFormat kFormat>
+__device__ __forceinline__ void FetchEarly(const FfnParams& p) {
+  using L = Layout<kFormat>;
+  const int items = (p.units.units1 + 3) / 4, cluster = blockIdx.x / 2, expert = cluster / items;
+  if (expert >= p.experts) return;
+  bool wanted = false;
+  for (int i = threadIdx.x; i < min(p.slots, kEarlySlots); i += kThreads) wanted |= p.expert_of[i] == expert;
+  if (__syncthreads_or(wanted) && threadIdx.x < 2) {
+    const int unit = (cluster % items * 2 + blockIdx.x % 2) * 2 + threadIdx.x;
+    if (unit < p.units.units1) {
+      const int64_t from = (static_cast<int64_t>(expert) * p.units.units1 + unit) * p.units.blocks1 * L::kUnitBytes;
+      PrefetchBulk(p.gate_up + from, min(kEarlyBlocks, p.units.blocks1) * L::kUnitBytes);
     }
   }
 }
@@ -495,6 +570,7 @@ __global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
     }
     FenceBarrierInit();
   }
+  FetchEarly<kFormat>(p);
   DependentWait();
   for (int i = threadIdx.x; i <= p.experts; i += kThreads) {
     reinterpret_cast<int4*>(shared + L::kExperts)[i] = reinterpret_cast<const int4*>(p.tables.experts)[i];
