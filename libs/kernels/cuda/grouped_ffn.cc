@@ -201,7 +201,7 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   reduce.pairs = params.pairs;
   reduce.inner = inner_.as<uint8_t>();
   reduce.partial = args.partial;
-  reduce.finite = args.finite;
+  reduce.finite = args.partial != nullptr ? args.finite : nullptr;
   reduce.x_residual = args.x_residual;
   reduce.outputs = args.outputs;
   reduce.slots = options_.slots;

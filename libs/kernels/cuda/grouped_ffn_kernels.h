@@ -6,7 +6,8 @@
 //   bf16: a unit's block is 128 rows of 128 bytes, the 16-byte piece c of row r at place c ^ (r & 7): what the 128-byte
 //         swizzle makes of it, 16 KiB.
 //   fp8:  in the order in which the threads of a warpgroup hold the left operand of 64 x 16 products (FragmentBytes),
-//         8 KiB, then 16 bytes: the factors of gate and up rows, each two times in bf16 and multiplied by 2^120.
+//         8 KiB, then 16 bytes: the factors of gate and up rows, each two times in bf16 and multiplied by 2^120, then
+//         112 bytes that are not read: blocks begin on lines of 128 bytes, or the copies would be slower.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,8 +20,8 @@ namespace minke::cuda {
 
 inline constexpr int kFfnUnitRows = 128, kFfnBlockColumns = 64;
 inline constexpr int kFfnBF16Bytes = kFfnUnitRows * kFfnBlockColumns * 2;
-inline constexpr int kFfnFP8Bytes = kFfnUnitRows * kFfnBlockColumns + 16;
-static_assert(kFfnFP8Bytes % 16 == 0);
+inline constexpr int kFfnFP8Bytes = kFfnUnitRows * kFfnBlockColumns + 128, kFfnFP8UsedBytes = kFfnFP8Bytes - 112;
+static_assert(kFfnFP8Bytes % 128 == 0);
 
 // Sizes of a shape in units and blocks.
 struct FfnUnits {
