@@ -58,7 +58,9 @@ using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphDestr
 
 template <class Run>
 absl::StatusOr<Graph> Capture(const Stream& stream, Run run) {
-  const auto check = [](cudaError_t e) { return e == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(e)); };
+  const auto check = [](cudaError_t e) {
+    return e == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(e));
+  };
   if (absl::Status s = check(cudaStreamBeginCapture(stream.handle(), cudaStreamCaptureModeThreadLocal)); !s.ok()) return s;
   const absl::Status ran = run();
   cudaGraph_t graph = nullptr;

@@ -114,7 +114,8 @@ absl::StatusOr<GroupedFfn> GroupedFfn::Create(const Options& options) {
   if (absl::Status s = Validate(options.shape); !s.ok()) return s;
   const int64_t pairs = int64_t{options.outputs_max} * options.slots;
   if (options.slots < 1 || options.slots > 32 || options.outputs_max < 1 || pairs > (1 << 24)) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", options.slots, " slots, ", options.outputs_max, " outputs"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped FFN: ", options.slots, " slots, ", options.outputs_max, " outputs"));
   }
   GroupedFfn ffn;
   ffn.options_ = options;
@@ -140,7 +141,8 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   const GroupedFfnShape& shape = options_.shape;
   if (args.outputs == 0) return absl::OkStatus();
   if (args.outputs < 0 || args.outputs > options_.outputs_max) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", args.outputs, " outputs, room for ", options_.outputs_max));
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped FFN: ", args.outputs, " outputs, room for ", options_.outputs_max));
   }
   if (args.weights == nullptr || !(args.weights->shape() == shape)) {
     return absl::InvalidArgumentError("grouped FFN: no weights, or of another shape");

@@ -75,7 +75,8 @@ struct FfnParams {
   const uint16_t* x;
   const uint8_t* gate_up;
   const uint8_t* down;
-  uint16_t* inner;  // [pairs, 64 blocks2]; Hopper: of each tile of pairs, block after block of [rows, 64], pieces swapped as above
+  // [pairs, 64 blocks2]; Hopper: of each tile of pairs, block after block of [rows, 64], pieces swapped as above.
+  uint16_t* inner;
   uint16_t* pairs;  // [pairs, hidden]
   const int32_t* expert_of;  // [slots]
   int32_t experts, hidden, slots;  // slots of all outputs

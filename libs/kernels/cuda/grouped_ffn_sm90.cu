@@ -7,8 +7,8 @@
 // one) for up to 128 pairs:
 //   pair item: both blocks have the same units and different pairs; each fetches half of the weights for both.
 //   solo item: the blocks have different units and the same pairs.
-// Roles: two consumer warpgroups (fp8: four); of one more, a warp that takes items and fetches weights (bulk copies), and three
-// that gather the pairs' rows (16-byte asynchronous copies).
+// Roles: two consumer warpgroups (fp8: four); of one more, a warp that takes items and fetches weights (bulk copies), and
+// three that gather the pairs' rows of x (16-byte asynchronous copies) or fetch their gate/up results (bulk copies).
 #include "libs/kernels/cuda/grouped_ffn_fp8.cuh"
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
 #include "libs/kernels/cuda/products.cuh"
@@ -315,7 +315,8 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
           if (first + i * kGatherRows < rows) {
-            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128, from + static_cast<uint64_t>(offsets[i]) * 16, 16);
+            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
+                        from + static_cast<uint64_t>(offsets[i]) * 16, 16);
           }
         }
       } else {
@@ -337,7 +338,8 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
 
 // d of `kTiles` times 64 weight rows and kN pairs. gathered: the pairs' rows were written as if by ordinary stores.
 template <FfnFormat kFormat, int kN, int kTiles>
-__device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, bool gathered, int group, int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+__device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, bool gathered, int group,
+                                         int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
   using L = Layout<kFormat>;
   // kTiles = 2: a unit for each warpgroup, 1: half a unit.
   constexpr int kHalf = kFfnUnitRows * kFfnBlockColumns / 2 * (L::kFP8 ? 1 : 2);
@@ -418,9 +420,9 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
   const int column = work.unit * 128 + group * 64 * kTiles;  // of the down product
   // The gate/up product leaves in the order in which it is fetched: tile, block of 64 columns, row, pieces swapped.
   const int block = work.unit + (kTiles == 2 ? group : group / 2), first_piece = kTiles == 2 ? 0 : group % 2 * 4;
-  uint8_t* out = kDown ? reinterpret_cast<uint8_t*>(p.pairs) + (static_cast<int64_t>(work.row) * p.hidden + column) * 2
-                       : reinterpret_cast<uint8_t*>(p.inner) +
-                             (static_cast<int64_t>(work.row) * p.units.blocks2 + static_cast<int64_t>(work.rows) * block) * 128;
+  const int64_t row = work.row;
+  uint8_t* out = kDown ? reinterpret_cast<uint8_t*>(p.pairs) + (row * p.hidden + column) * 2
+                       : reinterpret_cast<uint8_t*>(p.inner) + (row * p.units.blocks2 + work.rows * block) * 128;
   const uint64_t keep = EvictLast();
   const auto at = [](int row, int piece) {
     const int turn = kPieces >= 8 ? row & 7 : (row >> 1) & 3;
@@ -498,7 +500,8 @@ __device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work
 }
 
 template <FfnFormat kFormat>
-__device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* shared, uint32_t base, int group, int warp, int lane) {
+__device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* shared, uint32_t base, int group, int warp,
+                                        int lane) {
   using L = Layout<kFormat>;
   Ring<L::kStages> ring;
   for (int n = 0;; ++n) {
