@@ -1,7 +1,11 @@
 #include "bench/gpu/ffn_cases.h"
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <cstdio>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "bench/gpu/fill.h"
@@ -47,9 +51,31 @@ absl::StatusOr<std::vector<GroupedFfnWeights>> MakeWeights(const GroupedFfnShape
   return sets;
 }
 
-// Median milliseconds.
+struct GraphDestroyer {
+  void operator()(cudaGraphExec_t graph) const noexcept { (void)cudaGraphExecDestroy(graph); }
+};
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphDestroyer>;
+
+template <class Run>
+absl::StatusOr<Graph> Capture(const Stream& stream, Run run) {
+  const auto check = [](cudaError_t e) {
+    return e == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(e));
+  };
+  if (absl::Status s = check(cudaStreamBeginCapture(stream.handle(), cudaStreamCaptureModeThreadLocal)); !s.ok()) return s;
+  const absl::Status ran = run();
+  cudaGraph_t graph = nullptr;
+  if (absl::Status s = check(cudaStreamEndCapture(stream.handle(), &graph)); !s.ok()) return s;
+  cudaGraphExec_t executable = nullptr;
+  const absl::Status made = check(cudaGraphInstantiate(&executable, graph, 0));
+  (void)cudaGraphDestroy(graph);
+  if (!ran.ok()) return ran;
+  if (!made.ok()) return made;
+  return Graph(executable);
+}
+
+// Median milliseconds; as launches, or as replays of a captured graph.
 absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const Case& c, cuda::Path path, int variant,
-                               const Stream& stream) {
+                               bool graph, const Stream& stream) {
   const GroupedFfnShape& shape = sets[0].shape();
   // Experts 2j and 2j + 1 share their rows; outputs of the pairs of experts take turns.
   std::vector<int32_t> experts;
@@ -79,7 +105,7 @@ absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const
   absl::StatusOr<cuda::GroupedFfn> ffn = cuda::GroupedFfn::Create(
       {.shape = shape, .slots = kSlots, .outputs_max = outputs, .path = path, .variant = variant});
   if (!ffn.ok()) return ffn.status();
-  return MedianMilliseconds(static_cast<int>(sets.size()), stream, [&](int set) {
+  const auto run = [&](int set) {
     cuda::GroupedFfnArgs args;
     args.weights = &sets[set];
     args.x = x->as<bf16>();
@@ -89,6 +115,18 @@ absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const
     args.partial = out->as<bf16>();
     args.finite = finite->as<uint8_t>();
     return ffn->Run(args, stream);
+  };
+  const int count = static_cast<int>(sets.size());
+  if (!graph) return MedianMilliseconds(count, stream, run);
+  std::vector<Graph> graphs;
+  for (int set = 0; set < count; ++set) {
+    absl::StatusOr<Graph> captured = Capture(stream, [&] { return run(set); });
+    if (!captured.ok()) return captured.status();
+    graphs.push_back(*std::move(captured));
+  }
+  return MedianMilliseconds(count, stream, [&](int set) {
+    const cudaError_t error = cudaGraphLaunch(graphs[set].get(), stream.handle());
+    return error == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(error));
   });
 }
 
@@ -135,8 +173,8 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
         double rows = 0, active = 0;
         for (const int n : c.rows) rows += n, active += n > 0;
         const double weights = 3.0 * model.shape.hidden * model.shape.inner;
-        const auto run = [&](const std::string& name, cuda::Path path, int variant, bool main) {
-          const absl::StatusOr<double> ms = Measure(*sets, c, path, variant, stream);
+        const auto run = [&](const std::string& name, cuda::Path path, int variant, bool main, bool graph = false) {
+          const absl::StatusOr<double> ms = Measure(*sets, c, path, variant, graph, stream);
           if (!ms.ok()) return calls.fail(name, ms.status());
           FfnRow row{.work = name, .ms = *ms, .flops = 2 * weights * rows, .bytes = weights * active * (fp8 ? 1 : 2)};
           if (main && !fp8) {
@@ -148,6 +186,7 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
           calls.report(row);
         };
         run(name_of(c), cuda::Path::kAuto, 0, true);
+        if (c.gbps > 0) run("  as a graph", cuda::Path::kAuto, 0, false, true);
         if (variants) {
           for (const int variant : {1, 2}) run("  variant " + std::to_string(variant), cuda::Path::kAuto, variant, false);
         }

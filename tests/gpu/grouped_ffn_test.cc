@@ -236,7 +236,9 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
     };
     const std::vector<bf16> got = partial();
     if (HasFailure()) return;
-    for (int64_t i = int64_t{used} * hidden; i < std::ssize(got); ++i) ASSERT_EQ(got[i], 0xffff) << "unused output " << i / hidden;
+    for (int64_t i = int64_t{used} * hidden; i < std::ssize(got); ++i) {
+      ASSERT_EQ(got[i], 0xffff) << "unused output " << i / hidden;
+    }
     ExpectRows(std::vector<double>(got.size()), got, want, used, hidden, "partial");
 
     std::vector<float> before(got.size());
@@ -248,7 +250,9 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
     const auto after = ToHost<float>(residual, *stream_);
     std::vector<double> difference(after.size());
     for (size_t i = 0; i < after.size(); ++i) difference[i] = double{after[i]} - before[i];
-    for (int64_t i = int64_t{used} * hidden; i < std::ssize(got); ++i) ASSERT_EQ(after[i], before[i]) << "unused output " << i / hidden;
+    for (int64_t i = int64_t{used} * hidden; i < std::ssize(got); ++i) {
+      ASSERT_EQ(after[i], before[i]) << "unused output " << i / hidden;
+    }
     ExpectRows(difference, {}, want, used, hidden, "residual");
 
     for (int i = 0; i < repeats && !HasFailure(); ++i) {
@@ -359,7 +363,8 @@ TEST_P(GroupedFfnTest, OneHotExpertAmongMany) {
   const Experts experts = RandomExperts(rng, shape);
   const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
   GroupedFfn ffn = Make(shape, 6, 1500);
-  const Work work = RandomWork(rng, 1500, 6, 3, [](std::mt19937& r) { return r() % 2 == 0 ? 17 : static_cast<int>(r() % 40); });
+  const Work work = RandomWork(rng, 1500, 6, 3,
+                               [](std::mt19937& r) { return r() % 2 == 0 ? 17 : static_cast<int>(r() % 40); });
   Check(ffn, weights, Effective(experts), work, 12, 5);
 }
 
@@ -368,7 +373,7 @@ TEST_P(GroupedFfnTest, ManyExperts) {
   const GroupedFfnShape shape = {kGroupedFfnExpertsMax, 64, 64};
   const Experts experts = RandomExperts(rng, shape);
   const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
-  for (const int outputs : {3, 3000}) {
+  for (const int outputs : {3, 600, 3000}) {
     GroupedFfn ffn = Make(shape, 8, outputs);
     std::uniform_int_distribution<int> pick(0, shape.experts - 1);
     Check(ffn, weights, Effective(experts), RandomWork(rng, outputs, 8, 8, pick), 14, 3);
@@ -383,7 +388,9 @@ TEST_P(GroupedFfnTest, ModelShapes) {
     const GroupedFfnShape& shape = experts.shape;
     const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
     GroupedFfn ffn = Make(shape, 3, 180);
-    const Work work = RandomWork(rng, 180, 3, 2, [&](std::mt19937& r) { return r() % 3 == 0 ? static_cast<int>(r() % shape.experts) : 1; });
+    const Work work = RandomWork(rng, 180, 3, 2, [&](std::mt19937& r) {
+      return r() % 3 == 0 ? static_cast<int>(r() % shape.experts) : 1;
+    });
     Check(ffn, weights, Effective(experts), work, 16, 10);
     if (HasFailure()) return;
   }
@@ -428,7 +435,8 @@ TEST_P(GroupedFfnTest, NotFiniteRowsStayAlone) {
     EXPECT_EQ(flags_clean[i], 1);
     EXPECT_EQ(flags[i], i == 11 || i == 200 ? 0 : 1) << "output " << i;
     if (i == 11 || i == 200) continue;
-    ASSERT_EQ(std::memcmp(&got[int64_t{i} * shape.hidden], &clean[int64_t{i} * shape.hidden], shape.hidden * 2), 0) << "output " << i;
+    const int64_t at = int64_t{i} * shape.hidden;
+    ASSERT_EQ(std::memcmp(&got[at], &clean[at], shape.hidden * 2), 0) << "output " << i;
   }
 }
 

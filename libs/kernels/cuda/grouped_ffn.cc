@@ -1,5 +1,7 @@
 #include "libs/kernels/cuda/grouped_ffn.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "libs/kernels/cuda/check.h"
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
@@ -30,13 +32,14 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 // Where the planning kernel's tables begin in their buffer, in bytes.
 struct TableOffsets {
-  int64_t experts = 0, done, counters, pair_source, position, end;
+  int64_t experts = 0, done, counters, pair_source, position, block_counts, end;
   TableOffsets(int64_t expert_count, int64_t pairs) {
     done = (expert_count + 1) * static_cast<int64_t>(sizeof(FfnExpert));
     counters = done + expert_count * 4;
     pair_source = counters + 2 * 4;
     position = pair_source + pairs * 4;
-    end = position + pairs * 4;
+    block_counts = position + pairs * 4;
+    end = block_counts + kFfnPlanBlocksMax * expert_count * 4;
   }
 };
 
@@ -111,7 +114,8 @@ absl::StatusOr<GroupedFfn> GroupedFfn::Create(const Options& options) {
   if (absl::Status s = Validate(options.shape); !s.ok()) return s;
   const int64_t pairs = int64_t{options.outputs_max} * options.slots;
   if (options.slots < 1 || options.slots > 32 || options.outputs_max < 1 || pairs > (1 << 24)) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", options.slots, " slots, ", options.outputs_max, " outputs"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped FFN: ", options.slots, " slots, ", options.outputs_max, " outputs"));
   }
   GroupedFfn ffn;
   ffn.options_ = options;
@@ -137,7 +141,8 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   const GroupedFfnShape& shape = options_.shape;
   if (args.outputs == 0) return absl::OkStatus();
   if (args.outputs < 0 || args.outputs > options_.outputs_max) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", args.outputs, " outputs, room for ", options_.outputs_max));
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped FFN: ", args.outputs, " outputs, room for ", options_.outputs_max));
   }
   if (args.weights == nullptr || !(args.weights->shape() == shape)) {
     return absl::InvalidArgumentError("grouped FFN: no weights, or of another shape");
@@ -157,6 +162,7 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   plan.tables.counters = reinterpret_cast<int32_t*>(tables + at.counters);
   plan.tables.pair_source = reinterpret_cast<int32_t*>(tables + at.pair_source);
   plan.tables.position = reinterpret_cast<int32_t*>(tables + at.position);
+  plan.tables.block_counts = reinterpret_cast<int32_t*>(tables + at.block_counts);
   plan.outputs_used = args.outputs_used;
   plan.source = args.source;
   plan.expert_of = args.experts;
@@ -164,10 +170,12 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   plan.outputs = args.outputs;
   plan.slots = options_.slots;
   plan.units = UnitsOf(shape);
+  const int32_t slots = args.outputs * options_.slots;
+  plan.block_slots = std::max(kFfnPlanSlots, (slots + kFfnPlanBlocksMax - 1) / kFfnPlanBlocksMax);
   plan.tile_rows = FfnTileRows(args.weights->format());
   plan.clusters = device_.multiprocessors / 2;
   plan.solo_units = options_.variant;
-  MK_CUDA_RETURN_IF_ERROR(LaunchFfnPlan(plan, stream.handle()));
+  MK_CUDA_RETURN_IF_ERROR(LaunchFfnPlan(plan, path_ == Path::kHopper, stream.handle()));
 
   FfnParams params;
   params.tables = plan.tables;
@@ -176,6 +184,8 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   params.down = args.weights->down();
   params.inner = inner_.as<uint16_t>();
   params.pairs = pairs_.as<uint16_t>();
+  params.expert_of = args.experts;
+  params.slots = slots;
   params.experts = shape.experts;
   params.hidden = shape.hidden;
   params.units = plan.units;
@@ -191,12 +201,14 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   reduce.outputs_used = args.outputs_used;
   reduce.slot_weights = args.slot_weights;
   reduce.pairs = params.pairs;
+  reduce.inner = inner_.as<uint8_t>();
   reduce.partial = args.partial;
-  reduce.finite = args.finite;
+  reduce.finite = args.partial != nullptr ? args.finite : nullptr;
   reduce.x_residual = args.x_residual;
   reduce.outputs = args.outputs;
   reduce.slots = options_.slots;
   reduce.hidden = shape.hidden;
+  reduce.inner_lines = plan.units.blocks2;
   MK_CUDA_RETURN_IF_ERROR(LaunchFfnReduce(reduce, path_ == Path::kHopper, stream.handle()));
   return absl::OkStatus();
 }

@@ -26,8 +26,9 @@ struct GroupedFfnShape {
 
 // kBF16: the weights as they are. kFP8: e4m3 with one scale per block of 128 x 128 weights, made from bf16 while
 // loading. The scale is the block's largest magnitude / 448, rounded up to four significant bits, so that weight times
-// scale is exact in bf16. Against the bf16 weights, an output row of random weights is off by about 4.5 % (each of the
-// three matrices by 2.6 %); against the rounded weights both forms have the same error.
+// scale is exact in bf16 (magnitudes up to 100,000; a block that holds NaN or infinity becomes NaN). Against the bf16
+// weights, an output row of random weights is off by about 4.5 % (each of the three matrices by 2.6 %); against the rounded
+// weights both forms have the same error.
 enum class FfnFormat : uint8_t { kBF16, kFP8 };
 
 // Weights of the experts of one (layer, shard) on the device, packed for the kernels: gate and up, then down, in tiles of
@@ -72,7 +73,7 @@ struct GroupedFfnArgs {
   const float* slot_weights = nullptr;    // [outputs, slots]
   // Either the sum itself, in bf16, zero where an output has no pair ...
   bf16* partial = nullptr;    // [outputs, hidden]
-  uint8_t* finite = nullptr;  // [outputs], 1 if every value of the row is finite, else 0; may be null
+  uint8_t* finite = nullptr;  // [outputs], of `partial`: 1 if every value of the row is finite, else 0; may be null
   // ... or the sum added to what is there, one rounding per value.
   float* x_residual = nullptr;  // [outputs, hidden]
 };

@@ -49,45 +49,90 @@ __device__ __forceinline__ int WarpBefore(int x, int lane) {
   return sum - x;
 }
 
-// One block. The pairs keep the order of the outputs inside an expert: each warp takes consecutive pairs, counts them by
-// expert, and later places them after those of the warps before it.
-__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p) {
-  __shared__ int counts[kPlanWarps][kGroupedFfnExpertsMax];
-  __shared__ int rows[kGroupedFfnExpertsMax];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  LaunchDependents();
+// A warp's part of the slots: consecutive, whole batches where that leaves enough of them, so that loads go out together.
+struct Range {
+  int begin, end;
+  int warps;  // of the block that have a part
+};
+__device__ __forceinline__ Range Part(const FfnPlanParams& p, int warp) {
   const int outputs = p.outputs_used == nullptr ? p.outputs : min(max(*p.outputs_used, 0), p.outputs);
-  const int slots = outputs * p.slots, each = Ceil(slots, kPlanThreads) * 32;
-  const int begin = min(warp * each, slots), end = min(begin + each, slots);
-  for (int e = lane; e < p.experts; e += 32) counts[warp][e] = 0;
+  const int block_begin = min(blockIdx.x * p.block_slots, outputs * p.slots);
+  const int slots = min(outputs * p.slots - block_begin, p.block_slots);
+  const int each = Ceil(slots, kPlanThreads * kBatch) * 32 * kBatch, begin = min(warp * each, slots);
+  return {block_begin + begin, block_begin + min(begin + each, slots), slots == 0 ? 0 : Ceil(slots, each)};
+}
+
+// Experts of kBatch x 32 slots; -1 where there is no pair.
+__device__ __forceinline__ void LoadBatch(const FfnPlanParams& p, const Range& range, int from, int lane,
+                                          int (&expert)[kBatch]) {
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int i = from + j * 32 + lane;
+    expert[j] = i < range.end ? p.expert_of[i] : -1;
+    if (static_cast<uint32_t>(expert[j]) >= static_cast<uint32_t>(p.experts)) expert[j] = -1;
+  }
+}
+
+__device__ __forceinline__ void Count(const FfnPlanParams& p, const Range& range, int lane, int* counts) {
+  for (int e = lane; e < p.experts; e += 32) counts[e] = 0;
   __syncwarp();
-  // kBatch loads at a time are on the way together.
-  const auto load = [&](int from, int (&expert)[kBatch]) {
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = from + j * 32 + lane;
-      expert[j] = i < end ? p.expert_of[i] : -1;
-      if (static_cast<uint32_t>(expert[j]) >= static_cast<uint32_t>(p.experts)) expert[j] = -1;
-    }
-  };
-  for (int i = begin; i < end; i += 32 * kBatch) {
+  for (int i = range.begin; i < range.end; i += 32 * kBatch) {
     int expert[kBatch];
-    load(i, expert);
+    LoadBatch(p, range, i, lane, expert);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (expert[j] >= 0) atomicAdd(&counts[warp][expert[j]], 1);
+      if (expert[j] >= 0) atomicAdd(&counts[expert[j]], 1);
     }
   }
+}
+
+// Where one block is not enough: how many pairs of each expert every block of the planning kernel will find.
+__global__ void __launch_bounds__(kPlanThreads) CountKernel(const FfnPlanParams p) {
+  __shared__ int counts[kPlanWarps][kGroupedFfnExpertsMax];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  LaunchDependents();
+  const Range range = Part(p, warp);
+  if (warp < range.warps) Count(p, range, lane, counts[warp]);
   __syncthreads();
   for (int e = threadIdx.x; e < p.experts; e += kPlanThreads) {
-    int before = 0;
-#pragma unroll 8
-    for (int w = 0; w < kPlanWarps; ++w) {
+    int sum = 0;
+    for (int w = 0; w < range.warps; ++w) sum += counts[w][e];
+    p.tables.block_counts[blockIdx.x * p.experts + e] = sum;
+  }
+}
+
+// The pairs keep the order of the outputs inside an expert: each warp takes consecutive slots, counts their pairs by
+// expert, and later places them after those of the warps and blocks before it.
+__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p) {
+  __shared__ int counts[kPlanWarps][kGroupedFfnExpertsMax];
+  __shared__ int rows[kGroupedFfnExpertsMax];    // of an expert, then its first pair
+  __shared__ int before[kGroupedFfnExpertsMax];  // pairs of the blocks before
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  LaunchDependents();
+  const Range range = Part(p, warp);
+  if (warp < range.warps) Count(p, range, lane, counts[warp]);
+  if (gridDim.x > 1) DependentWait();
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.experts; e += kPlanThreads) {
+    int sum = 0;
+#pragma unroll 4
+    for (int w = 0; w < range.warps; ++w) {
       const int count = counts[w][e];
-      counts[w][e] = before;
-      before += count;
+      counts[w][e] = sum;
+      sum += count;
     }
-    rows[e] = before;
+    int all = sum, earlier = 0;
+    if (gridDim.x > 1) {
+      all = 0;
+#pragma unroll 8
+      for (int b = 0; b < gridDim.x; ++b) {
+        const int count = p.tables.block_counts[b * p.experts + e];
+        earlier += b < blockIdx.x ? count : 0;
+        all += count;
+      }
+    }
+    rows[e] = all;
+    before[e] = earlier;
   }
   __syncthreads();
   if (warp == 0) {
@@ -110,21 +155,26 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
                     WarpBefore(sum.items2, lane)};
     for (int e = first; e < last; ++e) {
       const int count = rows[e];
-      p.tables.experts[e] = at;
-      p.tables.done[e] = 0;
-      rows[e] = at.row;
+      if (blockIdx.x == 0) {
+        p.tables.experts[e] = at;
+        p.tables.done[e] = 0;
+      }
+      rows[e] = at.row + before[e];
       at.row += count;
       at.tiles += Ceil(count, kFfnPortableTileRows);
       at.items1 += Items(count, p.tile_rows, p.units.units1, solo_units);
       at.items2 += Items(count, p.tile_rows, p.units.units2, solo_units);
     }
-    if (last == p.experts && first < last) p.tables.experts[p.experts] = at;
-    if (lane == 0) p.tables.counters[0] = 0, p.tables.counters[1] = solo_units;
+    if (blockIdx.x == 0) {
+      if (last == p.experts && first < last) p.tables.experts[p.experts] = at;
+      // A cluster's first item has the cluster's number.
+      if (lane == 0) p.tables.counters[0] = p.clusters, p.tables.counters[1] = solo_units;
+    }
   }
   __syncthreads();
-  for (int i = begin; i < end; i += 32 * kBatch) {
+  for (int i = range.begin; i < range.end; i += 32 * kBatch) {
     int expert[kBatch], source[kBatch];
-    load(i, expert);
+    LoadBatch(p, range, i, lane, expert);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       source[j] = (i + j * 32 + lane) / p.slots;
@@ -132,7 +182,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (i + j * 32 >= end) break;
+      if (i + j * 32 >= range.end) break;
       const uint32_t same = __match_any_sync(~0u, expert[j]);
       const int rank = __popc(same & ((1u << lane) - 1));
       int position = -1;
@@ -143,7 +193,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
       __syncwarp();
       if (expert[j] >= 0 && rank == 0) counts[warp][expert[j]] += __popc(same);
       __syncwarp();
-      if (i + j * 32 + lane < end) p.tables.position[i + j * 32 + lane] = position;
+      if (i + j * 32 + lane < range.end) p.tables.position[i + j * 32 + lane] = position;
     }
   }
 }
@@ -154,6 +204,14 @@ __device__ __forceinline__ float2 Halves(uint32_t packed) {
 
 __device__ __forceinline__ bool Finite(uint32_t packed) {
   return (packed & 0x7f80u) != 0x7f80u && (packed & 0x7f800000u) != 0x7f800000u;
+}
+
+// Forgets `lines` lines of 128 bytes of each of n pairs.
+__device__ __forceinline__ void Discard(const uint8_t* data, int lines, const int* positions, int n) {
+  for (int i = threadIdx.x; i < n * lines; i += blockDim.x) {
+    const uint8_t* line = data + (static_cast<int64_t>(positions[i / lines]) * lines + i % lines) * 128;
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+  }
 }
 
 // One output a block, 8 columns a thread at a time.
@@ -216,30 +274,45 @@ __global__ void __launch_bounds__(1024) ReduceKernel(const FfnReduceParams p) {
       }
     }
   }
+  // The pairs are used up. Left alone, they would be written to memory in the middle of a later call's reads of weights.
+  __syncthreads();
+  if (p.hidden % 64 == 0) Discard(reinterpret_cast<const uint8_t*>(p.pairs), p.hidden / 64, positions, n);
+  Discard(p.inner, p.inner_lines, positions, n);
   if (p.finite != nullptr) {
     const int all = __syncthreads_and(finite);
     if (threadIdx.x == 0) p.finite[output] = all != 0;
   }
 }
 
-}  // namespace
-
-cudaError_t LaunchFfnPlan(const FfnPlanParams& params, cudaStream_t stream) {
-  PlanKernel<<<1, kPlanThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-cudaError_t LaunchFfnReduce(const FfnReduceParams& params, bool chained, cudaStream_t stream) {
+template <class Params>
+cudaError_t LaunchAfter(void (*kernel)(Params), const Params& params, dim3 blocks, dim3 threads, bool chained,
+                        cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(params.outputs);
-  config.blockDim = dim3(std::min(1024, (params.hidden / 8 + 31) / 32 * 32));
+  config.gridDim = blocks;
+  config.blockDim = threads;
   config.stream = stream;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = chained ? 1 : 0;
-  return cudaLaunchKernelEx(&config, ReduceKernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace
+
+cudaError_t LaunchFfnPlan(const FfnPlanParams& params, bool chained, cudaStream_t stream) {
+  const int blocks = (params.outputs * params.slots + params.block_slots - 1) / params.block_slots;
+  if (blocks > 1) {
+    CountKernel<<<blocks, kPlanThreads, 0, stream>>>(params);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return LaunchAfter(PlanKernel, params, dim3(blocks), dim3(kPlanThreads), chained && blocks > 1, stream);
+}
+
+cudaError_t LaunchFfnReduce(const FfnReduceParams& params, bool chained, cudaStream_t stream) {
+  const dim3 threads(std::min(1024, (params.hidden / 8 + 31) / 32 * 32));
+  return LaunchAfter(ReduceKernel, params, dim3(params.outputs), threads, chained, stream);
 }
 
 }  // namespace minke::cuda

@@ -7,8 +7,8 @@
 // one) for up to 128 pairs:
 //   pair item: both blocks have the same units and different pairs; each fetches half of the weights for both.
 //   solo item: the blocks have different units and the same pairs.
-// Roles: two consumer warpgroups; of a third one, a warp that takes items and fetches weights (bulk copies), and three
-// that gather the pairs' rows (16-byte asynchronous copies).
+// Roles: two consumer warpgroups (fp8: four); of one more, a warp that takes items and fetches weights (bulk copies), and
+// three that gather the pairs' rows of x (16-byte asynchronous copies) or fetch their gate/up results (bulk copies).
 #include "libs/kernels/cuda/grouped_ffn_fp8.cuh"
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
 #include "libs/kernels/cuda/products.cuh"
@@ -18,10 +18,9 @@ namespace {
 
 using namespace ptx;
 
-constexpr int kThreads = 384;
-constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows that the gathering warps fetch at a time
-constexpr int kPrefetch = 6;  // blocks of shared weights on the way to the L2 beyond those on the way to a stage
-constexpr int kChunk = 32;  // pairs that leave through shared memory at a time
+constexpr int kEarlyBlocks = 6;     // of each unit, asked for before the plan is there
+constexpr int kEarlySlots = 4096;   // looked through for that
+constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows of x that are asked for at a time
 
 // Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 8 x (8 + 2 x 8.125) KiB, and 20 KiB for the rest.
 template <FfnFormat kFormat>
@@ -29,13 +28,15 @@ struct Layout {
   static constexpr bool kFP8 = kFormat == FfnFormat::kFP8;
   static constexpr int kStages = kFP8 ? 8 : 4;
   static constexpr int kPairs = FfnTileRows(kFormat);
+  static constexpr int kGroups = kFP8 ? 4 : 2;  // of consumers
+  static constexpr int kThreads = 128 * kGroups + 128;
   static constexpr int kUnitBytes = kFP8 ? kFfnFP8Bytes : kFfnBF16Bytes;  // of one block of columns
-  static constexpr int kUnitStride = (kUnitBytes + 127) / 128 * 128;
+  static constexpr int kLoadBytes = kFP8 ? kFfnFP8UsedBytes : kFfnBF16Bytes;
   static constexpr int kPairBytes = kPairs * 128;
   static constexpr int kWeights = kStages * kPairBytes;
-  static constexpr int kStaging = kWeights + kStages * 2 * kUnitStride;
-  static constexpr int kStagingBytes = kChunk * 256;  // of a warpgroup
-  static constexpr int kExperts = kStaging + 2 * kStagingBytes;
+  static constexpr int kStaging = kWeights + kStages * 2 * kUnitBytes;
+  static constexpr int kStagingBytes = 16384 / kGroups;  // of a warpgroup
+  static constexpr int kExperts = kStaging + kGroups * kStagingBytes;
   static constexpr int kWork = kExperts + (kGroupedFfnExpertsMax + 1) * 16;
   static constexpr int kClaim = kWork + 2 * 32;
   static constexpr int kFull = kClaim + 16;
@@ -77,6 +78,17 @@ __device__ __forceinline__ void LoadBulk(uint32_t to, const void* from, int byte
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+__device__ __forceinline__ void LoadBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// More bytes for the phase under way; no arrival.
+__device__ __forceinline__ void BarrierExpectMore(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Ordinary accesses to any memory before this come before what the copy engine does after it.
+__device__ __forceinline__ void FenceAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void LoadBulkMulticast(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
@@ -106,6 +118,16 @@ __device__ __forceinline__ void SendWord(uint32_t to, int value, uint32_t barrie
 }
 __device__ __forceinline__ void GatherPiece(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ uint64_t EvictLast() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void StoreKeep(void* to, const uint4& v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy)
+               : "memory");
 }
 // One of the arrivals that the barrier counts, once this thread's copies have landed.
 __device__ __forceinline__ void GatherArrive(uint32_t barrier) {
@@ -187,18 +209,23 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
   const uint64_t once = EvictFirst();
   Ring<L::kStages> ring;
   uint32_t ready = 0;  // parities
-  int expert = 0, phase = 0, next = rank == 0 ? atomicAdd(p.tables.counters, 1) : 0;
+  int expert = 0, phase = 0, next = blockIdx.x / 2;
   for (int n = 0;; ++n) {
     const int slot = n & 1;
     const uint32_t parity = (n >> 1) & 1;
-    if (rank == 0) {
-      BarrierWait(base + L::kClaimEmpty + 8 * slot, parity ^ 1);
-      SendWord(base + L::kClaim + 4 * slot, next, base + L::kClaimFull + 8 * slot, 1);
-    } else {
-      BarrierExpect(base + L::kClaimFull + 8 * slot, 4);
-      BarrierWait(base + L::kClaimFull + 8 * slot, parity);
-      next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * slot);
-      BarrierArriveRemote(base + L::kClaimEmpty + 8 * slot, 0);
+    // The first item has the cluster's number; block 0 tells the other one of each later one.
+    if (n > 0) {
+      const int place = (n - 1) & 1;
+      const uint32_t turn = ((n - 1) >> 1) & 1, full = base + L::kClaimFull + 8 * place;
+      if (rank == 0) {
+        BarrierWait(base + L::kClaimEmpty + 8 * place, turn ^ 1);
+        SendWord(base + L::kClaim + 4 * place, next, full, 1);
+      } else {
+        BarrierExpect(full, 4);
+        BarrierWait(full, turn);
+        next = *reinterpret_cast<volatile int*>(shared + L::kClaim + 4 * place);
+        BarrierArriveRemote(base + L::kClaimEmpty + 8 * place, 0);
+      }
     }
     const Work work = Decode<L::kPairs>(p, experts, next, rank, solo_units, expert, phase);
     BarrierWait(base + L::kWorkEmpty + 8 * slot, parity ^ 1);
@@ -212,23 +239,20 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
     const int claim_at = max(0, work.blocks - 8);  // the next item is known when this one's last block is asked for
     for (int block = 0; block < work.blocks; ++block) {
       const uint32_t full = base + L::kFull + 8 * ring.stage;
-      const uint32_t to = base + L::kWeights + ring.stage * 2 * L::kUnitStride;
+      const uint32_t to = base + L::kWeights + ring.stage * 2 * L::kUnitBytes;
       BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
-      BarrierExpect(full, work.units * L::kUnitBytes);
+      BarrierExpect(full, work.units * L::kLoadBytes);
       if (work.shared) {
         const uint32_t mine = base + L::kReady + 8 * ring.stage;
         BarrierArriveRemote(mine, rank ^ 1);
         BarrierWait(mine, (ready >> ring.stage) & 1);
         ready ^= 1u << ring.stage;
         if (rank < work.units) {
-          if (block + kPrefetch < work.blocks) {
-            PrefetchBulk(from + rank * unit_bytes + kPrefetch * L::kUnitBytes, L::kUnitBytes);
-          }
-          LoadBulkMulticast(to + rank * L::kUnitStride, from + rank * unit_bytes, L::kUnitBytes, full);
+          LoadBulkMulticast(to + rank * L::kUnitBytes, from + rank * unit_bytes, L::kLoadBytes, full);
         }
       } else {
         for (int u = 0; u < work.units; ++u) {
-          LoadBulk(to + u * L::kUnitStride, from + u * unit_bytes, L::kUnitBytes, full, once);
+          LoadBulk(to + u * L::kUnitBytes, from + u * unit_bytes, L::kLoadBytes, full, once);
         }
       }
       from += L::kUnitBytes;
@@ -238,7 +262,7 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
   }
 }
 
-// Fetches the rows of the pairs. kGatherWarps warps; a thread has one 16-byte column of every kGatherRows-th row.
+// Fetches the rows of the pairs. kGatherWarps warps: of x, a thread has one 16-byte column of every kGatherRows-th row.
 template <FfnFormat kFormat>
 __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared, uint32_t base, int thread) {
   using L = Layout<kFormat>;
@@ -255,33 +279,55 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
     Release(base + L::kWorkEmpty + 8 * slot, lane);
     if (work.phase < 0) break;
     const int rows = work.units > 0 ? work.rows : 0;
-    const int columns = work.phase == 0 ? p.hidden : work.blocks * 64;
+    if (work.phase == 1) {
+      // What the gate/up items of these pairs wrote lies as it will lie here, block after block.
+      const int bytes = rows * 128;
+      if (thread == 0 && rows > 0) {
+        const int want = 2 * L::kGroups * (experts[work.expert + 1].items1 - experts[work.expert].items1);
+        while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
+        FenceAsync();
+      }
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.inner) + static_cast<int64_t>(work.row) * work.blocks * 128;
+      for (int block = 0; block < work.blocks; ++block, from += bytes) {
+        const uint32_t full = base + L::kFull + 8 * ring.stage;
+        BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+        if (thread == 0 && rows > 0) {
+          BarrierExpectMore(full, bytes);
+          LoadBulk(base + ring.stage * L::kPairBytes, from, bytes, full);
+        }
+        BarrierArrive(full);
+        ring.Next();
+      }
+      continue;
+    }
     uint32_t offsets[kSteps];  // in pieces of 16 bytes
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int row = first + i * kGatherRows;
-      uint32_t at = 0;
-      if (row < rows) at = work.phase == 0 ? p.tables.pair_source[work.row + row] : work.row + row;
-      offsets[i] = at * (columns / 8) + piece;
+      offsets[i] = (row < rows ? p.tables.pair_source[work.row + row] : 0) * (p.hidden / 8) + piece;
     }
-    if (work.phase == 1 && rows > 0) {
-      if (lane == 0) {
-        const int want = 4 * (experts[work.expert + 1].items1 - experts[work.expert].items1);
-        while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
-      }
-      __syncwarp();
-    }
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(work.phase == 0 ? p.x : p.inner);
-    for (int block = 0; block < work.blocks; ++block) {
-      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.x);
+    for (int block = 0; block < work.blocks; ++block, from += 128) {
       const uint32_t to = base + ring.stage * L::kPairBytes;
-      const int bytes = block * 64 + piece * 8 < columns ? 16 : 0;
+      const uint32_t to_even = to + even, to_odd = to + odd;
+      BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
+      if (block * 64 + 64 <= p.hidden) {
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (i * kGatherRows >= rows) break;
-        if (first + i * kGatherRows < rows) {
-          const int64_t offset = bytes == 0 ? 0 : static_cast<int64_t>(offsets[i] + block * 8) * 16;
-          GatherPiece(to + ((i & 1) ? odd : even) + i * kGatherRows * 128, from + offset, bytes);
+        for (int i = 0; i < kSteps; ++i) {
+          if (first + i * kGatherRows < rows) {
+            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
+                        from + static_cast<uint64_t>(offsets[i]) * 16, 16);
+          }
+        }
+      } else {
+        // Pieces past the last column become zero.
+        const int bytes = block * 64 + piece * 8 < p.hidden ? 16 : 0;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          if (first + i * kGatherRows < rows) {
+            GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
+                        bytes == 0 ? from : from + static_cast<uint64_t>(offsets[i]) * 16, bytes);
+          }
         }
       }
       GatherArrive(base + L::kFull + 8 * ring.stage);
@@ -290,12 +336,14 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
   }
 }
 
-// d of `kTiles` times 64 weight rows and kN pairs.
+// d of `kTiles` times 64 weight rows and kN pairs. gathered: the pairs' rows were written as if by ordinary stores.
 template <FfnFormat kFormat, int kN, int kTiles>
-__device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, int group, int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+__device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, bool gathered, int group,
+                                         int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
   using L = Layout<kFormat>;
-  // Two units: one for each warpgroup. One: half for each.
-  const int part = kTiles == 2 ? group * L::kUnitStride : group * (kFfnUnitRows * kFfnBlockColumns / 2) * (L::kFP8 ? 1 : 2);
+  // kTiles = 2: a unit for each warpgroup, 1: half a unit.
+  constexpr int kHalf = kFfnUnitRows * kFfnBlockColumns / 2 * (L::kFP8 ? 1 : 2);
+  const int unit = (kTiles == 2 ? group : group / 2) * L::kUnitBytes, part = kTiles == 2 ? unit : unit + group % 2 * kHalf;
   // Set, not left to the first product: of what is unset, the compiler keeps every form's in registers between items.
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -307,9 +355,9 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
   if constexpr (kFormat == FfnFormat::kBF16) {
     for (int block = 0; block < blocks; ++block) {
       const uint32_t pairs = base + ring.stage * L::kPairBytes;
-      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride + part;
+      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitBytes + part;
       BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
-      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
+      if (gathered) FenceAsyncShared();
       ProductsBegin();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -325,26 +373,26 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
       ring.Next();
     }
   } else {
-    // Left operands in registers: while the products of some are under way, the next are expanded.
-    constexpr int kParts = 2 * kTiles, kAhead = 2;
-    uint32_t a[kAhead][8];
+    // Left operands in registers. Four warpgroups of half a unit: while the products of some are under way, others expand
+    // theirs. A second set of operands in each does not fit the registers of so large a block.
+    static_assert(kTiles == 1);
+    uint32_t a[8];
     const int thread = warp * 32 + lane;
     for (int block = 0; block < blocks; ++block) {
       const uint32_t pairs = base + ring.stage * L::kPairBytes;
-      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitStride;
-      const uint32_t unit = kTiles == 2 ? weights + group * L::kUnitStride : weights;
+      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitBytes;
       BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
-      FenceAsyncShared();  // the gathered rows were written as if by ordinary stores
-      const uint4 factors = LoadShared(unit + kFfnUnitRows * kFfnBlockColumns);
+      const uint4 bytes[2] = {LoadShared(weights + part + thread * 16), LoadShared(weights + part + 2048 + thread * 16)};
+      const uint4 factors = LoadShared(weights + unit + kFfnUnitRows * kFfnBlockColumns);
+      if (gathered) FenceAsyncShared();
 #pragma unroll
-      for (int q = 0; q < kParts; ++q) {
-        const uint4 bytes = LoadShared(weights + part + q * 2048 + thread * 16);
-        ProductsWait<kAhead - 1>();
-        ExpandFragments(bytes, factors.x, factors.y, a[q % kAhead]);
+      for (int q = 0; q < 2; ++q) {
+        ProductsWait<0>();
+        ExpandFragments(bytes[q], factors.x, factors.y, a);
         ProductsBegin();
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          ProductRegisters(d[q / 2], a[q % kAhead] + 4 * k, Descriptor(pairs + (q % 2 * 2 + k) * 32, 1024, 16), 1);
+          ProductRegisters(d[0], a + 4 * k, Descriptor(pairs + (2 * q + k) * 32, 1024, 16), 1);
         }
         ProductsCommit();
       }
@@ -362,16 +410,20 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
 __device__ __forceinline__ float Swish(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
 
 // Turns d around through shared memory, so that rows of pairs leave in whole pieces of 128 bytes or more.
-template <int kN, int kTiles, bool kDown>
+template <int kN, int kTiles, bool kDown, int kStagingBytes>
 __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const FfnParams& p, const Work& work,
                                       uint32_t staging, int group, int warp, int lane) {
   constexpr int kPieces = kTiles * (kDown ? 8 : 4);  // of 16 bytes, of a pair
-  constexpr int kRows = kN < kChunk ? kN : kChunk, kBlocks = kRows / 8;
+  constexpr int kRoom = kStagingBytes / (kPieces * 16), kRows = kN < kRoom ? kN : kRoom, kBlocks = kRows / 8;
   constexpr int kStep = kDown ? 2 : 4;  // blocks of 8 pairs in one store
   const int thread = warp * 32 + lane, matrix = lane / 8;
-  const int columns = kDown ? p.hidden : p.units.blocks2 * 64;
-  const int column = kDown ? work.unit * 128 + group * 64 * kTiles : work.unit * 64 + group * 32 * kTiles;
-  uint16_t* out = (kDown ? p.pairs : p.inner) + static_cast<int64_t>(work.row) * columns + column;
+  const int column = work.unit * 128 + group * 64 * kTiles;  // of the down product
+  // The gate/up product leaves in the order in which it is fetched: tile, block of 64 columns, row, pieces swapped.
+  const int block = work.unit + (kTiles == 2 ? group : group / 2), first_piece = kTiles == 2 ? 0 : group % 2 * 4;
+  const int64_t row = work.row;
+  uint8_t* out = kDown ? reinterpret_cast<uint8_t*>(p.pairs) + (row * p.hidden + column) * 2
+                       : reinterpret_cast<uint8_t*>(p.inner) + (row * p.units.blocks2 + work.rows * block) * 128;
+  const uint64_t keep = EvictLast();
   const auto at = [](int row, int piece) {
     const int turn = kPieces >= 8 ? row & 7 : (row >> 1) & 3;
     return row * kPieces * 16 + ((piece ^ turn) << 4);
@@ -400,9 +452,15 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
 #pragma unroll
     for (int i = thread; i < kRows * kPieces; i += 128) {
       const int row = i / kPieces, piece = i % kPieces;
-      if (first + row < work.rows && column + piece * 8 < columns) {
-        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(first + row) * columns + piece * 8) =
-            LoadShared(staging + at(row, piece));
+      if (first + row < work.rows && (!kDown || column + piece * 8 < p.hidden)) {
+        uint8_t* to = kDown ? out + static_cast<int64_t>(first + row) * p.hidden * 2 + piece * 16
+                            : out + (first + row) * 128 + (((piece + first_piece) ^ (row & 7)) << 4);
+        const uint4 v = LoadShared(staging + at(row, piece));
+        if (work.shared) {
+          *reinterpret_cast<uint4*>(to) = v;
+        } else {
+          StoreKeep(to, v, keep);
+        }
       }
     }
   }
@@ -415,13 +473,13 @@ __device__ __forceinline__ void Compute(const FfnParams& p, const Work& work, ui
   // Otherwise the addresses of every form are kept in registers from item to item.
   asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
   float d[kTiles][kN / 2];
-  Multiply<kFormat, kN, kTiles>(d, base, work.blocks, group, warp, lane, ring);
+  Multiply<kFormat, kN, kTiles>(d, base, work.blocks, work.phase == 0, group, warp, lane, ring);
   asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
   const uint32_t staging = base + L::kStaging + group * L::kStagingBytes;
   if (work.phase == 0) {
-    Store<kN, kTiles, false>(d, p, work, staging, group, warp, lane);
+    Store<kN, kTiles, false, L::kStagingBytes>(d, p, work, staging, group, warp, lane);
   } else {
-    Store<kN, kTiles, true>(d, p, work, staging, group, warp, lane);
+    Store<kN, kTiles, true, L::kStagingBytes>(d, p, work, staging, group, warp, lane);
   }
 }
 
@@ -442,7 +500,8 @@ __device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work
 }
 
 template <FfnFormat kFormat>
-__device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* shared, uint32_t base, int group, int warp, int lane) {
+__device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* shared, uint32_t base, int group, int warp,
+                                        int lane) {
   using L = Layout<kFormat>;
   Ring<L::kStages> ring;
   for (int n = 0;; ++n) {
@@ -451,10 +510,10 @@ __device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* share
     const Work work = ReadWork(shared, L::kWork + slot * 32);
     Release(base + L::kWorkEmpty + 8 * slot, lane);
     if (work.phase < 0) break;
-    if (work.units == 2) {
-      ComputeRows<kFormat, 2>(p, work, base, group, warp, lane, ring);
-    } else if (work.units == 1) {
+    if (L::kGroups == 2 ? work.units == 1 : group / 2 < work.units) {
       ComputeRows<kFormat, 1>(p, work, base, group, warp, lane, ring);
+    } else if (L::kGroups == 2 && work.units == 2) {
+      if constexpr (L::kGroups == 2) ComputeRows<kFormat, 2>(p, work, base, group, warp, lane, ring);
     } else {
       for (int block = 0; block < work.blocks; ++block) {
         BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
@@ -463,6 +522,7 @@ __device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* share
       }
     }
     if (work.phase == 0) {
+      FenceAsync();
       NamedSync<128>(1 + group);  // all rows of this warpgroup are written
       if (warp == 0 && lane == 0) {
         __threadfence();
@@ -472,8 +532,27 @@ __device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* share
   }
 }
 
+// While the plan is being made: brings the weights of the block's first item into the L2, as the item will be if every
+// expert has pairs, none more than fill a tile. Only where that expert is among the first slots, so that a few pairs do not
+// pay for weights of others.
 template <FfnFormat kFormat>
-__global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
+__device__ __forceinline__ void FetchEarly(const FfnParams& p) {
+  using L = Layout<kFormat>;
+  const int items = (p.units.units1 + 3) / 4, cluster = blockIdx.x / 2, expert = cluster / items;
+  if (expert >= p.experts) return;
+  bool wanted = false;
+  for (int i = threadIdx.x; i < min(p.slots, kEarlySlots); i += L::kThreads) wanted |= p.expert_of[i] == expert;
+  if (__syncthreads_or(wanted) && threadIdx.x < 2) {
+    const int unit = (cluster % items * 2 + blockIdx.x % 2) * 2 + threadIdx.x;
+    if (unit < p.units.units1) {
+      const int64_t from = (static_cast<int64_t>(expert) * p.units.units1 + unit) * p.units.blocks1 * L::kUnitBytes;
+      PrefetchBulk(p.gate_up + from, min(kEarlyBlocks, p.units.blocks1) * L::kUnitBytes);
+    }
+  }
+}
+
+template <FfnFormat kFormat>
+__global__ void __launch_bounds__(Layout<kFormat>::kThreads, 1) FfnKernel(const FfnParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kFormat>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -484,34 +563,36 @@ __global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
     if (base % 1024 != 0) __trap();
     for (int i = 0; i < L::kStages; ++i) {
       BarrierInit(base + L::kFull + 8 * i, 1 + 32 * kGatherWarps);
-      BarrierInit(base + L::kEmpty + 8 * i, 8);
+      BarrierInit(base + L::kEmpty + 8 * i, 4 * L::kGroups);
       BarrierInit(base + L::kReady + 8 * i, 1);
     }
     for (int i = 0; i < 2; ++i) {
       BarrierInit(base + L::kWorkFull + 8 * i, 1);
-      BarrierInit(base + L::kWorkEmpty + 8 * i, 8 + kGatherWarps);
+      BarrierInit(base + L::kWorkEmpty + 8 * i, 4 * L::kGroups + kGatherWarps);
       BarrierInit(base + L::kClaimFull + 8 * i, 1);
       BarrierInit(base + L::kClaimEmpty + 8 * i, 1);
     }
     FenceBarrierInit();
   }
+  FetchEarly<kFormat>(p);
   DependentWait();
-  for (int i = threadIdx.x; i <= p.experts; i += kThreads) {
+  for (int i = threadIdx.x; i <= p.experts; i += L::kThreads) {
     reinterpret_cast<int4*>(shared + L::kExperts)[i] = reinterpret_cast<const int4*>(p.tables.experts)[i];
   }
   __syncthreads();
   ClusterSync();
-  if (warp >= 8) {
+  constexpr int kConsumers = 4 * L::kGroups;  // warps
+  if (warp >= kConsumers) {
     RegistersDown<48>();
-    if (warp == 8) {
+    if (warp == kConsumers) {
       if (lane == 0) Produce<kFormat>(p, shared, base, ClusterRank());
     } else {
-      Gather<kFormat>(p, shared, base, threadIdx.x - 9 * 32);
+      Gather<kFormat>(p, shared, base, threadIdx.x - (kConsumers + 1) * 32);
     }
     __syncwarp();
     ClusterSync();  // the other block may still arrive at barriers here
   } else {
-    RegistersUp<224>();
+    RegistersUp<L::kFP8 ? 104 : 224>();
     Consume<kFormat>(p, shared, base, warp / 4, warp % 4, lane);
     __syncwarp();
     ClusterSync();
@@ -527,7 +608,7 @@ cudaError_t Launch(const FfnParams& params, int multiprocessors, cudaStream_t st
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(multiprocessors / 2 * 2);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(Layout<kFormat>::kThreads);
   config.dynamicSmemBytes = Layout<kFormat>::kBytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
