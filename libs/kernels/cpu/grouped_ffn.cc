@@ -78,29 +78,46 @@ void GroupedFfn(std::span<const FfnRows> items, const std::byte* x, float* y, Ff
   }
   std::byte* activated = scratch.inner.Resize(rows_end * inner * element);
 
-  const int64_t half_blocks = first.gate_up().blocks() / 2;
+  const int64_t num_strips = std::ssize(strips);
   const auto* const strip_data = strips.data();  // thread_local: workers must not look it up themselves
-  pool.ParallelFor(static_cast<int64_t>(strips.size()) * half_blocks, [&](int64_t task) {
-    const Strip& strip = strip_data[task / half_blocks];
-    const int64_t block = task % half_blocks, column = block * kBlockColumns;
-    const int64_t width = std::min(kBlockColumns, inner - column);
-    alignas(64) float gate[kTaskRows * kBlockColumns], up[kTaskRows * kBlockColumns];
-    const std::byte* a = x + strip.begin * hidden * element;
-    MatMulBlock(strip.weights->gate_up(), 2 * block, a, hidden, strip.count, gate, kBlockColumns);
-    MatMulBlock(strip.weights->gate_up(), 2 * block + 1, a, hidden, strip.count, up, kBlockColumns);
-    for (int64_t i = 0; i < strip.count; ++i) {
-      float* row = gate + i * kBlockColumns;
-      Tiles().silu_mul(row, up + i * kBlockColumns, row, width);
-      ToActivation(precision, row, activated + ((strip.begin + i) * inner + column) * element, width);
+  // Where most strips are a row or two, tasks take as many blocks as are worth reading side by side.
+  const int64_t rows_typical =
+      std::min_element(strips.begin(), strips.end(), [](const Strip& a, const Strip& b) {
+        return a.count < b.count;
+      })->count;
+  const int64_t half_blocks = first.gate_up().blocks() / 2;
+  // A block of gate and its block of up are neighbours: pairs of both are four streams.
+  const int64_t pairs_per_task = std::max<int64_t>(
+      1, BlocksPerTask(first.gate_up(), rows_typical, num_strips * half_blocks, pool.threads()) / 2);
+  const int64_t gate_tasks = (half_blocks + pairs_per_task - 1) / pairs_per_task;
+  pool.ParallelFor(num_strips * gate_tasks, [&](int64_t task) {
+    const Strip& strip = strip_data[task / gate_tasks];
+    const int64_t begin = task % gate_tasks * pairs_per_task,
+                  pairs = std::min(pairs_per_task, half_blocks - begin);
+    constexpr int64_t kBlock = kTaskRows * kBlockColumns;
+    alignas(64) float products[kStreamsMax * kBlock];  // gate, up of each pair
+    MatMulBlocks(strip.weights->gate_up(), 2 * begin, 2 * pairs, x + strip.begin * hidden * element, hidden,
+                 strip.count, products, kBlock, kBlockColumns);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t column = (begin + pair) * kBlockColumns, width = std::min(kBlockColumns, inner - column);
+      for (int64_t i = 0; i < strip.count; ++i) {
+        float* gate = products + 2 * pair * kBlock + i * kBlockColumns;
+        Tiles().silu_mul(gate, gate + kBlock, gate, width);
+        ToActivation(precision, gate, activated + ((strip.begin + i) * inner + column) * element, width);
+      }
     }
   });
 
   const int64_t down_blocks = first.down().blocks();
-  pool.ParallelFor(static_cast<int64_t>(strips.size()) * down_blocks, [&](int64_t task) {
-    const Strip& strip = strip_data[task / down_blocks];
-    const int64_t block = task % down_blocks;
-    MatMulBlock(strip.weights->down(), block, activated + strip.begin * inner * element, inner, strip.count,
-                y + strip.begin * hidden + block * kBlockColumns, hidden);
+  const int64_t down_per_task =
+      BlocksPerTask(first.down(), rows_typical, num_strips * down_blocks, pool.threads());
+  const int64_t down_tasks = (down_blocks + down_per_task - 1) / down_per_task;
+  pool.ParallelFor(num_strips * down_tasks, [&](int64_t task) {
+    const Strip& strip = strip_data[task / down_tasks];
+    const int64_t begin = task % down_tasks * down_per_task;
+    MatMulBlocks(strip.weights->down(), begin, std::min(down_per_task, down_blocks - begin),
+                 activated + strip.begin * inner * element, inner, strip.count,
+                 y + strip.begin * hidden + begin * kBlockColumns, kBlockColumns, hidden);
   });
 }
 

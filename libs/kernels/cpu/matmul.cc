@@ -25,22 +25,43 @@ void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64
   }
 }
 
+void MatMulBlocks(const PackedMatrix& w, int64_t block, int64_t blocks, const std::byte* a, int64_t lda,
+                  int64_t m, float* c, int64_t c_block, int64_t ldc) {
+  // The last block may be narrower than the others.
+  const int64_t full = std::min(blocks, w.n() / kBlockColumns - block);
+  if (w.precision() == Precision::kBF16 && full > 1 && Tiles().streams_bf16(m) > 1) {
+    Tiles().gemm_streams_bf16(w.block_bf16(block), w.block_bf16(block + 1) - w.block_bf16(block), full,
+                              reinterpret_cast<const bf16*>(a), lda, c, c_block, ldc, m, w.k());
+  } else {
+    for (int64_t b = 0; b < full; ++b) MatMulBlock(w, block + b, a, lda, m, c + b * c_block, ldc);
+  }
+  for (int64_t b = std::max(int64_t{0}, full); b < blocks; ++b)
+    MatMulBlock(w, block + b, a, lda, m, c + b * c_block, ldc);
+}
+
+int64_t BlocksPerTask(const PackedMatrix& w, int64_t m, int64_t tasks, int threads) {
+  int64_t blocks = w.precision() == Precision::kBF16 ? Tiles().streams_bf16(m) : 1;
+  while (blocks > 1 && tasks / blocks < 2 * threads) blocks /= 2;  // but leave every thread something to do
+  return blocks;
+}
+
 void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, float* c, int64_t ldc,
             ThreadPool& pool) {
   if (m == 0) return;
   const int64_t element = ActivationBytes(w.precision());
   const int64_t block_bytes = kBlockColumns * w.k() * element;
-  const int64_t blocks_per_task = std::clamp(kTaskWeightBytes / block_bytes, int64_t{1},
-                                             std::max(int64_t{1}, w.blocks() / (2 * pool.threads())));
+  const int64_t blocks_per_task =
+      std::max(BlocksPerTask(w, m, w.blocks(), pool.threads()),
+               std::clamp(kTaskWeightBytes / block_bytes, int64_t{1},
+                          std::max(int64_t{1}, w.blocks() / (2 * pool.threads()))));
   const int64_t column_tasks = (w.blocks() + blocks_per_task - 1) / blocks_per_task;
   const int64_t row_tasks = (m + kTaskRows - 1) / kTaskRows;
   pool.ParallelFor(column_tasks * row_tasks, [&](int64_t task) {
     const int64_t row = task / column_tasks * kTaskRows;
     const int64_t rows = std::min(kTaskRows, m - row);
     const int64_t begin = task % column_tasks * blocks_per_task;
-    for (int64_t block = begin; block < std::min(begin + blocks_per_task, w.blocks()); ++block) {
-      MatMulBlock(w, block, a + row * lda * element, lda, rows, c + row * ldc + block * kBlockColumns, ldc);
-    }
+    MatMulBlocks(w, begin, std::min(blocks_per_task, w.blocks() - begin), a + row * lda * element, lda, rows,
+                 c + row * ldc + begin * kBlockColumns, kBlockColumns, ldc);
   });
 }
 

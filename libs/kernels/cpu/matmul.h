@@ -21,6 +21,13 @@ void MatMul(const PackedMatrix& w, const std::byte* a, int64_t lda, int64_t m, f
 // Columns [block * 64, +64) of the same, on this thread; `columns` of them are written.
 void MatMulBlock(const PackedMatrix& w, int64_t block, const std::byte* a, int64_t lda, int64_t m, float* c,
                  int64_t ldc);
+// The same of `blocks` neighbouring blocks; block j's columns go to c + j * c_block.
+void MatMulBlocks(const PackedMatrix& w, int64_t block, int64_t blocks, const std::byte* a, int64_t lda,
+                  int64_t m, float* c, int64_t c_block, int64_t ldc);
+// How many neighbouring blocks a task should take, so that few rows read the weights in several streams, when
+// there are `tasks` of one block for `threads`. At most kStreamsMax.
+int64_t BlocksPerTask(const PackedMatrix& w, int64_t m, int64_t tasks, int threads);
+inline constexpr int64_t kStreamsMax = 4;
 inline int64_t BlockWidth(const PackedMatrix& w, int64_t block) {
   return std::min(kBlockColumns, w.n() - block * kBlockColumns);
 }

@@ -20,8 +20,8 @@ class HugeBuffer {
  public:
   HugeBuffer() = default;
   explicit HugeBuffer(int64_t bytes);  // zero-filled
-  // The same for what lives long, such as weights: small buffers share huge pages, whose memory is given back when the
-  // last of its neighbours goes. 64-byte aligned.
+  // The same for what lives long, such as weights: small buffers share huge pages, whose memory is given back
+  // when the last of its neighbours goes. 64-byte aligned.
   static HugeBuffer Shared(int64_t bytes);
   ~HugeBuffer();
   HugeBuffer(HugeBuffer&& other) noexcept;
@@ -32,7 +32,7 @@ class HugeBuffer {
  private:
   std::byte* data_ = nullptr;
   int64_t bytes_ = 0;
-  int64_t mapped_bytes_ = 0;  // 0: the memory is chunk_'s
+  int64_t mapped_bytes_ = 0;           // 0: the memory is chunk_'s
   std::shared_ptr<HugeBuffer> chunk_;  // shared by the buffers in it
 };
 

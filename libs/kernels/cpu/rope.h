@@ -15,7 +15,7 @@ class Rope {
  public:
   explicit Rope(const ModelConfig& config);
   std::span<const double> inv_freq() const { return inv_freq_; }  // [rope_dim / 2], radians per position
-  double magnitude() const { return magnitude_; }  // of every cosine and sine
+  double magnitude() const { return magnitude_; }                 // of every cosine and sine
   int64_t half_dim() const { return static_cast<int64_t>(inv_freq_.size()); }
 
   // cos_sin [rope_dim]: cosines of all pairs, then sines, of one position. Angles are built in double: in f32

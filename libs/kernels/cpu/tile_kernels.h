@@ -30,6 +30,14 @@ struct TileKernels {
   void (*gemm_bf16_ahead)(const bf16* w, const bf16* a, int64_t lda, float* c, int64_t ldc, int64_t m,
                           int64_t n, int64_t k, bool accumulate, const std::byte* ahead, int64_t ahead_bytes);
 
+  // How many neighbouring blocks of weights m rows should meet in one call of gemm_streams_bf16; 1: as well
+  // one by one.
+  int64_t (*streams_bf16)(int64_t m);
+  // gemm_bf16 of m rows with each of `blocks` blocks of 64 columns, `block` elements apart, of which several
+  // are read side by side. The results of block j go to c + j * c_block.
+  void (*gemm_streams_bf16)(const bf16* w, int64_t block, int64_t blocks, const bf16* a, int64_t lda,
+                            float* c, int64_t c_block, int64_t ldc, int64_t m, int64_t k);
+
   // out = x * rsqrt(mean(x^2) + eps) * weight, n values, f32.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t n);
   // out = silu(gate) * up.
