@@ -6,7 +6,7 @@ root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
     "base": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
     "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
-    "node": ["model", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
+    "node": ["kernels", "model", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
 }
 ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/")
 HEADERS = {  # third-party headers that stay in one place
