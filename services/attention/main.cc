@@ -22,7 +22,9 @@ int main(int argc, char** argv) {
   if (const int code = node::ParseFlags(app, argc, argv, "attention", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("attention", status); };
 
-  if (absl::Status status = node::CheckDevice(flags.device); !status.ok()) return fail(status);
+  if (const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision()); !device.ok()) {
+    return fail(device.status());
+  }
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ATTENTION, **checkpoint);
