@@ -37,6 +37,10 @@ namespace {
 constexpr absl::Duration kListenTimeout = absl::Minutes(30);  // attention listens when its weights are loaded
 constexpr absl::Duration kStopGrace = absl::Seconds(7);
 
+Precision PrecisionOf(const UpFlags& flags) {
+  return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
+}
+
 absl::Status Validate(const UpFlags& flags) {
   if (flags.routers > 1) {
     return absl::InvalidArgumentError(
@@ -47,7 +51,11 @@ absl::Status Validate(const UpFlags& flags) {
     return absl::InvalidArgumentError(
         StrCat("--replicas: expected at most --experts (", flags.experts, "), found ", flags.replicas));
   }
-  MK_RETURN_IF_ERROR(node::CheckDevice(flags.device));
+  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, PrecisionOf(flags)));
+  MK_RETURN_IF_ERROR(experts::CheckBackendOptions(
+      {.device = device,
+       .format = flags.experts_format == "fp8" ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16,
+       .precision = PrecisionOf(flags)}));
   return Checkpoint::Open(flags.checkpoint).status();
 }
 
@@ -152,8 +160,9 @@ class Cluster {
       return {"--cpus=" + nodes[next_node++ % nodes.size()]};
     };
     for (int i = 0; i < flags_.experts; ++i) {
-      MK_RETURN_IF_ERROR(
-          Add(StrCat("expert ", i), "minke-expert", join({common, data, threads, placed(), member})));
+      MK_RETURN_IF_ERROR(Add(
+          StrCat("expert ", i), "minke-expert",
+          join({common, data, threads, placed(), member, {"--experts-format=" + flags_.experts_format}})));
     }
     for (int i = 0; i < flags_.attention; ++i) {
       // Not `--trace-file=`: an empty value would be taken from the next argument.
@@ -303,6 +312,10 @@ class Signals {
 void AddUpFlags(CLI::App& app, UpFlags& f) {
   AddSharedFlags(app, f);
   app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
+  app.add_option("--experts-format", f.experts_format,
+                 "routed experts in GPU memory; fp8: half the bytes, each weight rounded")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
   app.add_option("--attention", f.attention, "attention nodes")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
@@ -351,7 +364,7 @@ absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
 
 absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("serve");
-  MK_RETURN_IF_ERROR(node::CheckDevice(flags.device));
+  MK_RETURN_IF_ERROR(node::ChooseDevice(flags.device, PrecisionOf(flags)).status());
   Signals signals;
   MK_ASSIGN_OR_RETURN(auto opened, Checkpoint::Open(flags.checkpoint));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);  // shared by the roles
