@@ -51,7 +51,11 @@ absl::Status Validate(const UpFlags& flags) {
     return absl::InvalidArgumentError(
         StrCat("--replicas: expected at most --experts (", flags.experts, "), found ", flags.replicas));
   }
-  MK_RETURN_IF_ERROR(node::ChooseDevice(flags.device, PrecisionOf(flags)).status());
+  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, PrecisionOf(flags)));
+  MK_RETURN_IF_ERROR(experts::CheckBackendOptions(
+      {.device = device,
+       .format = flags.experts_format == "fp8" ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16,
+       .precision = PrecisionOf(flags)}));
   return Checkpoint::Open(flags.checkpoint).status();
 }
 
@@ -156,8 +160,9 @@ class Cluster {
       return {"--cpus=" + nodes[next_node++ % nodes.size()]};
     };
     for (int i = 0; i < flags_.experts; ++i) {
-      MK_RETURN_IF_ERROR(
-          Add(StrCat("expert ", i), "minke-expert", join({common, data, threads, placed(), member})));
+      MK_RETURN_IF_ERROR(Add(
+          StrCat("expert ", i), "minke-expert",
+          join({common, data, threads, placed(), member, {"--experts-format=" + flags_.experts_format}})));
     }
     for (int i = 0; i < flags_.attention; ++i) {
       // Not `--trace-file=`: an empty value would be taken from the next argument.
@@ -307,6 +312,10 @@ class Signals {
 void AddUpFlags(CLI::App& app, UpFlags& f) {
   AddSharedFlags(app, f);
   app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
+  app.add_option("--experts-format", f.experts_format,
+                 "routed experts in GPU memory; fp8: half the bytes, each weight rounded")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
   app.add_option("--attention", f.attention, "attention nodes")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();

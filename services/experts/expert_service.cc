@@ -22,8 +22,12 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   service->self_.set_node_id(transport->self().value);
   service->self_.set_role(cluster::v1::ROLE_EXPERT);
   service->self_.set_data_address(transport->address());
+  MK_ASSIGN_OR_RETURN(service->backend_,
+                      MakeBackend(*service->checkpoint_,
+                                  {.device = o.device, .format = o.experts_format, .precision = o.precision},
+                                  *service->pool_, *service->load_pool_));
   service->engine_ = std::make_unique<ExpertEngine>(service->checkpoint_->config(), o.precision,
-                                                    std::move(transport), *service->pool_, o.engine);
+                                                    std::move(transport), *service->backend_, o.engine);
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
@@ -49,8 +53,10 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
 cluster::v1::MemberReport ExpertService::ReportLocked() const {
   cluster::v1::MemberReport report;
   *report.mutable_member() = self_;
-  report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty());
-  if (!to_load_.empty()) {
+  report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty() && not_loaded_ == 0);
+  if (not_loaded_ > 0) {
+    report.mutable_member()->set_detail(StrCat(not_loaded_, " units could not be loaded"));
+  } else if (!to_load_.empty()) {
     report.mutable_member()->set_detail(
         StrCat("loading units: ", assigned_.size() - to_load_.size(), " of ", assigned_.size()));
   }
@@ -84,24 +90,27 @@ void ExpertService::LoadLoop() {
       if (stop_) return;
       unit = to_load_.front();
     }
-    auto weights = LoadUnit(*checkpoint_, unit, options_.precision, *load_pool_);
-    if (!weights.ok()) {  // checked when the checkpoint was opened; a file that changes under us ends here
+    auto weights = backend_->LoadUnit(unit);
+    if (absl::IsInternal(weights.status())) DeviceLost(weights.status());
+    // No room on the device, or a checked file that changed under us. It stays assigned: every update of the
+    // cluster names it again, and trying again would fail again.
+    if (!weights.ok()) {
       log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ",
                                    weights.status().message()));
-      const MutexLock lock(mutex_);
-      to_load_.pop_front();
-      assigned_.erase(unit);
-      continue;
     }
-    const int64_t bytes = (*weights)->bytes();
-    engine_->AddUnit(unit, *std::move(weights));
+    const int64_t bytes = weights.ok() ? (*weights)->bytes() : 0;
+    if (weights.ok()) engine_->AddUnit(unit, *std::move(weights));
     cluster::v1::MemberReport report;
     bool all = false;
     {
       const MutexLock lock(mutex_);
       to_load_.pop_front();
-      hosted_.insert(unit);
-      hosted_bytes_ += bytes;
+      if (weights.ok()) {
+        hosted_.insert(unit);
+        hosted_bytes_ += bytes;
+      } else {
+        ++not_loaded_;
+      }
       all = to_load_.empty();
       report = ReportLocked();
       if (all) {
@@ -113,7 +122,7 @@ void ExpertService::LoadLoop() {
       client_->SetReport(report);
       last_report = absl::Now();
     }
-    if (all) server_->SetServing(true);
+    if (all) server_->SetServing(report.member().ready());
   }
 }
 

@@ -16,6 +16,7 @@
 #include "libs/rpc/grpc_server.h"
 #include "libs/rpc/membership_client.h"
 #include "libs/transport/transport.h"
+#include "services/experts/compute/expert_backend.h"
 #include "services/experts/engine/expert_engine.h"
 
 namespace minke::experts {
@@ -25,6 +26,8 @@ struct ExpertServiceOptions {
   std::string listen = "127.0.0.1:0";  // gRPC (health, reflection)
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
+  Device device = Device::kCpu;
+  ExpertsFormat experts_format = ExpertsFormat::kBF16;
   int threads = 1;
   ExpertEngineOptions engine;
   rpc::MembershipClient::OnRefused on_refused;
@@ -32,6 +35,8 @@ struct ExpertServiceOptions {
 
 class ExpertService {
  public:
+  // INVALID_ARGUMENT for options that the device cannot have, FAILED_PRECONDITION without the device,
+  // RESOURCE_EXHAUSTED where its memory is too small for the workspace.
   static absl::StatusOr<std::unique_ptr<ExpertService>> Start(std::shared_ptr<const Checkpoint> checkpoint,
                                                               std::unique_ptr<transport::Transport> transport,
                                                               ExpertServiceOptions options);
@@ -48,6 +53,7 @@ class ExpertService {
   ExpertServiceOptions options_;
   cluster::v1::Member self_;
   std::unique_ptr<ThreadPool> pool_, load_pool_;
+  std::unique_ptr<ExpertBackend> backend_;
   std::unique_ptr<ExpertEngine> engine_;
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<rpc::MembershipClient> client_;
@@ -56,6 +62,7 @@ class ExpertService {
   Mutex mutex_;
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_), hosted_ ABSL_GUARDED_BY(mutex_);
+  int64_t not_loaded_ ABSL_GUARDED_BY(mutex_) = 0;  // units that failed to load
   int64_t hosted_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
 };

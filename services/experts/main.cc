@@ -13,22 +13,32 @@ int main(int argc, char** argv) {
   node::BlockSignals();
   node::NodeFlags flags;
   experts::ExpertServiceOptions options;
+  std::string experts_format = "bf16";
   CLI::App app{"Minke's expert server: grouped SwiGLU over the shards it is given."};
   node::AddCommonFlags(app, flags);
   node::AddDataPlaneFlags(app, flags);
+  app.add_option("--experts-format", experts_format, "routed experts in a GPU's memory")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
   app.add_option("--router", options.router, "HOST:PORT of the router's gRPC server")->required();
   if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
 
-  const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
+  const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
   if (!device.ok()) return fail(device.status());
+  options.device = *device;
+  options.experts_format =
+      experts_format == "fp8" ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16;
+  options.precision = flags.ParsedPrecision();
+  const absl::Status possible = experts::CheckBackendOptions(
+      {.device = options.device, .format = options.experts_format, .precision = options.precision});
+  if (!possible.ok()) return fail(possible);
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_EXPERT, **checkpoint);
   if (!transport.ok()) return fail(transport.status());
   options.listen = flags.listen;
   options.advertise_host = flags.advertise;
-  options.precision = flags.ParsedPrecision();
   options.threads = flags.Threads();
   options.on_refused = [](const absl::Status& status) {
     node::Fail("expert", status);

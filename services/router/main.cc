@@ -32,8 +32,9 @@ int main(int argc, char** argv) {
     return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (",
                                                   options.expert_servers, "), found ", options.replicas)));
   }
-  const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
-  if (!device.ok()) return fail(device.status());
+  if (const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision()); !device.ok()) {
+    return fail(device.status());
+  }
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ROUTER, **checkpoint);

@@ -58,8 +58,11 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
     auto expert = experts::ExpertService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_EXPERT),
                                                 {.router = router_->rpc_address(),
                                                  .precision = options_.precision,
+                                                 .device = options_.experts_device,
+                                                 .experts_format = options_.experts_format,
                                                  .threads = options_.threads,
                                                  .on_refused = refused});
+    if (!expert.ok()) log::Error("test", expert.status().ToString());
     MK_CHECK(expert.ok());
     experts_.push_back(*std::move(expert));
   }

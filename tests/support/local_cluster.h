@@ -20,6 +20,8 @@ struct ClusterOptions {
   std::string checkpoint;
   Precision precision = Precision::kExact;
   int experts = 2;
+  Device experts_device = Device::kCpu;
+  experts::ExpertsFormat experts_format = experts::ExpertsFormat::kBF16;
   int replicas = 1;
   bool local_routing = false;
   bool ucx = false;

@@ -7,6 +7,9 @@ namespace minke::cuda {
 
 absl::Status ToStatus(cudaError_t code, const char* call) {
   if (code == cudaSuccess) return absl::OkStatus();
+  // CUDA keeps it for the thread's next cudaGetLastError, which would blame the next launch for it. (Errors that
+  // leave the device unusable stay anyway.)
+  (void)cudaGetLastError();
   // The call's arguments help nobody: "cudaMalloc(&data, bytes)" is named cudaMalloc.
   const std::string_view name(call, std::string_view(call).find('('));
   const std::string message = absl::StrCat(absl::string_view(name.data(), name.size()), ": ",
@@ -48,6 +51,12 @@ absl::StatusOr<DeviceInfo> CurrentDevice() {
   info.l2_bytes = properties.l2CacheSize;
   info.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   return info;
+}
+
+absl::StatusOr<int64_t> FreeMemoryBytes() {
+  size_t free = 0, total = 0;
+  MK_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&free, &total));
+  return static_cast<int64_t>(free);
 }
 
 absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device) {

@@ -31,6 +31,8 @@ struct DeviceInfo {
 // FAILED_PRECONDITION when there is no device, with the driver's reason.
 absl::StatusOr<int> DeviceCount();
 absl::StatusOr<DeviceInfo> CurrentDevice();
+// Of the current device, now.
+absl::StatusOr<int64_t> FreeMemoryBytes();
 
 // Which implementation of a kernel runs. kAuto: kHopper on sm_90, else kPortable (sm_80 and newer).
 enum class Path : uint8_t { kAuto, kPortable, kHopper };

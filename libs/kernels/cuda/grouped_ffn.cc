@@ -45,6 +45,12 @@ struct TableOffsets {
 
 }  // namespace
 
+int64_t GroupedFfnWeights::Bytes(const GroupedFfnShape& shape, FfnFormat format) {
+  const FfnUnits units = UnitsOf(shape);
+  return BlockBytes(format) * shape.experts *
+         (int64_t{units.units1} * units.blocks1 + int64_t{units.units2} * units.blocks2);
+}
+
 absl::StatusOr<GroupedFfnWeights> GroupedFfnWeights::Create(const GroupedFfnShape& shape, FfnFormat format) {
   if (absl::Status s = Validate(shape); !s.ok()) return s;
   const FfnUnits units = UnitsOf(shape);

@@ -36,6 +36,8 @@ enum class FfnFormat : uint8_t { kBF16, kFP8 };
 // Thread-compatible. What has been loaded in stream order may be used in that order.
 class GroupedFfnWeights {
  public:
+  // Device memory that Create takes. REQUIRES: a shape that Create accepts.
+  static int64_t Bytes(const GroupedFfnShape& shape, FfnFormat format);
   // Allocates; every expert's weights are undefined until loaded.
   static absl::StatusOr<GroupedFfnWeights> Create(const GroupedFfnShape& shape, FfnFormat format);
 

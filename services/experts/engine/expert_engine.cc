@@ -36,13 +36,13 @@ void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows,
 }  // namespace
 
 ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
-                           std::unique_ptr<transport::Transport> transport, ThreadPool& pool,
+                           std::unique_ptr<transport::Transport> transport, ExpertBackend& backend,
                            ExpertEngineOptions options)
     : config_(config),
       shape_(RowShapeOf(config, precision)),
       options_(options),
       transport_(std::move(transport)),
-      launch_(config, precision, pool) {}
+      backend_(backend) {}
 
 ExpertEngine::~ExpertEngine() = default;
 
@@ -199,7 +199,10 @@ void ExpertEngine::Answer(std::span<const Job> jobs) {
       begin = end;
     }
   }
-  if (!hosted.empty()) launch_.Run(units_, layer, views, hosted, outs, finite);
+  if (!hosted.empty()) {
+    const absl::Status run = backend_.Run(units_, layer, views, hosted, outs, finite);
+    if (!run.ok()) DeviceLost(run);
+  }
   for (Reply& out : replies_) {
     const wire::FrameHeader& request = jobs[out.job].frame.header();
     const NodeId origin{request.origin};

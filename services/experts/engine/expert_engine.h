@@ -13,8 +13,7 @@
 #include "absl/base/thread_annotations.h"
 #include "libs/base/mutex.h"
 #include "libs/transport/transport.h"
-#include "services/experts/compute/launch.h"
-#include "services/experts/shard/expert_shard.h"
+#include "services/experts/compute/expert_backend.h"
 
 namespace minke::experts {
 
@@ -34,8 +33,9 @@ struct ExpertEngineStatus {
 
 class ExpertEngine {
  public:
+  // `backend` must outlive the engine; its Run is the engine thread's.
   ExpertEngine(const ModelConfig& config, Precision precision,
-               std::unique_ptr<transport::Transport> transport, ThreadPool& pool,
+               std::unique_ptr<transport::Transport> transport, ExpertBackend& backend,
                ExpertEngineOptions options);
   ~ExpertEngine();
 
@@ -69,7 +69,7 @@ class ExpertEngine {
   const wire::RowShape shape_;
   const ExpertEngineOptions options_;
   std::unique_ptr<transport::Transport> transport_;
-  Launch launch_;
+  ExpertBackend& backend_;
   Units units_;
   Epoch epoch_;
   std::vector<Job> queues_[wire::kNumTrafficClasses];  // oldest first

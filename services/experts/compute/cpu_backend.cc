@@ -1,30 +1,20 @@
-#include "services/experts/compute/launch.h"
+#include "services/experts/compute/cpu_backend.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "libs/base/status.h"
+#include "services/experts/shard/cpu_unit.h"
 
 namespace minke::experts {
 
-void SplitByGroup(const ModelConfig& config, const Units& units, uint32_t layer, uint32_t job,
-                  const wire::WorkView& view, std::vector<GroupRow>& hosted, std::vector<GroupRow>& missing) {
-  for (uint32_t r = 0; r < view.rows.size(); ++r) {
-    const uint32_t begin = view.rows[r].pairs_begin(), end = begin + view.rows[r].pairs_count;
-    for (uint32_t p = begin; p < end;) {  // experts ascend, so a group's pairs are neighbours
-      const int32_t group = config.GroupOfExpert(view.pairs[p].expert);
-      GroupRow row{job, r, static_cast<uint16_t>(group), p, p};
-      while (row.pair_end < end && config.GroupOfExpert(view.pairs[row.pair_end].expert) == group)
-        ++row.pair_end;
-      p = row.pair_end;
-      (units.contains({layer, static_cast<uint32_t>(group)}) ? hosted : missing).push_back(row);
-    }
-  }
+absl::StatusOr<std::shared_ptr<const UnitWeights>> CpuBackend::LoadUnit(UnitId unit) {
+  return LoadCpuUnit(checkpoint_, unit, precision_, load_pool_);
 }
 
-void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                 std::span<const GroupRow> rows, std::span<std::byte* const> outs,
-                 std::span<uint8_t> finite) {
+absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
+                             std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+                             std::span<uint8_t> finite) {
   const int64_t hidden = config_.hidden_size, row_bytes = hidden * ActivationBytes(precision_);
   pairs_.clear();
   pair_begin_.clear();
@@ -45,7 +35,8 @@ void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkV
     uint32_t end = at;
     for (; end < pairs_.size() && pairs_[end].expert == expert; ++end)
       position_of_[pairs_[end].position] = end;
-    const UnitWeights& unit = *units.at({layer, static_cast<uint32_t>(config_.GroupOfExpert(expert))});
+    const auto& unit =
+        static_cast<const CpuUnit&>(*units.at({layer, static_cast<uint32_t>(config_.GroupOfExpert(expert))}));
     items_.push_back({&unit.experts[expert - unit.range.begin], at, end - at});
     at = end;
   }
@@ -78,6 +69,7 @@ void Launch::Run(const Units& units, uint32_t layer, std::span<const wire::WorkV
       kernels::ToActivation(precision_, sum, outs[i], hidden);
     }
   });
+  return absl::OkStatus();
 }
 
 }  // namespace minke::experts

@@ -1,0 +1,164 @@
+#include "services/experts/compute/cuda_backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/functional/function_ref.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+
+namespace minke::experts {
+namespace {
+
+// Group rows of one pass; launches of more take several. The workspace of V2 (hidden 5120, inner 1536, 6
+// slots): 4096 * 6 * 2 * (5120 + 1536) = 327 MB of pairs, and 2 * 42 MB of rows, which the host has once
+// more, page-locked.
+constexpr int32_t kOutputsMax = 4096;
+// What one thread copies at a time.
+constexpr int64_t kCopyBytes = 128 << 10;
+
+struct CudaUnit final : UnitWeights {
+  explicit CudaUnit(cuda::GroupedFfnWeights loaded) : weights(std::move(loaded)) {}
+  int64_t bytes() const override { return weights.bytes(); }
+  const cuda::GroupedFfnWeights weights;
+};
+
+cuda::GroupedFfnShape ShapeOf(const ModelConfig& config, int32_t experts) {
+  return {.experts = experts, .hidden = config.hidden_size, .inner = config.moe_intermediate_size};
+}
+
+// Says what a GPU's memory was too small for.
+absl::Status NameMemory(const absl::Status& status, int64_t needed, const std::string& what) {
+  if (!absl::IsResourceExhausted(status)) return status;
+  const absl::StatusOr<int64_t> free = cuda::FreeMemoryBytes();
+  return absl::ResourceExhaustedError(StrCat("out of GPU memory: ", what, " needs ", needed, " bytes, ",
+                                             free.ok() ? StrCat(*free) : "unknown", " are free"));
+}
+
+void CopyRows(ThreadPool& pool, int64_t count, int64_t row_bytes, absl::FunctionRef<void(int64_t)> copy) {
+  const int64_t grain = std::max<int64_t>(1, kCopyBytes / row_bytes);
+  pool.ParallelFor((count + grain - 1) / grain, [&](int64_t task) {
+    for (int64_t i = task * grain; i < std::min(count, (task + 1) * grain); ++i) copy(i);
+  });
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(const ModelConfig& config, cuda::FfnFormat format, ThreadPool& pool,
+                         cuda::Stream launches, cuda::Stream loads, cuda_model::CheckpointSource source)
+    : config_(config),
+      format_(format),
+      pool_(pool),
+      plan_(config),
+      launches_(std::move(launches)),
+      loads_(std::move(loads)),
+      source_(std::move(source)) {}
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Checkpoint& checkpoint,
+                                                                 ExpertsFormat format, ThreadPool& pool) {
+  const ModelConfig& config = checkpoint.config();
+  MK_RETURN_IF_ERROR(cuda_model::CheckSupported(config));
+  MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::CurrentDevice());
+  MK_ASSIGN_OR_RETURN(cuda::Stream launches, cuda::Stream::Create());
+  MK_ASSIGN_OR_RETURN(cuda::Stream loads, cuda::Stream::Create());
+  MK_ASSIGN_OR_RETURN(cuda_model::CheckpointSource source, cuda_model::CheckpointSource::Create(checkpoint));
+  const bool fp8 = format == ExpertsFormat::kFP8;
+  std::unique_ptr<CudaBackend> backend(
+      new CudaBackend(config, fp8 ? cuda::FfnFormat::kFP8 : cuda::FfnFormat::kBF16, pool, std::move(launches),
+                      std::move(loads), std::move(source)));
+  if (config.n_routed_experts > 0) MK_RETURN_IF_ERROR(backend->AllocateWorkspace());
+  log::Info("experts", StrCat("device=cuda name=\"", device.name, "\" format=", fp8 ? "fp8" : "bf16"));
+  return backend;
+}
+
+absl::Status CudaBackend::AllocateWorkspace() {
+  const int64_t hidden = config_.hidden_size, inner = config_.moe_intermediate_size;
+  const int64_t up_bytes = LayOutUpload(kOutputsMax, kOutputsMax, plan_.slots(), hidden).bytes;
+  const int64_t down_bytes = LayOutDownload(kOutputsMax, hidden).bytes;
+  const int64_t needed = up_bytes + down_bytes + 3 * hidden * inner * 2 +
+                         int64_t{kOutputsMax} * plan_.slots() * 2 * (hidden + inner);
+  const auto allocate = [&]() -> absl::Status {
+    for (int32_t g = 0; g < config_.placement_groups(); ++g) {
+      const int32_t experts = config_.GroupExperts(g).size();
+      if (ffn_.contains(experts)) continue;
+      MK_ASSIGN_OR_RETURN(cuda::GroupedFfn ffn, cuda::GroupedFfn::Create({.shape = ShapeOf(config_, experts),
+                                                                          .slots = plan_.slots(),
+                                                                          .outputs_max = kOutputsMax}));
+      ffn_.emplace(experts, std::move(ffn));
+    }
+    MK_ASSIGN_OR_RETURN(up_, cuda::DeviceBuffer::Allocate(up_bytes));
+    MK_ASSIGN_OR_RETURN(down_, cuda::DeviceBuffer::Allocate(down_bytes));
+    MK_ASSIGN_OR_RETURN(staging_, cuda::DeviceBuffer::Allocate(3 * hidden * inner * 2));
+    return absl::OkStatus();
+  };
+  MK_RETURN_IF_ERROR(NameMemory(allocate(), needed, "the workspace of launches"));
+  MK_ASSIGN_OR_RETURN(host_up_, cuda::PinnedBuffer::Allocate(up_bytes));
+  MK_ASSIGN_OR_RETURN(host_down_, cuda::PinnedBuffer::Allocate(down_bytes));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<const UnitWeights>> CudaBackend::LoadUnit(UnitId unit) {
+  const ExpertRange range = config_.GroupExperts(static_cast<int32_t>(unit.group));
+  auto weights = cuda_model::LoadExperts(config_, static_cast<int32_t>(unit.layer), range, format_, source_,
+                                         staging_, loads_);
+  if (!weights.ok()) {
+    return NameMemory(weights.status(),
+                      cuda::GroupedFfnWeights::Bytes(ShapeOf(config_, range.size()), format_),
+                      StrCat("a unit of ", range.size(), " experts"));
+  }
+  MK_RETURN_IF_ERROR(loads_.Synchronize());  // launches are on another stream
+  return std::make_shared<const CudaUnit>(*std::move(weights));
+}
+
+absl::Status CudaBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
+                              std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+                              std::span<uint8_t> finite) {
+  for (size_t begin = 0; begin < rows.size(); begin += kOutputsMax) {
+    const size_t count = std::min<size_t>(kOutputsMax, rows.size() - begin);
+    MK_RETURN_IF_ERROR(RunChunk(units, layer, views, rows.subspan(begin, count), outs.subspan(begin, count),
+                                finite.subspan(begin, count)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::RunChunk(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
+                                   std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+                                   std::span<uint8_t> finite) {
+  const int64_t hidden = config_.hidden_size, row_bytes = hidden * 2, outputs = std::ssize(rows);
+  plan_.Make(rows);
+  const UploadLayout up = LayOutUpload(std::ssize(plan_.rows()), outputs, plan_.slots(), hidden);
+  const DownloadLayout down = LayOutDownload(outputs, hidden);
+  std::byte* const block = host_up_.as<std::byte>();
+  plan_.WriteTables(views, up, block);
+  CopyRows(pool_, std::ssize(plan_.rows()), row_bytes, [&](int64_t i) {
+    const LaunchPlan::Row row = plan_.rows()[i];
+    std::memcpy(block + up.rows + i * row_bytes, views[row.job].data + row.row * row_bytes, row_bytes);
+  });
+  MK_RETURN_IF_ERROR(up_.Upload(block, up.bytes, launches_));
+  for (const LaunchPlan::UnitRun& run : plan_.runs()) {
+    const auto& unit = static_cast<const CudaUnit&>(*units.at({layer, run.group}));
+    const std::byte* in = up_.as<std::byte>();
+    std::byte* out = down_.as<std::byte>();
+    cuda::GroupedFfnArgs args;
+    args.weights = &unit.weights;
+    args.x = reinterpret_cast<const bf16*>(in + up.rows);
+    args.outputs = run.end - run.begin;
+    args.source = reinterpret_cast<const int32_t*>(in + up.source) + run.begin;
+    args.experts = reinterpret_cast<const int32_t*>(in + up.experts) + int64_t{run.begin} * plan_.slots();
+    args.slot_weights = reinterpret_cast<const float*>(in + up.weights) + int64_t{run.begin} * plan_.slots();
+    args.partial = reinterpret_cast<bf16*>(out + down.partials) + run.begin * hidden;
+    args.finite = reinterpret_cast<uint8_t*>(out + down.finite) + run.begin;
+    MK_RETURN_IF_ERROR(ffn_.at(unit.weights.shape().experts).Run(args, launches_));
+  }
+  const std::byte* const results = host_down_.as<std::byte>();
+  MK_RETURN_IF_ERROR(down_.Download(host_down_.as<std::byte>(), down.bytes, launches_));
+  MK_RETURN_IF_ERROR(launches_.Synchronize());
+  CopyRows(pool_, outputs, row_bytes, [&](int64_t i) {
+    const uint32_t to = plan_.group_row_of()[i];
+    std::memcpy(outs[to], results + down.partials + i * row_bytes, row_bytes);
+    finite[to] = std::to_integer<uint8_t>(results[down.finite + i]);
+  });
+  return absl::OkStatus();
+}
+
+}  // namespace minke::experts
