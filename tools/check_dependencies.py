@@ -4,7 +4,7 @@ import os, re, subprocess, sys
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
-    "base": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
+    "base": [], "collective": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
     "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
     "node": ["kernels", "model", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
 }

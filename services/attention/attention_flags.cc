@@ -19,6 +19,11 @@ void AddAttentionFlags(CLI::App& app, AttentionFlags& flags) {
   app.add_option("--mla", flags.mla, "form of attention; auto: naive for long prompt chunks")
       ->check(CLI::IsMember({"auto", "absorbed", "naive"}))
       ->capture_default_str();
+  app.add_option(
+         "--tensor-parallel", flags.tensor_parallel,
+         "ranks, each with its part of the heads and inner dimensions, all with the whole latent cache")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   app.add_option("--cache-mib", flags.cache_mib, "size of the latent cache")
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
@@ -64,6 +69,7 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
   options.mla = flags.mla == "naive"      ? MlaChoice::kNaive
                 : flags.mla == "absorbed" ? MlaChoice::kAbsorbed
                                           : MlaChoice::kAuto;
+  options.tensor_parallel = flags.tensor_parallel;
   options.engine.exchange.total_timeout = absl::Seconds(flags.unavailable_after_s);
   absl::StatusOr<std::unique_ptr<tokenizer::Tokenizer>> tokenizer =
       tokenizer::Tokenizer::Load(checkpoint.directory());

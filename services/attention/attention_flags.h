@@ -18,7 +18,8 @@ struct AttentionFlags {
   std::string routing = "remote";     // remote | local
   std::string microbatches = "auto";  // auto | 1 ... 8
   std::string mla = "auto";           // auto | absorbed | naive
-  int64_t cache_mib = 1024;           // latent cache
+  int tensor_parallel = 1;
+  int64_t cache_mib = 1024;  // latent cache
   std::string prefix_cache = "on";    // on | off
   int64_t step_tokens = 512;
   double decode_stretch = 2;

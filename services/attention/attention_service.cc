@@ -9,8 +9,10 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/cluster/view.h"
+#include "libs/collective/local_group.h"
 #include "services/attention/layers/cpu_attention_model.h"
 #include "services/attention/layers/cuda_models.h"
+#include "services/attention/layers/tensor_parallel_model.h"
 
 namespace minke::attention {
 
@@ -21,8 +23,20 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<
                                                           absl::FunctionRef<void(int32_t)> progress) {
   switch (o.device) {
     case Device::kCpu:
+      if (o.tensor_parallel > 1) {
+        return TensorParallelModel::Load(MakeLocalGroup(o.tensor_parallel), o.threads,
+                                         [&](std::unique_ptr<Collective> group, ThreadPool& rank_pool) {
+                                           return CpuAttentionModel::Load(checkpoint, o.precision, o.mla,
+                                                                          rank_pool, progress,
+                                                                          std::move(group));
+                                         });
+      }
       return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, pool, progress);
     case Device::kCuda:
+      if (o.tensor_parallel > 1) {
+        return absl::UnimplementedError(
+            "--tensor-parallel: expected 1 on a GPU, whose ranks need a GPU each");
+      }
       return LoadCudaModel(checkpoint, o.mla, o.whole, progress);
   }
   return absl::InternalError("unknown device");

@@ -23,6 +23,7 @@ struct AttentionServiceOptions {
   Precision precision = Precision::kBF16;
   MlaChoice mla = MlaChoice::kAuto;  // auto: naive for long chunks; absorbed for all in exact mode
   Device device = Device::kCpu;
+  int tensor_parallel = 1;  // ranks that share out the heads and inner dimensions
   bool whole =
       false;  // on a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`)
   bool local_routing = false;

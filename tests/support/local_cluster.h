@@ -31,6 +31,7 @@ struct ClusterOptions {
   int64_t cache_bytes = 64 << 20;
   bool reuse_prefixes = true;
   int threads = 2;
+  int tensor_parallel = 1;
   std::optional<transport::FaultOptions> faults;  // around every transport
   attention::ExchangeOptions exchange;
   router::Gate::Override gate_override;

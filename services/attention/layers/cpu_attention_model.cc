@@ -1,8 +1,11 @@
 #include "services/attention/layers/cpu_attention_model.h"
 
 #include <algorithm>
+#include <cstdlib>
 
+#include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
 #include "libs/model/tensors.h"
 
 namespace minke::attention {
@@ -14,7 +17,70 @@ using kernels::PackedMatrix;
 using kernels::Tiles;
 using kernels::ToActivation;
 
+kernels::MlaShape RankShape(const ModelConfig& config, int64_t ranks) {
+  kernels::MlaShape shape(config);
+  shape.heads /= ranks;
+  return shape;
+}
+
+absl::Status CheckShares(const ModelConfig& c, int64_t ranks) {
+  const std::pair<const char*, int64_t> shared[] = {
+      {"num_attention_heads", c.num_attention_heads},
+      {"intermediate_size", c.intermediate_size},
+      {"the shared experts' inner dimension", c.shared_intermediate_size()}};
+  for (const auto& [name, value] : shared) {
+    if (value % ranks != 0) {
+      return absl::InvalidArgumentError(
+          StrCat("--tensor-parallel: ", name, "=", value, " cannot be shared out to ", ranks));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+CpuAttentionModel::CpuAttentionModel(std::shared_ptr<const Checkpoint> checkpoint, Precision precision,
+                                     MlaChoice mla, ThreadPool& pool, std::unique_ptr<Collective> group)
+    : checkpoint_(std::move(checkpoint)),
+      precision_(precision),
+      mla_(mla),
+      pool_(pool),
+      group_(std::move(group)),
+      rank_(group_ == nullptr ? 0 : group_->rank()),
+      ranks_(group_ == nullptr ? 1 : group_->size()),
+      shape_(RankShape(checkpoint_->config(), ranks_)),
+      rope_(checkpoint_->config()) {}
+
+// A rank that stays away will not come back: this process can compute nothing more.
+void CpuAttentionModel::AddRanks(float* values, int64_t count) {
+  if (ranks_ == 1) return;
+  const absl::Status status = group_->AllReduceSum({values, static_cast<size_t>(count)});
+  if (status.ok()) return;
+  log::Error("attention", StrCat("tensor parallel rank ", rank_, ": ", status.message()));
+  std::_Exit(1);
+}
+
+// This rank's part of the inner dimension.
+absl::StatusOr<kernels::FfnWeights> CpuAttentionModel::LoadFfn(const std::string& prefix,
+                                                               int64_t inner) const {
+  const int64_t hidden = config().hidden_size, part = inner / ranks_, first = rank_ * part;
+  const int64_t wide[] = {inner, hidden}, tall[] = {hidden, inner};
+  MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint_->Find(prefix + "gate_proj.weight", wide));
+  MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint_->Find(prefix + "up_proj.weight", wide));
+  MK_ASSIGN_OR_RETURN(const TensorView down, checkpoint_->Find(prefix + "down_proj.weight", tall));
+  const auto rows = [&](const TensorView& view) {
+    return [&view, first, hidden](int64_t begin, std::span<float> out) {
+      view.Read(first * hidden + begin, out);
+    };
+  };
+  const auto columns = [&](int64_t begin, std::span<float> out) {  // a whole row of this rank's columns
+    down.Read(begin / part * inner + first, out);
+  };
+  kernels::FfnWeights weights =
+      kernels::FfnWeights::Pack(hidden, part, precision_, rows(gate), rows(up), columns, pool_);
+  for (const TensorView& view : {gate, up, down}) checkpoint_->Release(view);
+  return weights;
+}
 
 absl::StatusOr<std::vector<float>> CpuAttentionModel::LoadVector(const std::string& name, int64_t n) const {
   const int64_t shape[] = {n};
@@ -32,49 +98,70 @@ absl::Status CpuAttentionModel::LoadLayer(int32_t index) {
   MK_ASSIGN_OR_RETURN(layer.post_norm, LoadVector(p + "post_attention_layernorm.weight", c.hidden_size));
   MK_ASSIGN_OR_RETURN(layer.kv_a_norm, LoadVector(a + "kv_a_layernorm.weight", c.kv_lora_rank));
 
+  // Of the tensors by head, this rank's heads: rows of W_Q or W_UQ and of W_UKV, columns of W_O.
+  const int64_t all_heads = c.num_attention_heads, first_head = rank_ * shape_.heads, hidden = c.hidden_size;
   // The query's first projection and the latent's read the same input: one product.
-  const int64_t q_width = c.q_lora_rank > 0 ? c.q_lora_rank : shape_.heads * shape_.q_dim();
-  const int64_t q_shape[] = {q_width, c.hidden_size}, kv_shape[] = {c.latent_dim(), c.hidden_size};
-  const std::string q_name = a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight");
+  const bool lora = c.q_lora_rank > 0;
+  const int64_t q_width = lora ? c.q_lora_rank : shape_.heads * shape_.q_dim();
+  const int64_t q_first = lora ? 0 : first_head * shape_.q_dim();
+  const int64_t q_shape[] = {lora ? q_width : all_heads * shape_.q_dim(), hidden};
+  const int64_t kv_shape[] = {c.latent_dim(), hidden};
+  const std::string q_name = a + (lora ? "q_a_proj.weight" : "q_proj.weight");
   MK_ASSIGN_OR_RETURN(const TensorView q, checkpoint_->Find(q_name, q_shape));
   MK_ASSIGN_OR_RETURN(const TensorView kv, checkpoint_->Find(a + "kv_a_proj_with_mqa.weight", kv_shape));
   layer.qkv_a = PackedMatrix::Pack(
-      precision_, q_width + c.latent_dim(), c.hidden_size,
+      precision_, q_width + c.latent_dim(), hidden,
       [&](int64_t row, std::span<float> out) {
-        row < q_width ? q.Read(row * c.hidden_size, out) : kv.Read((row - q_width) * c.hidden_size, out);
+        row < q_width ? q.Read((q_first + row) * hidden, out) : kv.Read((row - q_width) * hidden, out);
       },
       pool_);
   checkpoint_->Release(q);
   checkpoint_->Release(kv);
-  if (c.q_lora_rank > 0) {
+  if (lora) {
     MK_ASSIGN_OR_RETURN(layer.q_a_norm, LoadVector(a + "q_a_layernorm.weight", c.q_lora_rank));
-    const int64_t q_b_shape[] = {shape_.heads * shape_.q_dim(), c.q_lora_rank};
+    const int64_t q_b_shape[] = {all_heads * shape_.q_dim(), c.q_lora_rank};
     MK_ASSIGN_OR_RETURN(const TensorView q_b, checkpoint_->Find(a + "q_b_proj.weight", q_b_shape));
-    layer.q_b = PackedMatrix::Pack(precision_, q_b, pool_);
+    layer.q_b = PackedMatrix::Pack(
+        precision_, shape_.heads * shape_.q_dim(), c.q_lora_rank,
+        [&](int64_t row, std::span<float> out) {
+          q_b.Read((first_head * shape_.q_dim() + row) * c.q_lora_rank, out);
+        },
+        pool_);
     checkpoint_->Release(q_b);
   }
-  MK_ASSIGN_OR_RETURN(
-      layer.mla, kernels::MlaWeights::Load(*checkpoint_, a + "kv_b_proj.weight", shape_, precision_, pool_));
-  const int64_t o_shape[] = {c.hidden_size, shape_.heads * shape_.v_dim};
+  const int64_t head_rows = shape_.nope_dim + shape_.v_dim;
+  const int64_t kv_b_shape[] = {all_heads * head_rows, c.kv_lora_rank};
+  MK_ASSIGN_OR_RETURN(const TensorView kv_b, checkpoint_->Find(a + "kv_b_proj.weight", kv_b_shape));
+  layer.mla = kernels::MlaWeights::Pack(
+      shape_, precision_,
+      [&](int64_t begin, std::span<float> out) {
+        kv_b.Read(first_head * head_rows * c.kv_lora_rank + begin, out);
+      },
+      pool_);
+  checkpoint_->Release(kv_b);
+  const int64_t o_shape[] = {hidden, all_heads * shape_.v_dim};
   MK_ASSIGN_OR_RETURN(const TensorView o, checkpoint_->Find(a + "o_proj.weight", o_shape));
-  layer.o = PackedMatrix::Pack(precision_, o, pool_);
+  layer.o = PackedMatrix::Pack(
+      precision_, hidden, shape_.heads * shape_.v_dim,
+      [&](int64_t row, std::span<float> out) { o.Read((row * all_heads + first_head) * shape_.v_dim, out); },
+      pool_);
   checkpoint_->Release(o);
 
   const bool moe = c.IsMoeLayer(index);
   layer.has_ffn = !moe || c.n_shared_experts > 0;
   if (layer.has_ffn) {
-    MK_ASSIGN_OR_RETURN(layer.ffn,
-                        kernels::FfnWeights::Load(
-                            *checkpoint_, p + (moe ? "mlp.shared_experts." : "mlp."), c.hidden_size,
-                            moe ? c.shared_intermediate_size() : c.intermediate_size, precision_, pool_));
+    MK_ASSIGN_OR_RETURN(layer.ffn, LoadFfn(p + (moe ? "mlp.shared_experts." : "mlp."),
+                                           moe ? c.shared_intermediate_size() : c.intermediate_size));
   }
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> CpuAttentionModel::Load(
     std::shared_ptr<const Checkpoint> checkpoint, Precision precision, MlaChoice mla, ThreadPool& pool,
-    absl::FunctionRef<void(int32_t)> progress) {
-  std::unique_ptr<CpuAttentionModel> model(new CpuAttentionModel(std::move(checkpoint), precision, mla, pool));
+    absl::FunctionRef<void(int32_t)> progress, std::unique_ptr<Collective> group) {
+  if (group != nullptr) MK_RETURN_IF_ERROR(CheckShares(checkpoint->config(), group->size()));
+  std::unique_ptr<CpuAttentionModel> model(
+      new CpuAttentionModel(std::move(checkpoint), precision, mla, pool, std::move(group)));
   const ModelConfig& c = model->config();
   const int64_t table[] = {c.vocab_size, c.hidden_size};
   MK_ASSIGN_OR_RETURN(model->embedding_, model->checkpoint_->Find("model.embed_tokens.weight", table));
@@ -193,6 +280,7 @@ void CpuAttentionModel::Attention(int32_t index, const Microbatch& batch, std::b
   memory.normed = out;
   float* projected = projected_.Resize(rows * hidden);
   MatMul(layer.o, heads_out, v_full, rows, projected, hidden, pool_);
+  AddRanks(projected, rows * hidden);
   ForRows(rows, [&](int64_t i) {
     Tiles().add_scaled(x + i * hidden, projected + i * hidden, 1.0f, hidden);
     NormRow(layer.post_norm, x + i * hidden, out + i * hidden * element);
@@ -207,6 +295,7 @@ void CpuAttentionModel::FeedForward(int32_t index, const Microbatch& batch) {
   float* out = projected_.Resize(rows * hidden);
   const kernels::FfnRows all{&layer.ffn, 0, rows};
   kernels::GroupedFfn({&all, 1}, memory.normed, out, ffn_scratch_, pool_);
+  AddRanks(out, rows * hidden);
   float* x = memory.x.data();
   ForRows(rows, [&](int64_t i) { Tiles().add_scaled(x + i * hidden, out + i * hidden, 1.0f, hidden); });
 }

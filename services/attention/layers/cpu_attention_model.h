@@ -1,4 +1,5 @@
-// The CPU's model, in exact or bf16 precision: kernels of libs/kernels/cpu, weights packed at load.
+// The CPU's model, in exact or bf16 precision: kernels of libs/kernels/cpu, weights packed at load. Alone, or
+// one rank of several that share its heads and inner dimensions out (TensorParallelModel).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "libs/base/thread_pool.h"
+#include "libs/collective/collective.h"
 #include "libs/kernels/cpu/grouped_ffn.h"
 #include "libs/kernels/cpu/matmul.h"
 #include "libs/kernels/cpu/mla.h"
@@ -23,9 +25,13 @@ namespace minke::attention {
 
 class CpuAttentionModel final : public AttentionModel {
  public:
-  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(
-      std::shared_ptr<const Checkpoint> checkpoint, Precision precision, MlaChoice mla, ThreadPool& pool,
-      absl::FunctionRef<void(int32_t layer)> progress);
+  // `group`: whose rank this model is; null: alone. INVALID_ARGUMENT if a dimension cannot be shared out
+  // evenly.
+  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                                              Precision precision, MlaChoice mla,
+                                                              ThreadPool& pool,
+                                                              absl::FunctionRef<void(int32_t layer)> progress,
+                                                              std::unique_ptr<Collective> group = nullptr);
 
   const ModelConfig& config() const override { return checkpoint_->config(); }
   Precision precision() const override { return precision_; }
@@ -59,13 +65,10 @@ class CpuAttentionModel final : public AttentionModel {
   };
 
   CpuAttentionModel(std::shared_ptr<const Checkpoint> checkpoint, Precision precision, MlaChoice mla,
-                    ThreadPool& pool)
-      : checkpoint_(std::move(checkpoint)),
-        precision_(precision),
-        mla_(mla),
-        pool_(pool),
-        shape_(checkpoint_->config()),
-        rope_(checkpoint_->config()) {}
+                    ThreadPool& pool, std::unique_ptr<Collective> group);
+  absl::StatusOr<kernels::FfnWeights> LoadFfn(const std::string& prefix, int64_t inner) const;
+  // Adds up what the ranks computed of these rows.
+  void AddRanks(float* values, int64_t count);
   absl::Status LoadLayer(int32_t index);
   absl::StatusOr<std::vector<float>> LoadVector(const std::string& name, int64_t n) const;
   void ForRows(int64_t rows, absl::FunctionRef<void(int64_t)> body);
@@ -76,7 +79,9 @@ class CpuAttentionModel final : public AttentionModel {
   const Precision precision_;
   const MlaChoice mla_;
   ThreadPool& pool_;
-  const kernels::MlaShape shape_;
+  const std::unique_ptr<Collective> group_;
+  const int64_t rank_, ranks_;
+  const kernels::MlaShape shape_;  // of this rank's heads
   const kernels::Rope rope_;
   TensorView embedding_;
   std::vector<float> final_norm_;
