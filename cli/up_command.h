@@ -18,7 +18,7 @@ struct UpFlags {
   std::string checkpoint;
   std::string host = "127.0.0.1";
   int port = 8000;
-  int experts = 2;  // pool sizes: up only
+  int experts = 2;                      // pool sizes: up only
   std::string experts_format = "bf16";  // up only
   int attention = 1;
   int routers = 1;

@@ -17,7 +17,8 @@ absl::StatusOr<double> CopyGBPerSecond(const cuda::Stream& stream) {
   if (!to.ok()) return to.status();
   if (absl::Status s = FillNormal(from->as<bf16>(), kBytes / 2, 1, 1, stream); !s.ok()) return s;
   absl::StatusOr<double> ms = MedianMilliseconds(1, stream, [&](int) {
-    const cudaError_t error = cudaMemcpyAsync(to->as(), from->as(), kBytes, cudaMemcpyDeviceToDevice, stream.handle());
+    const cudaError_t error =
+        cudaMemcpyAsync(to->as(), from->as(), kBytes, cudaMemcpyDeviceToDevice, stream.handle());
     return error == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(error));
   });
   if (!ms.ok()) return ms.status();
@@ -51,17 +52,19 @@ absl::StatusOr<double> ProductTFlopPerSecond(const cuda::Stream& stream) {
   cublasLtMatmulPreferenceCreate(&preference);
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspace,
                                        sizeof(kWorkspace));
-  cublasLtMatmulAlgoGetHeuristic(handle, operation, layout, layout, layout, layout, preference, 1, &found, &count);
+  cublasLtMatmulAlgoGetHeuristic(handle, operation, layout, layout, layout, layout, preference, 1, &found,
+                                 &count);
   absl::StatusOr<double> ms = absl::InternalError("cuBLASLt knows no algorithm");
   if (count == 1) {
     const float one = 1, zero = 0;
     ms = MedianMilliseconds(kSets, stream, [&](int set) {
       const cublasStatus_t status =
           cublasLtMatmul(handle, operation, &one, a->as<bf16>() + set * kElements, layout,
-                         b->as<bf16>() + set * kElements, layout, &zero, c->as(), layout, c->as(), layout, &found.algo,
-                         workspace->as(), kWorkspace, stream.handle());
-      return status == CUBLAS_STATUS_SUCCESS ? absl::OkStatus()
-                                             : absl::InternalError(absl::StrCat("cublasLtMatmul: ", int{status}));
+                         b->as<bf16>() + set * kElements, layout, &zero, c->as(), layout, c->as(), layout,
+                         &found.algo, workspace->as(), kWorkspace, stream.handle());
+      return status == CUBLAS_STATUS_SUCCESS
+                 ? absl::OkStatus()
+                 : absl::InternalError(absl::StrCat("cublasLtMatmul: ", int{status}));
     });
   }
   cublasLtMatmulPreferenceDestroy(preference);

@@ -6,7 +6,7 @@
 
 namespace minke::bench {
 
-absl::StatusOr<double> CopyGBPerSecond(const cuda::Stream& stream);      // bytes read plus bytes written
+absl::StatusOr<double> CopyGBPerSecond(const cuda::Stream& stream);        // bytes read plus bytes written
 absl::StatusOr<double> ProductTFlopPerSecond(const cuda::Stream& stream);  // bf16, 8192 cubed, cuBLASLt
 
 }  // namespace minke::bench

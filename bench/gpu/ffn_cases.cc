@@ -21,8 +21,9 @@ using cuda::GroupedFfnShape;
 using cuda::GroupedFfnWeights;
 using cuda::Stream;
 
-constexpr int kSlots = 6, kPairs = 2;  // of six choices, two fall on this shard: 20 of 160 experts and at most 3 shards
-constexpr double kOfBF16 = 1.7;        // fp8 is to be that much faster
+constexpr int kSlots = 6,
+              kPairs = 2;  // of six choices, two fall on this shard: 20 of 160 experts and at most 3 shards
+constexpr double kOfBF16 = 1.7;  // fp8 is to be that much faster
 
 struct Case {
   std::vector<int> rows;  // of each expert, even numbers of experts in pairs of the same rows
@@ -61,7 +62,9 @@ absl::StatusOr<Graph> Capture(const Stream& stream, Run run) {
   const auto check = [](cudaError_t e) {
     return e == cudaSuccess ? absl::OkStatus() : absl::InternalError(cudaGetErrorString(e));
   };
-  if (absl::Status s = check(cudaStreamBeginCapture(stream.handle(), cudaStreamCaptureModeThreadLocal)); !s.ok()) return s;
+  if (absl::Status s = check(cudaStreamBeginCapture(stream.handle(), cudaStreamCaptureModeThreadLocal));
+      !s.ok())
+    return s;
   const absl::Status ran = run();
   cudaGraph_t graph = nullptr;
   if (absl::Status s = check(cudaStreamEndCapture(stream.handle(), &graph)); !s.ok()) return s;
@@ -74,8 +77,8 @@ absl::StatusOr<Graph> Capture(const Stream& stream, Run run) {
 }
 
 // Median milliseconds; as launches, or as replays of a captured graph.
-absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const Case& c, cuda::Path path, int variant,
-                               bool graph, const Stream& stream) {
+absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const Case& c, cuda::Path path,
+                               int variant, bool graph, const Stream& stream) {
   const GroupedFfnShape& shape = sets[0].shape();
   // Experts 2j and 2j + 1 share their rows; outputs of the pairs of experts take turns.
   std::vector<int32_t> experts;
@@ -92,7 +95,8 @@ absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const
   const int outputs = static_cast<int>(experts.size()) / kSlots;
   const std::vector<float> slot_weights(experts.size(), 0.5f);
   const int64_t values = int64_t{outputs} * shape.hidden;
-  absl::StatusOr<DeviceBuffer> x = DeviceBuffer::Allocate(values * 2), out = DeviceBuffer::Allocate(values * 2),
+  absl::StatusOr<DeviceBuffer> x = DeviceBuffer::Allocate(values * 2),
+                               out = DeviceBuffer::Allocate(values * 2),
                                finite = DeviceBuffer::Allocate(outputs),
                                expert_table = DeviceBuffer::Allocate(std::ssize(experts) * 4),
                                weight_table = DeviceBuffer::Allocate(std::ssize(experts) * 4);
@@ -100,8 +104,10 @@ absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const
     if (!buffer->ok()) return buffer->status();
   }
   if (absl::Status s = FillNormal(x->as<bf16>(), values, 7, 1, stream); !s.ok()) return s;
-  if (absl::Status s = expert_table->Upload(experts.data(), std::ssize(experts) * 4, stream); !s.ok()) return s;
-  if (absl::Status s = weight_table->Upload(slot_weights.data(), std::ssize(experts) * 4, stream); !s.ok()) return s;
+  if (absl::Status s = expert_table->Upload(experts.data(), std::ssize(experts) * 4, stream); !s.ok())
+    return s;
+  if (absl::Status s = weight_table->Upload(slot_weights.data(), std::ssize(experts) * 4, stream); !s.ok())
+    return s;
   absl::StatusOr<cuda::GroupedFfn> ffn = cuda::GroupedFfn::Create(
       {.shape = shape, .slots = kSlots, .outputs_max = outputs, .path = path, .variant = variant});
   if (!ffn.ok()) return ffn.status();
@@ -147,7 +153,8 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
     models[0].cases.push_back(equal(20, rows, tflops, gbps));
   }
   for (const int rows : {1, 8, 32, 128, 512}) models[1].cases.push_back(equal(64, rows, 0, 0));
-  Case few{std::vector<int>(20, 0), 0, 0, "1 row of 2"}, hot{std::vector<int>(20, 20), 0, 0, "20 rows each, 2 have 2000"};
+  Case few{std::vector<int>(20, 0), 0, 0, "1 row of 2"},
+      hot{std::vector<int>(20, 20), 0, 0, "20 rows each, 2 have 2000"};
   few.rows[4] = few.rows[5] = 1;
   hot.rows[4] = hot.rows[5] = 2000;
   models[0].cases.push_back(few);
@@ -159,7 +166,8 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
       const auto name_of = [&](const Case& c) {
         return std::string("FFN ") + (fp8 ? "fp8" : "bf16") + ", " + model.name + ", " + c.name;
       };
-      if (std::none_of(model.cases.begin(), model.cases.end(), [&](const Case& c) { return calls.wanted(name_of(c)); })) {
+      if (std::none_of(model.cases.begin(), model.cases.end(),
+                       [&](const Case& c) { return calls.wanted(name_of(c)); })) {
         continue;
       }
       const auto sets = MakeWeights(model.shape, format, stream);
@@ -173,10 +181,14 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
         double rows = 0, active = 0;
         for (const int n : c.rows) rows += n, active += n > 0;
         const double weights = 3.0 * model.shape.hidden * model.shape.inner;
-        const auto run = [&](const std::string& name, cuda::Path path, int variant, bool main, bool graph = false) {
+        const auto run = [&](const std::string& name, cuda::Path path, int variant, bool main,
+                             bool graph = false) {
           const absl::StatusOr<double> ms = Measure(*sets, c, path, variant, graph, stream);
           if (!ms.ok()) return calls.fail(name, ms.status());
-          FfnRow row{.work = name, .ms = *ms, .flops = 2 * weights * rows, .bytes = weights * active * (fp8 ? 1 : 2)};
+          FfnRow row{.work = name,
+                     .ms = *ms,
+                     .flops = 2 * weights * rows,
+                     .bytes = weights * active * (fp8 ? 1 : 2)};
           if (main && !fp8) {
             bf16_ms[i] = *ms;
             row.target_tflops = c.tflops, row.target_gbps = c.gbps;
@@ -188,7 +200,8 @@ void RunFfnCases(const FfnCalls& calls, bool variants, bool portable, const Stre
         run(name_of(c), cuda::Path::kAuto, 0, true);
         if (c.gbps > 0) run("  as a graph", cuda::Path::kAuto, 0, false, true);
         if (variants) {
-          for (const int variant : {1, 2}) run("  variant " + std::to_string(variant), cuda::Path::kAuto, variant, false);
+          for (const int variant : {1, 2})
+            run("  variant " + std::to_string(variant), cuda::Path::kAuto, variant, false);
         }
         if (portable) run("  portable", cuda::Path::kPortable, 0, false);
       }

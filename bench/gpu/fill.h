@@ -9,6 +9,7 @@
 namespace minke::bench {
 
 // Normal values of the given deviation; the same for the same seed.
-absl::Status FillNormal(bf16* data, int64_t count, uint32_t seed, float deviation, const cuda::Stream& stream);
+absl::Status FillNormal(bf16* data, int64_t count, uint32_t seed, float deviation,
+                        const cuda::Stream& stream);
 
 }  // namespace minke::bench

@@ -59,7 +59,9 @@ struct Bench {
     }
     std::printf("%-52s %9.4f %8.0f %5.0f%% %8.0f %5.0f%%  %-16s %s\n", row.work.c_str(), row.ms, row.tflops,
                 100 * row.tflops / product, row.gbps, 100 * row.gbps / copy, target.c_str(),
-                target == "-" ? "" : reached ? "reached" : "missed");
+                target == "-" ? ""
+                : reached     ? "reached"
+                              : "missed");
     std::fflush(stdout);
     rows.push_back({{"work", row.work},
                     {"ms", row.ms},
@@ -90,13 +92,16 @@ struct DecodeCase {
   bool ragged = false;  // lengths from 1/8 of the context to 15/8
 };
 
-absl::Status RunDecode(Bench& bench, const DecodeCase& c, int variant, cuda::Path path, const std::string& work) {
+absl::Status RunDecode(Bench& bench, const DecodeCase& c, int variant, cuda::Path path,
+                       const std::string& work) {
   std::vector<cuda::DecodeSequence> sequences;
   int64_t pages = 0, stride = 0;
   double keys = 0;
   for (int i = 0; i < c.batch; ++i) {
-    const int length = c.ragged ? c.context / 8 + static_cast<int>(int64_t{i} * 7919 % c.batch * (c.context * 7 / 4) / c.batch)
-                                : c.context;
+    const int length =
+        c.ragged
+            ? c.context / 8 + static_cast<int>(int64_t{i} * 7919 % c.batch * (c.context * 7 / 4) / c.batch)
+            : c.context;
     sequences.push_back({length, c.queries});
     pages += (length + 63) / 64;
     stride = std::max<int64_t>(stride, (length + 63) / 64);
@@ -125,7 +130,8 @@ absl::Status RunDecode(Bench& bench, const DecodeCase& c, int variant, cuda::Pat
   }
   absl::StatusOr<DeviceBuffer> table_device = DeviceBuffer::Allocate(std::ssize(table) * 4);
   if (!table_device.ok()) return table_device.status();
-  if (absl::Status s = table_device->Upload(table.data(), std::ssize(table) * 4, bench.stream); !s.ok()) return s;
+  if (absl::Status s = table_device->Upload(table.data(), std::ssize(table) * 4, bench.stream); !s.ok())
+    return s;
 
   cuda::MlaDecode::Options options;
   options.heads = c.heads;
@@ -165,10 +171,12 @@ struct PrefillCase {
   double tflops = 0;
 };
 
-absl::Status RunPrefill(Bench& bench, const PrefillCase& c, int variant, cuda::Path path, const std::string& work) {
+absl::Status RunPrefill(Bench& bench, const PrefillCase& c, int variant, cuda::Path path,
+                        const std::string& work) {
   const std::vector<cuda::PrefillSequence> sequences(c.batch, {c.context, c.prefix + c.context});
   const int64_t rows = int64_t{c.batch} * c.context, keys = int64_t{c.batch} * (c.prefix + c.context);
-  const int64_t q_values = rows * c.heads * 192, k_values = keys * c.heads * 192, v_values = keys * c.heads * 128;
+  const int64_t q_values = rows * c.heads * 192, k_values = keys * c.heads * 192,
+                v_values = keys * c.heads * 128;
   const int sets = std::min(2, Sets((q_values + k_values + v_values) * 2));
   absl::StatusOr<DeviceBuffer> q = Random(sets * q_values, 1, 0.7f, bench.stream);
   if (!q.ok()) return q.status();
@@ -240,8 +248,9 @@ void RunAll(Bench& bench) {
       {.batch = 32, .heads = 64, .context = 8192},
   };
   for (const DecodeCase& c : decodes) {
-    std::snprintf(name, sizeof(name), "MLA decode, %d heads, B=%d, context %d%s%s", c.heads, c.batch, c.context,
-                  c.ragged ? " ragged" : "", c.queries > 1 ? (", " + std::to_string(c.queries) + " queries").c_str() : "");
+    std::snprintf(name, sizeof(name), "MLA decode, %d heads, B=%d, context %d%s%s", c.heads, c.batch,
+                  c.context, c.ragged ? " ragged" : "",
+                  c.queries > 1 ? (", " + std::to_string(c.queries) + " queries").c_str() : "");
     each(name, {1, 2, 3}, [&](int variant, cuda::Path path, const std::string& work) {
       return RunDecode(bench, c, variant, path, work);
     });
@@ -282,7 +291,8 @@ int Main(int argc, char** argv) {
   }
   const auto device = cuda::CurrentDevice();
   if (!device.ok()) {
-    std::printf("no CUDA device: %s\nNothing was measured.\n", std::string(device.status().message()).c_str());
+    std::printf("no CUDA device: %s\nNothing was measured.\n",
+                std::string(device.status().message()).c_str());
     return 77;
   }
   absl::StatusOr<Stream> stream = Stream::Create();
@@ -291,28 +301,31 @@ int Main(int argc, char** argv) {
     return 1;
   }
   Bench bench{flags, *std::move(stream)};
-  const absl::StatusOr<double> copy = CopyGBPerSecond(bench.stream), product = ProductTFlopPerSecond(bench.stream);
+  const absl::StatusOr<double> copy = CopyGBPerSecond(bench.stream),
+                               product = ProductTFlopPerSecond(bench.stream);
   if (!copy.ok() || !product.ok()) {
     std::fprintf(stderr, "%s %s\n", copy.status().ToString().c_str(), product.status().ToString().c_str());
     return 1;
   }
   bench.copy = *copy;
   bench.product = *product;
-  std::printf("%s: copy %.0f GB/s, bf16 8192^3 product %.0f TFLOP/s\n", device->name.c_str(), bench.copy, bench.product);
+  std::printf("%s: copy %.0f GB/s, bf16 8192^3 product %.0f TFLOP/s\n", device->name.c_str(), bench.copy,
+              bench.product);
   std::printf("%-52s %9s %8s %6s %8s %6s  %s\n", "work", "ms", "TFLOP/s", "", "GB/s", "", "target (H200)");
   RunAll(bench);
   const ModelCalls model_calls = {
       [&](const std::string& work) { return bench.Wanted(work); },
       [&](const ModelRow& row) {
-        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, 0, 0, row.target_ms});
+        bench.Report(
+            {row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, 0, 0, row.target_ms});
       },
       [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }, bench.copy};
   RunModelCases(model_calls, bench.stream);
   const FfnCalls ffn_calls = {
       [&](const std::string& work) { return bench.Wanted(work); },
       [&](const FfnRow& row) {
-        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6, row.target_tflops,
-                      row.target_gbps, row.target_ms});
+        bench.Report({row.work, row.ms, row.flops / row.ms * 1e-9, row.bytes / row.ms * 1e-6,
+                      row.target_tflops, row.target_gbps, row.target_ms});
       },
       [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }};
   RunFfnCases(ffn_calls, flags.variants, flags.portable, bench.stream);

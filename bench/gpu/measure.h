@@ -1,4 +1,5 @@
-// Timing on the device: every run between two events, medians, inputs that rotate through more than the L2 holds.
+// Timing on the device: every run between two events, medians, inputs that rotate through more than the L2
+// holds.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,9 @@ namespace minke::bench {
 inline constexpr int kWarmups = 5, kRuns = 20;
 
 // The number of input sets of this many bytes, so that none is left in the cache when its turn comes again.
-inline int Sets(int64_t bytes) { return static_cast<int>(std::clamp<int64_t>((int64_t{400} << 20) / bytes + 1, 2, 40)); }
+inline int Sets(int64_t bytes) {
+  return static_cast<int>(std::clamp<int64_t>((int64_t{400} << 20) / bytes + 1, 2, 40));
+}
 
 // Median milliseconds of run(set); `run` returns a status.
 template <class Run>

@@ -29,8 +29,8 @@ class CpuModel {
   CpuModel(std::shared_ptr<const Checkpoint> checkpoint, int64_t pages)
       : pool_(static_cast<int>(std::min(16u, std::max(1u, std::thread::hardware_concurrency())))),
         config_(checkpoint->config()) {
-    model_ = attention::CpuAttentionModel::Load(checkpoint, Precision::kBF16, attention::MlaChoice::kAuto, pool_,
-                                                [](int32_t) {})
+    model_ = attention::CpuAttentionModel::Load(checkpoint, Precision::kBF16, attention::MlaChoice::kAuto,
+                                                pool_, [](int32_t) {})
                  .value();
     EXPECT_TRUE(model_->Prepare({.cache_pages = pages}).ok());
     gate_.emplace(router::Gate::Load(*checkpoint, Precision::kBF16, pool_).value());
@@ -108,7 +108,8 @@ class CpuModel {
   int64_t routed_rows = 0, differently_routed_rows = 0;
 
  private:
-  void Moe(int32_t layer, const attention::Microbatch& batch, const std::byte* normed, const Routing& routing) {
+  void Moe(int32_t layer, const attention::Microbatch& batch, const std::byte* normed,
+           const Routing& routing) {
     const int64_t rows = batch.size(), k = config_.num_experts_per_tok, hidden = config_.hidden_size;
     std::vector<uint16_t> own(rows * k), chosen(rows * k);
     std::vector<float> weights(rows * k);

@@ -57,8 +57,8 @@ void ParallelFor(int64_t count, F body) {
 }
 
 // Rows of `width`: the whole's relative error, and the worst row's, so that one wrong row cannot hide.
-inline void ExpectClose(const std::vector<bf16>& got, const std::vector<double>& want, int64_t width, double whole,
-                        double row_limit, const std::string& what) {
+inline void ExpectClose(const std::vector<bf16>& got, const std::vector<double>& want, int64_t width,
+                        double whole, double row_limit, const std::string& what) {
   ASSERT_EQ(got.size(), want.size());
   double error = 0, norm = 0, worst = 0;
   int64_t worst_row = -1;
@@ -91,7 +91,8 @@ inline void ExpectSameBits(const std::vector<bf16>& got, const std::vector<bf16>
       last = i;
     }
     if (first >= 0 && ++differing <= 8) {
-      rows += " row " + std::to_string(row) + " columns " + std::to_string(first) + ".." + std::to_string(last);
+      rows +=
+          " row " + std::to_string(row) + " columns " + std::to_string(first) + ".." + std::to_string(last);
     }
   }
   EXPECT_EQ(differing, 0) << what << ":" << rows;

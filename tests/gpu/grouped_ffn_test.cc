@@ -25,11 +25,14 @@ struct Experts {
 
 Experts RandomExperts(std::mt19937& rng, const GroupedFfnShape& shape) {
   const int64_t count = int64_t{shape.experts} * shape.hidden * shape.inner;
-  const float in = 1.f / std::sqrt(static_cast<float>(shape.hidden)), out = 1.f / std::sqrt(static_cast<float>(shape.inner));
-  return {shape, RandomBF16(rng, count, 1.5f * in), RandomBF16(rng, count, 1.5f * in), RandomBF16(rng, count, out)};
+  const float in = 1.f / std::sqrt(static_cast<float>(shape.hidden)),
+              out = 1.f / std::sqrt(static_cast<float>(shape.inner));
+  return {shape, RandomBF16(rng, count, 1.5f * in), RandomBF16(rng, count, 1.5f * in),
+          RandomBF16(rng, count, out)};
 }
 
-// e4m3 of a finite value: four significant bits down to 2^-6, multiples of 2^-9 below, to nearest, ties to even.
+// e4m3 of a finite value: four significant bits down to 2^-6, multiples of 2^-9 below, to nearest, ties to
+// even.
 double RoundE4M3(double value) {
   if (value == 0) return 0;
   const int exponent = std::max(std::ilogb(value), -6);
@@ -53,7 +56,9 @@ void RoundToFP8(bf16* matrix, int rows, int columns) {
         const double fraction = std::frexp(largest * (1.f / 448.f), &exponent);
         return std::ldexp(std::ceil(fraction * 16) / 16, exponent);
       }();
-      each([&](bf16& x) { x = F32ToBF16(static_cast<float>(RoundE4M3(BF16ToF32(x) / static_cast<float>(scale)) * scale)); });
+      each([&](bf16& x) {
+        x = F32ToBF16(static_cast<float>(RoundE4M3(BF16ToF32(x) / static_cast<float>(scale)) * scale));
+      });
     }
   }
 }
@@ -71,8 +76,8 @@ Experts Rounded(Experts experts) {
 
 struct Work {
   int slots;
-  int outputs;  // capacity
-  int used = -1;  // < 0: no counter is given
+  int outputs;                   // capacity
+  int used = -1;                 // < 0: no counter is given
   std::vector<int32_t> experts;  // [outputs, slots]
   std::vector<int32_t> source;   // empty: output i has row i
   int x_rows;
@@ -196,9 +201,10 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
   // Both output forms against the reference; rows past the used ones stay as they were.
   void Check(GroupedFfn& ffn, const GroupedFfnWeights& weights, const Experts& effective, const Work& work,
              uint32_t seed, int repeats = 0) {
-    SCOPED_TRACE(testing::Message() << "experts " << effective.shape.experts << ", hidden " << effective.shape.hidden
-                                    << ", inner " << effective.shape.inner << ", outputs " << work.outputs << ", used "
-                                    << work.used << ", slots " << work.slots << ", seed " << seed);
+    SCOPED_TRACE(testing::Message() << "experts " << effective.shape.experts << ", hidden "
+                                    << effective.shape.hidden << ", inner " << effective.shape.inner
+                                    << ", outputs " << work.outputs << ", used " << work.used << ", slots "
+                                    << work.slots << ", seed " << seed);
     std::mt19937 rng(seed);
     const int hidden = effective.shape.hidden, used = work.used < 0 ? work.outputs : work.used;
     const auto x = RandomBF16(rng, int64_t{work.x_rows} * hidden);
@@ -208,7 +214,8 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
     const std::vector<double> want = Reference(effective, work, x, slot_weights);
 
     const DeviceBuffer x_device = ToDevice(x, *stream_), experts = ToDevice(work.experts, *stream_),
-                       source = ToDevice(work.source, *stream_), weights_device = ToDevice(slot_weights, *stream_),
+                       source = ToDevice(work.source, *stream_),
+                       weights_device = ToDevice(slot_weights, *stream_),
                        used_device = ToDevice(std::vector<int32_t>{work.used}, *stream_);
     GroupedFfnArgs args;
     args.weights = &weights;
@@ -231,7 +238,8 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
       with.finite = finite.as<uint8_t>();
       run(with);
       const auto flags = ToHost<uint8_t>(finite, *stream_);
-      for (int i = 0; i < work.outputs; ++i) EXPECT_EQ(flags[i], i < used ? 1 : 0xff) << "finite, output " << i;
+      for (int i = 0; i < work.outputs; ++i)
+        EXPECT_EQ(flags[i], i < used ? 1 : 0xff) << "finite, output " << i;
       return ToHost<bf16>(out, *stream_);
     };
     const std::vector<bf16> got = partial();
@@ -261,8 +269,8 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
   }
 
   // Rows without a pair must be zero exactly; the others are compared.
-  static void ExpectRows(std::vector<double> got, const std::vector<bf16>& got_bf16, const std::vector<double>& want,
-                         int rows, int hidden, const std::string& what) {
+  static void ExpectRows(std::vector<double> got, const std::vector<bf16>& got_bf16,
+                         const std::vector<double>& want, int rows, int hidden, const std::string& what) {
     for (size_t i = 0; i < got_bf16.size(); ++i) got[i] = BF16ToF32(got_bf16[i]);
     double error = 0, norm = 0, worst = 0;
     int worst_row = -1;
@@ -327,8 +335,8 @@ TEST_P(GroupedFfnTest, RowsAroundATile) {
   const Experts effective = Effective(experts);
   const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
   GroupedFfn ffn = Make(experts.shape, 1, 700);
-  for (const int rows : {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 136, 192, 255, 256, 257,
-                         300, 384, 385, 511, 512, 513, 700}) {
+  for (const int rows : {1,   2,   7,   8,   9,   15,  16,  17,  31,  32,  33,  47,  63,  64,  65, 100,
+                         127, 128, 129, 136, 192, 255, 256, 257, 300, 384, 385, 511, 512, 513, 700}) {
     Work work{.slots = 1, .outputs = rows, .x_rows = rows};
     work.experts.assign(rows, 1);
     Check(ffn, weights, effective, work, rows, 2);
@@ -363,8 +371,8 @@ TEST_P(GroupedFfnTest, OneHotExpertAmongMany) {
   const Experts experts = RandomExperts(rng, shape);
   const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
   GroupedFfn ffn = Make(shape, 6, 1500);
-  const Work work = RandomWork(rng, 1500, 6, 3,
-                               [](std::mt19937& r) { return r() % 2 == 0 ? 17 : static_cast<int>(r() % 40); });
+  const Work work = RandomWork(
+      rng, 1500, 6, 3, [](std::mt19937& r) { return r() % 2 == 0 ? 17 : static_cast<int>(r() % 40); });
   Check(ffn, weights, Effective(experts), work, 12, 5);
 }
 
@@ -411,7 +419,8 @@ TEST_P(GroupedFfnTest, NotFiniteRowsStayAlone) {
   const DeviceBuffer map = ToDevice(work.experts, *stream_),
                      ones = ToDevice(std::vector<float>(outputs * 2, 1.f), *stream_);
   const auto run = [&](std::vector<uint8_t>& flags) {
-    const DeviceBuffer x_device = ToDevice(x, *stream_), out = Poisoned(int64_t{outputs} * shape.hidden * 2, *stream_),
+    const DeviceBuffer x_device = ToDevice(x, *stream_),
+                       out = Poisoned(int64_t{outputs} * shape.hidden * 2, *stream_),
                        finite = Poisoned(outputs, *stream_);
     GroupedFfnArgs args;
     args.weights = &weights;
@@ -463,7 +472,8 @@ TEST_P(GroupedFfnTest, WhatDoesNotFitIsRejected) {
   EXPECT_FALSE(GroupedFfn::Create({.shape = {2, 60, 64}, .slots = 1, .outputs_max = 1}).ok());
 }
 
-// What the rounding of the weights costs, against the weights they came from: the header's 4.5 % and some room.
+// What the rounding of the weights costs, against the weights they came from: the header's 4.5 % and some
+// room.
 TEST(GroupedFfnFP8, ErrorAgainstUnroundedWeights) {
   std::mt19937 rng(21);
   const Experts experts = RandomExperts(rng, {2, 512, 384});
@@ -474,7 +484,8 @@ TEST(GroupedFfnFP8, ErrorAgainstUnroundedWeights) {
   const std::vector<float> ones(24, 1.f);
   const auto want = Reference(experts, work, x, ones), got = Reference(rounded, work, x, ones);
   double error = 0, norm = 0;
-  for (size_t i = 0; i < want.size(); ++i) error += (got[i] - want[i]) * (got[i] - want[i]), norm += want[i] * want[i];
+  for (size_t i = 0; i < want.size(); ++i)
+    error += (got[i] - want[i]) * (got[i] - want[i]), norm += want[i] * want[i];
   EXPECT_LE(std::sqrt(error / norm), 0.055);
   EXPECT_GE(std::sqrt(error / norm), 0.03);
 }
@@ -483,10 +494,11 @@ INSTANTIATE_TEST_SUITE_P(Portable, GroupedFfnTest,
                          testing::Values(Form{Path::kPortable, FfnFormat::kBF16, 0},
                                          Form{Path::kPortable, FfnFormat::kFP8, 0}));
 // Variants 1 and 2: that many units a block where the pairs fill one tile.
-INSTANTIATE_TEST_SUITE_P(Hopper, GroupedFfnTest,
-                         testing::Values(Form{Path::kHopper, FfnFormat::kBF16, 0}, Form{Path::kHopper, FfnFormat::kBF16, 1},
-                                         Form{Path::kHopper, FfnFormat::kBF16, 2}, Form{Path::kHopper, FfnFormat::kFP8, 0},
-                                         Form{Path::kHopper, FfnFormat::kFP8, 1}, Form{Path::kHopper, FfnFormat::kFP8, 2}));
+INSTANTIATE_TEST_SUITE_P(
+    Hopper, GroupedFfnTest,
+    testing::Values(Form{Path::kHopper, FfnFormat::kBF16, 0}, Form{Path::kHopper, FfnFormat::kBF16, 1},
+                    Form{Path::kHopper, FfnFormat::kBF16, 2}, Form{Path::kHopper, FfnFormat::kFP8, 0},
+                    Form{Path::kHopper, FfnFormat::kFP8, 1}, Form{Path::kHopper, FfnFormat::kFP8, 2}));
 
 }  // namespace
 }  // namespace minke::cuda

@@ -31,8 +31,8 @@ class MlaDecodeTest : public testing::TestWithParam<Form> {
 
 // A batch with its pages scattered over the cache, NaN in every slot that no token fills.
 void RunCase(const Case& c, const Form& form, uint32_t seed, int repeats = 0) {
-  SCOPED_TRACE(testing::Message() << c.name << ", " << c.heads << " heads, path " << static_cast<int>(form.path)
-                                  << ", variant " << form.variant);
+  SCOPED_TRACE(testing::Message() << c.name << ", " << c.heads << " heads, path "
+                                  << static_cast<int>(form.path) << ", variant " << form.variant);
   std::mt19937 rng(seed);
   auto stream = Stream::Create();
   ASSERT_TRUE(stream.ok()) << stream.status();
@@ -54,7 +54,8 @@ void RunCase(const Case& c, const Form& form, uint32_t seed, int repeats = 0) {
     for (int64_t t = 0; t * 64 < c.sequences[s].length; ++t) {
       const uint32_t at = table[s * stride + t] = order[page++];
       const int64_t filled = std::min<int64_t>(64, c.sequences[s].length - t * 64);
-      for (int64_t i = 0; i < filled * kLatentDim; ++i) cache[at * 64 * kLatentDim + i] = F32ToBF16(normal(rng));
+      for (int64_t i = 0; i < filled * kLatentDim; ++i)
+        cache[at * 64 * kLatentDim + i] = F32ToBF16(normal(rng));
     }
   }
   const auto q = RandomBF16(rng, tokens * c.heads * kLatentDim, 0.7f);
@@ -70,12 +71,15 @@ void RunCase(const Case& c, const Form& form, uint32_t seed, int repeats = 0) {
   ParallelFor(tokens * c.heads, [&](int64_t row) {
     const auto [s, seen] = sequence_of[row / c.heads];
     std::vector<double> score(seen);
-    const auto latent = [&](int j) { return &cache[(int64_t{table[s * stride + j / 64]} * 64 + j % 64) * kLatentDim]; };
+    const auto latent = [&](int j) {
+      return &cache[(int64_t{table[s * stride + j / 64]} * 64 + j % 64) * kLatentDim];
+    };
     double max = -INFINITY, total = 0;
     for (int j = 0; j < seen; ++j) {
       double sum = 0;
       const bf16* key = latent(j);
-      for (int d = 0; d < kLatentDim; ++d) sum += double{BF16ToF32(q[row * kLatentDim + d])} * BF16ToF32(key[d]);
+      for (int d = 0; d < kLatentDim; ++d)
+        sum += double{BF16ToF32(q[row * kLatentDim + d])} * BF16ToF32(key[d]);
       score[j] = sum * kScale;
       max = std::max(max, score[j]);
     }
@@ -144,7 +148,9 @@ TEST_P(MlaDecodeTest, LengthsAroundAPage) {
 TEST_P(MlaDecodeTest, SeveralQueriesAreCausalAmongThemselves) {
   for (const int heads : {16, 32, 48, 64, 128}) {
     for (const int queries : {2, 3, 4}) {
-      RunCase({"queries", heads, {{queries, queries}, {64, queries}, {65, queries}, {66, queries}, {300, queries}}},
+      RunCase({"queries",
+               heads,
+               {{queries, queries}, {64, queries}, {65, queries}, {66, queries}, {300, queries}}},
               GetParam(), heads + queries);
       if (HasFailure()) return;
     }
@@ -182,8 +188,8 @@ TEST_P(MlaDecodeTest, ManySequences) {
 
 INSTANTIATE_TEST_SUITE_P(Portable, MlaDecodeTest, testing::Values(Form{Path::kPortable, 0}));
 INSTANTIATE_TEST_SUITE_P(Hopper, MlaDecodeTest,
-                         testing::Values(Form{Path::kHopper, 0}, Form{Path::kHopper, 1}, Form{Path::kHopper, 2},
-                                         Form{Path::kHopper, 3}));
+                         testing::Values(Form{Path::kHopper, 0}, Form{Path::kHopper, 1},
+                                         Form{Path::kHopper, 2}, Form{Path::kHopper, 3}));
 
 }  // namespace
 }  // namespace minke::cuda

@@ -26,12 +26,12 @@ class MlaPrefillTest : public testing::TestWithParam<Form> {
 // How keys and values lie in memory.
 enum class Layout { kWideKeys, kSharedRope, kInterleaved };
 
-void RunCase(int heads, const std::vector<PrefillSequence>& sequences, Layout layout, const Form& form, uint32_t seed,
-             int repeats = 0) {
+void RunCase(int heads, const std::vector<PrefillSequence>& sequences, Layout layout, const Form& form,
+             uint32_t seed, int repeats = 0) {
   SCOPED_TRACE(testing::Message() << heads << " heads, " << sequences.size() << " sequences, first "
                                   << sequences[0].queries << "/" << sequences[0].keys << ", layout "
-                                  << static_cast<int>(layout) << ", path " << static_cast<int>(form.path) << ", variant "
-                                  << form.variant);
+                                  << static_cast<int>(layout) << ", path " << static_cast<int>(form.path)
+                                  << ", variant " << form.variant);
   std::mt19937 rng(seed);
   auto stream = Stream::Create();
   ASSERT_TRUE(stream.ok()) << stream.status();
@@ -137,8 +137,15 @@ TEST_P(MlaPrefillTest, LengthsAroundATile) {
 }
 
 TEST_P(MlaPrefillTest, ChunksAttendToTheirPrefix) {
-  for (const auto& [queries, keys] :
-       {std::pair{1, 2}, {1, 128}, {1, 129}, {64, 128}, {64, 200}, {100, 163}, {130, 333}, {128, 640}, {7, 1000}}) {
+  for (const auto& [queries, keys] : {std::pair{1, 2},
+                                      {1, 128},
+                                      {1, 129},
+                                      {64, 128},
+                                      {64, 200},
+                                      {100, 163},
+                                      {130, 333},
+                                      {128, 640},
+                                      {7, 1000}}) {
     RunCase(2, {{queries, keys}}, Layout::kSharedRope, GetParam(), keys);
     if (HasFailure()) return;
   }
@@ -168,7 +175,8 @@ TEST_P(MlaPrefillTest, SequencesDoNotTouch) {
   std::mt19937 rng(17);
   const int heads = 2, first = 70, second = 90;
   const auto q = RandomBF16(rng, (first + second) * heads * 192);
-  auto k = RandomBF16(rng, (first + second) * heads * 192), v = RandomBF16(rng, (first + second) * heads * 128);
+  auto k = RandomBF16(rng, (first + second) * heads * 192),
+       v = RandomBF16(rng, (first + second) * heads * 128);
   std::fill(k.begin() + first * heads * 192, k.end(), bf16{0x7fff});
   std::fill(v.begin() + first * heads * 128, v.end(), bf16{0x7fff});
   MlaPrefill::Options options;
@@ -180,7 +188,8 @@ TEST_P(MlaPrefillTest, SequencesDoNotTouch) {
   ASSERT_TRUE(prefill.ok()) << prefill.status();
   const PrefillSequence sequences[] = {{first, first}, {second, second}};
   ASSERT_TRUE(prefill->Plan(sequences, *stream).ok());
-  const DeviceBuffer q_device = ToDevice(q, *stream), k_device = ToDevice(k, *stream), v_device = ToDevice(v, *stream),
+  const DeviceBuffer q_device = ToDevice(q, *stream), k_device = ToDevice(k, *stream),
+                     v_device = ToDevice(v, *stream),
                      out = Poisoned((first + second) * heads * 128 * 2, *stream);
   MlaPrefillArgs args;
   args.q = q_device.as<bf16>();
@@ -194,7 +203,8 @@ TEST_P(MlaPrefillTest, SequencesDoNotTouch) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Portable, MlaPrefillTest, testing::Values(Form{Path::kPortable, 0}));
-INSTANTIATE_TEST_SUITE_P(Hopper, MlaPrefillTest, testing::Values(Form{Path::kHopper, 0}, Form{Path::kHopper, 1}));
+INSTANTIATE_TEST_SUITE_P(Hopper, MlaPrefillTest,
+                         testing::Values(Form{Path::kHopper, 0}, Form{Path::kHopper, 1}));
 
 }  // namespace
 }  // namespace minke::cuda

@@ -11,8 +11,8 @@ absl::Status ToStatus(cudaError_t code, const char* call);
 
 }  // namespace minke::cuda
 
-#define MK_CUDA_RETURN_IF_ERROR(call)                                        \
-  do {                                                                       \
-    const cudaError_t mk_code = (call);                                      \
+#define MK_CUDA_RETURN_IF_ERROR(call)                                           \
+  do {                                                                          \
+    const cudaError_t mk_code = (call);                                         \
     if (mk_code != cudaSuccess) return ::minke::cuda::ToStatus(mk_code, #call); \
   } while (false)

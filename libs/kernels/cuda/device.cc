@@ -7,8 +7,8 @@ namespace minke::cuda {
 
 absl::Status ToStatus(cudaError_t code, const char* call) {
   if (code == cudaSuccess) return absl::OkStatus();
-  // CUDA keeps it for the thread's next cudaGetLastError, which would blame the next launch for it. (Errors that
-  // leave the device unusable stay anyway.)
+  // CUDA keeps it for the thread's next cudaGetLastError, which would blame the next launch for it. (Errors
+  // that leave the device unusable stay anyway.)
   (void)cudaGetLastError();
   // The call's arguments help nobody: "cudaMalloc(&data, bytes)" is named cudaMalloc.
   const std::string_view name(call, std::string_view(call).find('('));
@@ -61,8 +61,8 @@ absl::StatusOr<int64_t> FreeMemoryBytes() {
 
 absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device) {
   if (device.major < 8) {
-    return absl::FailedPreconditionError(absl::StrCat(device.name, " has compute capability ", device.major, ".",
-                                                      device.minor, ", 8.0 or newer is needed"));
+    return absl::FailedPreconditionError(absl::StrCat(device.name, " has compute capability ", device.major,
+                                                      ".", device.minor, ", 8.0 or newer is needed"));
   }
   switch (path) {
     case Path::kAuto:
@@ -130,7 +130,8 @@ DeviceBuffer::~DeviceBuffer() {
 }
 
 absl::Status DeviceBuffer::Upload(const void* host, int64_t bytes, const Stream& stream, int64_t offset) {
-  if (offset < 0 || bytes < 0 || offset + bytes > bytes_) return absl::OutOfRangeError("Upload past the buffer");
+  if (offset < 0 || bytes < 0 || offset + bytes > bytes_)
+    return absl::OutOfRangeError("Upload past the buffer");
   MK_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(as<char>() + offset, host, static_cast<size_t>(bytes),
                                           cudaMemcpyHostToDevice, stream.handle()));
   return absl::OkStatus();

@@ -10,10 +10,10 @@ namespace minke::cuda {
 namespace {
 
 absl::Status Validate(const GroupedFfnShape& shape) {
-  if (shape.experts < 1 || shape.experts > kGroupedFfnExpertsMax || shape.hidden < 8 || shape.hidden % 8 != 0 ||
-      shape.inner < 8 || shape.inner % 8 != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", shape.experts, " experts, hidden ", shape.hidden,
-                                                   ", inner ", shape.inner));
+  if (shape.experts < 1 || shape.experts > kGroupedFfnExpertsMax || shape.hidden < 8 ||
+      shape.hidden % 8 != 0 || shape.inner < 8 || shape.inner % 8 != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("grouped FFN: ", shape.experts, " experts, hidden ",
+                                                   shape.hidden, ", inner ", shape.inner));
   }
   return absl::OkStatus();
 }
@@ -73,7 +73,8 @@ absl::Status GroupedFfnWeights::Load(int32_t expert, const bf16* gate, const bf1
     return absl::OutOfRangeError(absl::StrCat("expert ", expert, " of ", shape_.experts));
   }
   for (const bf16* matrix : {gate, up, down}) {
-    if (matrix == nullptr || !Aligned(matrix)) return absl::InvalidArgumentError("expert weights: null or unaligned");
+    if (matrix == nullptr || !Aligned(matrix))
+      return absl::InvalidArgumentError("expert weights: null or unaligned");
   }
   const FfnUnits units = UnitsOf(shape_);
   FfnPackParams params;
@@ -137,7 +138,8 @@ absl::StatusOr<GroupedFfn> GroupedFfn::Create(const Options& options) {
     return made.status();
   };
   const FfnUnits units = UnitsOf(options.shape);
-  if (absl::Status s = allocate(ffn.tables_, TableOffsets(options.shape.experts, pairs).end); !s.ok()) return s;
+  if (absl::Status s = allocate(ffn.tables_, TableOffsets(options.shape.experts, pairs).end); !s.ok())
+    return s;
   if (absl::Status s = allocate(ffn.inner_, pairs * units.blocks2 * 64 * 2); !s.ok()) return s;
   if (absl::Status s = allocate(ffn.pairs_, pairs * options.shape.hidden * 2); !s.ok()) return s;
   return ffn;

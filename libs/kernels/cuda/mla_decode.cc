@@ -12,9 +12,9 @@ namespace minke::cuda {
 namespace {
 
 constexpr int kPageTokens = 64;
-constexpr int kTileRows = 64;          // of the Hopper kernel: one wgmma tile of query rows per block
-constexpr int kPortableRows = 16;      // one mma.sync tile
-constexpr int kFewSplits = 4;          // up to here one warp adds up a row, beyond it eight do
+constexpr int kTileRows = 64;      // of the Hopper kernel: one wgmma tile of query rows per block
+constexpr int kPortableRows = 16;  // one mma.sync tile
+constexpr int kFewSplits = 4;      // up to here one warp adds up a row, beyond it eight do
 constexpr int64_t kQueriesMax = 4;
 
 int64_t AlignUp(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -66,15 +66,16 @@ absl::StatusOr<MlaDecode> MlaDecode::Create(const Options& options) {
   const int64_t table_bytes =
       Tables(limits.workers).segments + (decode.items_max_ + limits.workers) * sizeof(DecodeSegment);
   if (absl::Status s = allocate(decode.tables_, table_bytes); !s.ok()) return s;
-  if (absl::Status s = allocate(decode.partials_, splits * limits.item_rows * kLatentRank * 4); !s.ok()) return s;
+  if (absl::Status s = allocate(decode.partials_, splits * limits.item_rows * kLatentRank * 4); !s.ok())
+    return s;
   if (absl::Status s = allocate(decode.sums_, splits * limits.item_rows * 4); !s.ok()) return s;
   return decode;
 }
 
 absl::Status MlaDecode::Plan(std::span<const DecodeSequence> sequences, const Stream& stream) {
   if (std::ssize(sequences) > options_.sequences_max) {
-    return absl::InvalidArgumentError(absl::StrCat("MlaDecode: ", sequences.size(), " sequences, room for ",
-                                                   options_.sequences_max));
+    return absl::InvalidArgumentError(
+        absl::StrCat("MlaDecode: ", sequences.size(), " sequences, room for ", options_.sequences_max));
   }
   absl::StatusOr<MlaDecodePlan> plan = PlanMlaDecode(sequences, limits_);
   if (!plan.ok()) return plan.status();
@@ -82,7 +83,8 @@ absl::Status MlaDecode::Plan(std::span<const DecodeSequence> sequences, const St
   const Tables at(limits_.workers);
   const int64_t bytes = at.segments + std::ssize(plan_.segments) * sizeof(DecodeSegment);
   staging_.assign(bytes, 0);
-  const int32_t header[2] = {static_cast<int32_t>(plan_.combines.size()), plan_.splits_max <= kFewSplits ? 1 : 8};
+  const int32_t header[2] = {static_cast<int32_t>(plan_.combines.size()),
+                             plan_.splits_max <= kFewSplits ? 1 : 8};
   const auto put = [&](int64_t offset, const auto* values, size_t count) {
     std::memcpy(staging_.data() + offset, values, count * sizeof(*values));
   };

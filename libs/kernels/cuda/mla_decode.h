@@ -1,4 +1,5 @@
-// One decode step of weight-absorbed MLA over the paged latent cache: for every query row, over the tokens it sees,
+// One decode step of weight-absorbed MLA over the paged latent cache: for every query row, over the tokens it
+// sees,
 //   s_j = softmax_scale * q . latent_j        (576 wide: 512 latent, 64 rotated)
 //   out = sum_j softmax(s)_j latent_j[0:512]
 // Scores and sums are f32, probabilities are rounded to bf16 before they meet the latents.
@@ -22,7 +23,7 @@ inline constexpr int kLatentRank = 512;
 
 struct MlaDecodeArgs {
   // All on the device.
-  const bf16* q = nullptr;      // [tokens, heads, 576]: absorbed 512, rotated 64; the sequences' queries in order
+  const bf16* q = nullptr;  // [tokens, heads, 576]: absorbed 512, rotated 64; the sequences' queries in order
   const bf16* cache = nullptr;  // [cache_pages, 64, 576]; slots past a sequence's length may hold anything
   int64_t cache_pages = 0;
   const uint32_t* page_table = nullptr;  // [sequences, page_table_stride], entries < cache_pages
@@ -44,8 +45,9 @@ class MlaDecode {
   };
   static absl::StatusOr<MlaDecode> Create(const Options& options);
 
-  // Shares a batch out and uploads the plan in stream order. Once per step: all layers use it. The device addresses
-  // stay, so a captured graph of Run may be replayed after a new Plan of a batch of the same number of tokens.
+  // Shares a batch out and uploads the plan in stream order. Once per step: all layers use it. The device
+  // addresses stay, so a captured graph of Run may be replayed after a new Plan of a batch of the same number
+  // of tokens.
   absl::Status Plan(std::span<const DecodeSequence> sequences, const Stream& stream);
   // Launches the step for one layer.
   absl::Status Run(const MlaDecodeArgs& args, const Stream& stream);

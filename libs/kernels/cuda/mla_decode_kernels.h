@@ -31,16 +31,19 @@ struct CombineParams {
   float* lse;
   const float* partials;
   const float* sums;
-  const int32_t* header;  // of the plan: combines, warps per row (1 or 8). Here, so that a graph follows the plan
+  const int32_t*
+      header;  // of the plan: combines, warps per row (1 or 8). Here, so that a graph follows the plan
   const DecodeCombine* combines;
   int32_t item_rows;
 };
 
 // Blocks of one worker in the Hopper variant: 2 read each page together, for 128 rows, else 1.
-cudaError_t LaunchDecodeSm90(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& page_map,
-                             int workers, int blocks_per_worker, int variant, cudaStream_t stream);
+cudaError_t LaunchDecodeSm90(const DecodeParams& params, const CUtensorMap& q_map,
+                             const CUtensorMap& page_map, int workers, int blocks_per_worker, int variant,
+                             cudaStream_t stream);
 cudaError_t LaunchDecodePortable(const DecodeParams& params, int workers, cudaStream_t stream);
 // `overlapped`: the kernel before it in the stream lets it start early.
-cudaError_t LaunchDecodeCombine(const CombineParams& params, int blocks, bool overlapped, cudaStream_t stream);
+cudaError_t LaunchDecodeCombine(const CombineParams& params, int blocks, bool overlapped,
+                                cudaStream_t stream);
 
 }  // namespace minke::cuda

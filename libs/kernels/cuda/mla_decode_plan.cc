@@ -13,8 +13,8 @@ struct Item {
   int32_t row, rows, row_offset, first_limit, length, sequence, pages;
 };
 
-// Lays the items out with at most `payload` per worker; returns the workers needed. `emit(item, begin, pages)` is
-// called once per segment, `next()` between workers.
+// Lays the items out with at most `payload` per worker; returns the workers needed. `emit(item, begin,
+// pages)` is called once per segment, `next()` between workers.
 template <class Emit, class Next>
 int32_t Lay(std::span<const Item> items, int64_t payload, int32_t cost, Emit emit, Next next) {
   int32_t workers = 1;
@@ -48,8 +48,8 @@ absl::StatusOr<MlaDecodePlan> PlanMlaDecode(std::span<const DecodeSequence> sequ
   for (size_t s = 0; s < sequences.size(); ++s) {
     const DecodeSequence& sequence = sequences[s];
     if (sequence.queries < 1 || sequence.queries > 4 || sequence.length < sequence.queries) {
-      return absl::InvalidArgumentError(absl::StrCat("sequence ", s, " has ", sequence.queries, " queries and ",
-                                                     sequence.length, " tokens"));
+      return absl::InvalidArgumentError(absl::StrCat("sequence ", s, " has ", sequence.queries,
+                                                     " queries and ", sequence.length, " tokens"));
     }
     const int32_t rows = sequence.queries * limits.heads;
     for (int32_t offset = 0; offset < rows; offset += limits.item_rows) {

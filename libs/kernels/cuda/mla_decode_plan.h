@@ -1,9 +1,10 @@
 // How a batch of decoding sequences is shared out among the GPU's workers: host arithmetic, no GPU needed.
 //
-// The rows of one sequence (query tokens x heads, consecutive in memory) are cut into items of at most `item_rows`;
-// an item must see every page of its sequence. Items are laid end to end, measured in pages plus a fixed cost per
-// segment, and the line is cut into equal parts, one per worker. An item that is cut becomes several segments, whose
-// partial results a second kernel combines; an item in one piece writes its result directly.
+// The rows of one sequence (query tokens x heads, consecutive in memory) are cut into items of at most
+// `item_rows`; an item must see every page of its sequence. Items are laid end to end, measured in pages plus
+// a fixed cost per segment, and the line is cut into equal parts, one per worker. An item that is cut becomes
+// several segments, whose partial results a second kernel combines; an item in one piece writes its result
+// directly.
 #pragma once
 
 #include <cstdint>
@@ -42,9 +43,9 @@ struct DecodeCombine {
 };
 
 struct MlaDecodePlan {
-  int64_t tokens = 0;                  // queries of all sequences
+  int64_t tokens = 0;                   // queries of all sequences
   std::vector<DecodeSegment> segments;  // by worker
-  std::vector<int32_t> worker_begin;   // [workers + 1] into segments
+  std::vector<int32_t> worker_begin;    // [workers + 1] into segments
   std::vector<DecodeCombine> combines;
   int32_t splits = 0;      // partial results in use: at most 2 x workers
   int32_t splits_max = 0;  // of one item

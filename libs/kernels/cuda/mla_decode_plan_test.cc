@@ -31,8 +31,8 @@ TEST(MlaDecodePlan, EmptyBatchHasNoSegments) {
   EXPECT_EQ(plan->worker_begin, std::vector<int32_t>(5, 0));
 }
 
-// Whatever the mix of lengths: every page of every item once and in order, no worker above the payload, partial
-// results of an item side by side, at most two per worker.
+// Whatever the mix of lengths: every page of every item once and in order, no worker above the payload,
+// partial results of an item side by side, at most two per worker.
 TEST(MlaDecodePlan, CoversEveryPageOnceForAnyMixOfLengths) {
   std::mt19937 rng(3);
   for (int round = 0; round < 200; ++round) {

@@ -47,15 +47,16 @@ absl::StatusOr<MlaPrefill> MlaPrefill::Create(const Options& options) {
 
 absl::Status MlaPrefill::Plan(std::span<const PrefillSequence> sequences, const Stream& stream) {
   if (std::ssize(sequences) > options_.sequences_max) {
-    return absl::InvalidArgumentError(absl::StrCat("MlaPrefill: ", sequences.size(), " sequences, room for ",
-                                                   options_.sequences_max));
+    return absl::InvalidArgumentError(
+        absl::StrCat("MlaPrefill: ", sequences.size(), " sequences, room for ", options_.sequences_max));
   }
   spans_.clear();
   queries_ = keys_ = 0;
   for (size_t s = 0; s < sequences.size(); ++s) {
     const auto [queries, keys] = sequences[s];
     if (queries < 0 || keys < queries) {
-      return absl::InvalidArgumentError(absl::StrCat("sequence ", s, " has ", queries, " queries and ", keys, " keys"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("sequence ", s, " has ", queries, " queries and ", keys, " keys"));
     }
     if (queries > 0) {
       spans_.push_back({static_cast<int32_t>(queries_), queries, static_cast<int32_t>(keys_), keys, 0, {}});
@@ -64,7 +65,8 @@ absl::Status MlaPrefill::Plan(std::span<const PrefillSequence> sequences, const 
     keys_ += keys;
   }
   // Tiles are handed out in this order, so the longest are not left for last.
-  std::stable_sort(spans_.begin(), spans_.end(), [](const auto& a, const auto& b) { return a.keys > b.keys; });
+  std::stable_sort(spans_.begin(), spans_.end(),
+                   [](const auto& a, const auto& b) { return a.keys > b.keys; });
   const int32_t rows = path_ == Path::kHopper ? kPrefillTileRows : kPrefillPortableTileRows;
   int64_t tiles = 0;
   for (PrefillSpan& span : spans_) {
@@ -105,8 +107,8 @@ absl::Status MlaPrefill::Run(const MlaPrefillArgs& args, const Stream& stream) {
     if (!map->ok()) return map->status();
   }
   const PrefillMaps maps = {*q_map, *k_map, *k_rope_map, *v_map};
-  MK_CUDA_RETURN_IF_ERROR(LaunchPrefillSm90(params, maps, std::min(device_.multiprocessors, tiles_), options_.variant,
-                                            stream.handle()));
+  MK_CUDA_RETURN_IF_ERROR(LaunchPrefillSm90(params, maps, std::min(device_.multiprocessors, tiles_),
+                                            options_.variant, stream.handle()));
   return absl::OkStatus();
 }
 

@@ -1,8 +1,9 @@
 // Naive MLA over expanded keys and values, for prompts: per head, causal,
-//   out_i = sum_{j <= position of i} softmax_j(softmax_scale * (q_nope_i . k_nope_j + q_rope_i . k_rope_j)) v_j
-// Any mix of lengths in one launch. A chunk of a prompt attends to its cached prefix too: the prefix is expanded
-// before its keys, and the chunk's queries are the last ones.
-// Source: arXiv 2405.04434, section 2.1; docs/mathematics.md; docs/gpu.md for the schedule.
+//   out_i = sum_{j <= position of i} softmax_j(softmax_scale * (q_nope_i . k_nope_j + q_rope_i . k_rope_j))
+//   v_j
+// Any mix of lengths in one launch. A chunk of a prompt attends to its cached prefix too: the prefix is
+// expanded before its keys, and the chunk's queries are the last ones. Source: arXiv 2405.04434, section 2.1;
+// docs/mathematics.md; docs/gpu.md for the schedule.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ struct PrefillSequence {
   int32_t keys = 0;     // rows of k and v; query i is at position keys - queries + i
 };
 
-// Row r, head h begins at data + r * row + h * head (elements, multiples of 8). head = 0: all heads share the row.
+// Row r, head h begins at data + r * row + h * head (elements, multiples of 8). head = 0: all heads share the
+// row.
 struct HeadRows {
   const bf16* data = nullptr;
   int64_t row = 0, head = 0;

@@ -10,7 +10,7 @@
 
 namespace minke::cuda {
 
-inline constexpr int kPrefillTileRows = 128;         // Hopper
+inline constexpr int kPrefillTileRows = 128;  // Hopper
 inline constexpr int kPrefillPortableTileRows = 64;
 
 struct PrefillParams {
