@@ -31,15 +31,22 @@ const std::vector<Strip>& PlanStrips(std::span<const FfnRows> items) {
 
 absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const std::string& prefix,
                                             int64_t hidden, int64_t inner, Precision precision,
-                                            ThreadPool& pool) {
+                                            ThreadPool& pool, Share share) {
+  const int64_t part = inner / share.of, first = share.index * part;
   const int64_t wide[] = {inner, hidden}, tall[] = {hidden, inner};
   MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint.Find(prefix + "gate_proj.weight", wide));
   MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint.Find(prefix + "up_proj.weight", wide));
   MK_ASSIGN_OR_RETURN(const TensorView down, checkpoint.Find(prefix + "down_proj.weight", tall));
-  const auto reader = [](const TensorView& view) {
-    return [&view](int64_t begin, std::span<float> out) { view.Read(begin, out); };
+  const auto rows = [&](const TensorView& view) {
+    return [&view, first, hidden](int64_t begin, std::span<float> out) {
+      view.Read(first * hidden + begin, out);
+    };
   };
-  FfnWeights weights = Pack(hidden, inner, precision, reader(gate), reader(up), reader(down), pool);
+  const auto columns = [&](int64_t begin,
+                           std::span<float> out) {  // Pack asks for whole rows of `part` columns
+    down.Read(begin / part * inner + first, out);
+  };
+  FfnWeights weights = Pack(hidden, part, precision, rows(gate), rows(up), columns, pool);
   for (const TensorView& view : {gate, up, down}) checkpoint.Release(view);
   return weights;
 }

@@ -17,10 +17,10 @@ namespace minke::kernels {
 class FfnWeights {
  public:
   // Reads `prefix`{gate,up,down}_proj.weight of shapes [inner, hidden] and [hidden, inner] and releases the
-  // mapped pages.
+  // mapped pages; of them, `share` of the inner dimension. REQUIRES: inner % share.of == 0.
   static absl::StatusOr<FfnWeights> Load(const Checkpoint& checkpoint, const std::string& prefix,
-                                         int64_t hidden, int64_t inner, Precision precision,
-                                         ThreadPool& pool);
+                                         int64_t hidden, int64_t inner, Precision precision, ThreadPool& pool,
+                                         Share share = {});
   // gate, up: [inner, hidden]; down: [hidden, inner].
   static FfnWeights Pack(int64_t hidden, int64_t inner, Precision precision, ElementReader gate,
                          ElementReader up, ElementReader down, ThreadPool& pool);

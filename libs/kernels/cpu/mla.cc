@@ -515,11 +515,13 @@ MlaForm CheaperForm(const MlaShape& s, int64_t rows, int64_t position_begin) {
 }
 
 absl::StatusOr<MlaWeights> MlaWeights::Load(const Checkpoint& checkpoint, const std::string& kv_b_name,
-                                            const MlaShape& s, Precision precision, ThreadPool& pool) {
-  const int64_t shape[] = {s.heads * (s.nope_dim + s.v_dim), s.kv_lora_rank};
+                                            const MlaShape& s, Precision precision, ThreadPool& pool,
+                                            Share share) {
+  const int64_t rows = s.heads * (s.nope_dim + s.v_dim), first = share.index * rows * s.kv_lora_rank;
+  const int64_t shape[] = {share.of * rows, s.kv_lora_rank};
   MK_ASSIGN_OR_RETURN(const TensorView kv_b, checkpoint.Find(kv_b_name, shape));
   MlaWeights weights = Pack(
-      s, precision, [&](int64_t begin, std::span<float> out) { kv_b.Read(begin, out); }, pool);
+      s, precision, [&](int64_t begin, std::span<float> out) { kv_b.Read(first + begin, out); }, pool);
   checkpoint.Release(kv_b);
   return weights;
 }

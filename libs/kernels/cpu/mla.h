@@ -43,8 +43,10 @@ struct MlaShape {
 // kv_b_proj split per head and packed for both forms; every head begins at a block of 64 columns.
 class MlaWeights {
  public:
+  // kv_b_proj of share.of times shape.heads heads; this share of them.
   static absl::StatusOr<MlaWeights> Load(const Checkpoint& checkpoint, const std::string& kv_b_name,
-                                         const MlaShape& shape, Precision precision, ThreadPool& pool);
+                                         const MlaShape& shape, Precision precision, ThreadPool& pool,
+                                         Share share = {});
   // kv_b: [heads * (nope + v), kv_lora_rank].
   static MlaWeights Pack(const MlaShape& shape, Precision precision, ElementReader kv_b, ThreadPool& pool);
   const PackedMatrix& absorb_k() const {

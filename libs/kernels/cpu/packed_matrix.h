@@ -36,6 +36,12 @@ class HugeBuffer {
   std::shared_ptr<HugeBuffer> chunk_;  // shared by the buffers in it
 };
 
+// The index-th of `of` equal parts of a dimension: of the heads, or of a feed-forward block's inner
+// dimension.
+struct Share {
+  int64_t index = 0, of = 1;
+};
+
 // Elements [begin, begin + out.size()) of a row-major weight tensor, widened to f32. Called on the pool's
 // threads.
 using ElementReader = absl::FunctionRef<void(int64_t begin, std::span<float> out)>;

@@ -60,28 +60,6 @@ void CpuAttentionModel::AddRanks(float* values, int64_t count) {
   std::_Exit(1);
 }
 
-// This rank's part of the inner dimension.
-absl::StatusOr<kernels::FfnWeights> CpuAttentionModel::LoadFfn(const std::string& prefix,
-                                                               int64_t inner) const {
-  const int64_t hidden = config().hidden_size, part = inner / ranks_, first = rank_ * part;
-  const int64_t wide[] = {inner, hidden}, tall[] = {hidden, inner};
-  MK_ASSIGN_OR_RETURN(const TensorView gate, checkpoint_->Find(prefix + "gate_proj.weight", wide));
-  MK_ASSIGN_OR_RETURN(const TensorView up, checkpoint_->Find(prefix + "up_proj.weight", wide));
-  MK_ASSIGN_OR_RETURN(const TensorView down, checkpoint_->Find(prefix + "down_proj.weight", tall));
-  const auto rows = [&](const TensorView& view) {
-    return [&view, first, hidden](int64_t begin, std::span<float> out) {
-      view.Read(first * hidden + begin, out);
-    };
-  };
-  const auto columns = [&](int64_t begin, std::span<float> out) {  // a whole row of this rank's columns
-    down.Read(begin / part * inner + first, out);
-  };
-  kernels::FfnWeights weights =
-      kernels::FfnWeights::Pack(hidden, part, precision_, rows(gate), rows(up), columns, pool_);
-  for (const TensorView& view : {gate, up, down}) checkpoint_->Release(view);
-  return weights;
-}
-
 absl::StatusOr<std::vector<float>> CpuAttentionModel::LoadVector(const std::string& name, int64_t n) const {
   const int64_t shape[] = {n};
   MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
@@ -129,16 +107,8 @@ absl::Status CpuAttentionModel::LoadLayer(int32_t index) {
         pool_);
     checkpoint_->Release(q_b);
   }
-  const int64_t head_rows = shape_.nope_dim + shape_.v_dim;
-  const int64_t kv_b_shape[] = {all_heads * head_rows, c.kv_lora_rank};
-  MK_ASSIGN_OR_RETURN(const TensorView kv_b, checkpoint_->Find(a + "kv_b_proj.weight", kv_b_shape));
-  layer.mla = kernels::MlaWeights::Pack(
-      shape_, precision_,
-      [&](int64_t begin, std::span<float> out) {
-        kv_b.Read(first_head * head_rows * c.kv_lora_rank + begin, out);
-      },
-      pool_);
-  checkpoint_->Release(kv_b);
+  MK_ASSIGN_OR_RETURN(layer.mla, kernels::MlaWeights::Load(*checkpoint_, a + "kv_b_proj.weight", shape_,
+                                                           precision_, pool_, {rank_, ranks_}));
   const int64_t o_shape[] = {hidden, all_heads * shape_.v_dim};
   MK_ASSIGN_OR_RETURN(const TensorView o, checkpoint_->Find(a + "o_proj.weight", o_shape));
   layer.o = PackedMatrix::Pack(
@@ -150,8 +120,10 @@ absl::Status CpuAttentionModel::LoadLayer(int32_t index) {
   const bool moe = c.IsMoeLayer(index);
   layer.has_ffn = !moe || c.n_shared_experts > 0;
   if (layer.has_ffn) {
-    MK_ASSIGN_OR_RETURN(layer.ffn, LoadFfn(p + (moe ? "mlp.shared_experts." : "mlp."),
-                                           moe ? c.shared_intermediate_size() : c.intermediate_size));
+    MK_ASSIGN_OR_RETURN(
+        layer.ffn, kernels::FfnWeights::Load(*checkpoint_, p + (moe ? "mlp.shared_experts." : "mlp."), hidden,
+                                             moe ? c.shared_intermediate_size() : c.intermediate_size,
+                                             precision_, pool_, {rank_, ranks_}));
   }
   return absl::OkStatus();
 }

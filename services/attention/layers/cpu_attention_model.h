@@ -66,7 +66,6 @@ class CpuAttentionModel final : public AttentionModel {
 
   CpuAttentionModel(std::shared_ptr<const Checkpoint> checkpoint, Precision precision, MlaChoice mla,
                     ThreadPool& pool, std::unique_ptr<Collective> group);
-  absl::StatusOr<kernels::FfnWeights> LoadFfn(const std::string& prefix, int64_t inner) const;
   // Adds up what the ranks computed of these rows.
   void AddRanks(float* values, int64_t count);
   absl::Status LoadLayer(int32_t index);
