@@ -1,0 +1,37 @@
+// What the coordinator of a cluster decides: which expert server hosts what, and which of the loaded replicas are
+// published. A pure function of what is known, so that any router can go on from where another one stopped:
+// the router's own memory (static registry) or etcd keeps the record between calls. No I/O, clock or lock.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "libs/base/ids.h"
+#include "libs/model/config.h"
+#include "proto/cluster/cluster.pb.h"
+
+namespace minke::router {
+
+struct CoordinatorOptions {
+  std::vector<UnitId> units;  // AllUnits of the model; empty: nothing is to be placed
+  int replicas = 1;
+  int expert_servers = 1;     // to wait for before the first placement
+  uint32_t fresh_term = 1;    // term of a record that begins from nothing
+};
+
+// Members by id, as the registry knows them now.
+using Members = std::map<NodeId, cluster::v1::MemberReport>;
+
+// The record that should follow `current`; equal to it if nothing is to change. `now_ms` only paces
+// rebalancing.
+cluster::v1::PlacementRecord Decide(const CoordinatorOptions& options, const Members& members,
+                                    const cluster::v1::PlacementRecord& current, int64_t now_ms);
+
+// What every process sees: members, published placement, and whether the cluster can serve.
+cluster::v1::ClusterView MakeView(const CoordinatorOptions& options, const Members& members,
+                                  const cluster::v1::PlacementRecord& record);
+
+}  // namespace minke::router
