@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "libs/base/ids.h"
+#include "libs/cluster/make_view.h"
 #include "libs/model/config.h"
 #include "proto/cluster/cluster.pb.h"
 
@@ -22,16 +23,9 @@ struct CoordinatorOptions {
   uint32_t fresh_term = 1;    // term of a record that begins from nothing
 };
 
-// Members by id, as the registry knows them now.
-using Members = std::map<NodeId, cluster::v1::MemberReport>;
-
 // The record that should follow `current`; equal to it if nothing is to change. `now_ms` only paces
 // rebalancing.
-cluster::v1::PlacementRecord Decide(const CoordinatorOptions& options, const Members& members,
+cluster::v1::PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members& members,
                                     const cluster::v1::PlacementRecord& current, int64_t now_ms);
-
-// What every process sees: members, published placement, and whether the cluster can serve.
-cluster::v1::ClusterView MakeView(const CoordinatorOptions& options, const Members& members,
-                                  const cluster::v1::PlacementRecord& record);
 
 }  // namespace minke::router
