@@ -5,13 +5,13 @@ import os, re, subprocess, sys
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
     "base": [], "collective": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
-    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
-    "node": ["kernels", "model", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
+    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [], "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
+    "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
 }
 ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/")
 HEADERS = {  # third-party headers that stay in one place
     r"^(ucp|uct|ucs)/": ("libs/transport/ucx/",),
-    r"^grpcpp/": ("libs/rpc/", "services/gateway/api/", "services/gateway/attention_client/", "services/attention/api/",
+    r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/attention/api/",
                   "services/router/api/", "tests/", "services/gateway/gateway"),
     r"^spdlog/": ("libs/base/",),
     r"^(cuda|cublas|nccl|nv)": ("libs/kernels/cuda/", "bench/gpu/"),  # CUDA's own headers
