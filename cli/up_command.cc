@@ -25,6 +25,7 @@
 #include "libs/base/strings.h"
 #include "libs/cluster/view.h"
 #include "libs/node/node.h"
+#include "libs/registry/registry.h"
 #include "libs/transport/inproc/inproc.h"
 #include "services/attention/attention_flags.h"
 #include "services/experts/expert_service.h"
@@ -396,7 +397,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   if (!whole) {
     MK_ASSIGN_OR_RETURN(experts,
                         experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
-                                                      {.router = router->rpc_address(),
+                                                      {.registry = {.router = router->rpc_address()},
                                                        .precision = precision,
                                                        .threads = threads,
                                                        .on_refused = refused}));
@@ -416,7 +417,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_flags.unavailable_after_s = flags.unavailable_after_s;
   MK_ASSIGN_OR_RETURN(auto attention_options,
                       attention::ToServiceOptions(attention_flags, *checkpoint, precision));
-  attention_options.router = router->rpc_address();
+  attention_options.registry.router = router->rpc_address();
   attention_options.device = device;
   attention_options.whole = whole;
   attention_options.threads = threads;
@@ -430,8 +431,8 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   report.mutable_member()->set_ready(true);
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));
   report.set_precision(std::string(ToString(precision)));
-  const auto client = rpc::MembershipClient::Start(
-      router->rpc_address(), report,
+  const auto client = registry::Join(
+      {.router = router->rpc_address()}, report,
       [&gateway](const cluster::v1::ClusterUpdate& update) { gateway->UpdateView(update.view()); }, refused);
   {
     ReadyWatch watch(Url{ReachableHost(flags.host), StrCat(gateway->port())}, on_ready);

@@ -79,6 +79,7 @@ absl::Status Mirror::Impl::Follow(bool& synced) {
   call.context().TryCancel();
   const absl::Status finish = rpc::ToAbsl(stream->Finish());
   if (!end.ok()) return end;
+  if (absl::IsCancelled(finish)) return absl::UnavailableError("no answer in time");  // says another call
   return finish.ok() ? absl::UnavailableError("etcd ended the watch") : finish;
 }
 

@@ -47,6 +47,56 @@ void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--report-fd", flags.report_fd, "descriptor to write the gRPC address to")->group("");
 }
 
+void AddRegistryFlags(CLI::App& app, RegistryFlags& flags, bool with_router) {
+  app.add_option("--registry", flags.registry, "where membership lives: in one router, or in etcd")
+      ->check(CLI::IsMember({"static", "etcd"}))
+      ->capture_default_str();
+  if (with_router) {
+    app.add_option("--router", flags.router, "--registry=static: HOST:PORT of the router's gRPC server");
+  }
+  app.add_option("--etcd", flags.etcd, "--registry=etcd: HOST:PORT[,HOST:PORT...] of its clients' side");
+  app.add_option("--cluster", flags.cluster,
+                 "--registry=etcd: name of the cluster, if several share one etcd")
+      ->capture_default_str();
+}
+
+absl::StatusOr<registry::RegistryAddress> ToRegistryAddress(const RegistryFlags& flags, bool with_router) {
+  if (flags.registry == "static") {
+    if (!flags.etcd.empty()) {
+      return absl::InvalidArgumentError(
+          "--etcd: expected --registry=etcd beside it, found --registry=static");
+    }
+    if (with_router && flags.router.empty()) {
+      return absl::InvalidArgumentError(
+          "--registry=static: expected --router=HOST:PORT (or --registry=etcd with --etcd=HOST:PORT), found "
+          "neither");
+    }
+    return registry::RegistryAddress{.router = flags.router};
+  }
+  if (flags.etcd.empty()) {
+    return absl::InvalidArgumentError(
+        "--registry=etcd: expected --etcd=HOST:PORT[,HOST:PORT...], found none");
+  }
+  if (!flags.router.empty()) {
+    return absl::InvalidArgumentError(
+        "--router: expected --registry=static beside it, found --registry=etcd");
+  }
+  std::istringstream endpoints(flags.etcd);
+  for (std::string endpoint; std::getline(endpoints, endpoint, ',');) {
+    const size_t colon = endpoint.rfind(':');
+    if (endpoint.find("://") != std::string::npos || colon == 0 || colon == std::string::npos ||
+        colon + 1 == endpoint.size()) {
+      return absl::InvalidArgumentError(
+          StrCat("--etcd: expected HOST:PORT[,HOST:PORT...], found '", endpoint, "'"));
+    }
+  }
+  if (flags.cluster.empty() || flags.cluster.find('/') != std::string::npos) {
+    return absl::InvalidArgumentError(
+        StrCat("--cluster: expected a name without /, found '", flags.cluster, "'"));
+  }
+  return registry::RegistryAddress{.etcd = flags.etcd, .cluster = flags.cluster};
+}
+
 void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--device", flags.device)
       ->check(CLI::IsMember({"cpu", "cuda", "auto"}))

@@ -10,6 +10,7 @@
 #include "libs/base/device.h"
 #include "libs/base/dtype.h"
 #include "libs/model/checkpoint.h"
+#include "libs/registry/registry.h"
 #include "libs/telemetry/metrics.h"
 #include "libs/transport/transport.h"
 
@@ -41,8 +42,20 @@ struct NodeFlags {
   int Threads() const;
 };
 
+struct RegistryFlags {
+  std::string registry = "static";  // static | etcd
+  std::string router;               // static: HOST:PORT
+  std::string etcd;                 // HOST:PORT[,HOST:PORT...]
+  std::string cluster = "minke";
+};
+
 // Flags every role has.
 void AddCommonFlags(CLI::App& app, NodeFlags& flags);
+// Where the cluster's registry is. --router: not for routers, which are the static one.
+void AddRegistryFlags(CLI::App& app, RegistryFlags& flags, bool with_router = true);
+// INVALID_ARGUMENT names the flag that is missing or has no use.
+absl::StatusOr<registry::RegistryAddress> ToRegistryAddress(const RegistryFlags& flags,
+                                                            bool with_router = true);
 // Flags of the roles with a data plane.
 void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
 // Parses; prints one line on stderr for a bad flag and returns the exit code, or -1 to go on. Applies log

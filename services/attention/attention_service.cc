@@ -107,7 +107,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
                                  .placement = std::make_shared<router::PlacementTable>(
                                      cluster::EpochOf(view), cluster::Replicas(view))});
   };
-  service->client_ = rpc::MembershipClient::Start(o.router, report, on_update, o.on_refused);
+  service->client_ = registry::Join(o.registry, report, on_update, o.on_refused);
   service->watch_thread_ = std::thread([raw = service.get(), report]() mutable {
     while (!raw->stop_.load()) {
       const bool ready = raw->engine_->status().connected;

@@ -9,15 +9,15 @@
 
 #include "absl/status/statusor.h"
 #include "libs/base/device.h"
+#include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
-#include "libs/rpc/membership_client.h"
 #include "services/attention/api/attention_api.h"
 #include "services/attention/engine/engine.h"
 
 namespace minke::attention {
 
 struct AttentionServiceOptions {
-  std::string router;                  // host:port of the router's gRPC server
+  registry::RegistryAddress registry;
   std::string listen = "127.0.0.1:0";  // gRPC
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
@@ -31,7 +31,7 @@ struct AttentionServiceOptions {
   EngineOptions engine;
   std::vector<uint8_t> allowed_tokens;   // [vocab] 0/1: ids that have a token; empty: all
   router::Gate::Override gate_override;  // tests only, with local_routing
-  rpc::MembershipClient::OnRefused on_refused;
+  registry::Registry::OnRefused on_refused;
 };
 
 class AttentionService {
@@ -52,7 +52,7 @@ class AttentionService {
   std::unique_ptr<Engine> engine_;
   AttentionApi api_;
   std::unique_ptr<rpc::GrpcServer> server_;
-  std::unique_ptr<rpc::MembershipClient> client_;
+  std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, watch_thread_;
   std::atomic<bool> stop_{false};
 };

@@ -13,15 +13,17 @@ int main(int argc, char** argv) {
   node::BlockSignals();
   node::NodeFlags flags;
   attention::AttentionFlags attention_flags;
-  std::string router;
+  node::RegistryFlags registry_flags;
   CLI::App app{"Minke's attention node: MLA over a paged latent cache, continuous batching, sampling."};
   node::AddCommonFlags(app, flags);
   node::AddDataPlaneFlags(app, flags);
   attention::AddAttentionFlags(app, attention_flags);
-  app.add_option("--router", router, "HOST:PORT of the router's gRPC server")->required();
+  node::AddRegistryFlags(app, registry_flags);
   if (const int code = node::ParseFlags(app, argc, argv, "attention", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("attention", status); };
 
+  auto registry = node::ToRegistryAddress(registry_flags);
+  if (!registry.ok()) return fail(registry.status());
   const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
   if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
@@ -30,7 +32,7 @@ int main(int argc, char** argv) {
   if (!transport.ok()) return fail(transport.status());
   auto options = attention::ToServiceOptions(attention_flags, **checkpoint, flags.ParsedPrecision());
   if (!options.ok()) return fail(options.status());
-  options->router = router;
+  options->registry = *std::move(registry);
   options->listen = flags.listen;
   options->advertise_host = flags.advertise;
   options->precision = flags.ParsedPrecision();

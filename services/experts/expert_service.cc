@@ -41,8 +41,8 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
     const MutexLock lock(service->mutex_);
     report = service->ReportLocked();
   }
-  service->client_ = rpc::MembershipClient::Start(
-      o.router, report,
+  service->client_ = registry::Join(
+      o.registry, report,
       [raw = service.get()](const cluster::v1::ClusterUpdate& update) { raw->OnUpdate(update); },
       o.on_refused);
   // After the client, to which it reports.

@@ -13,8 +13,8 @@
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
+#include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
-#include "libs/rpc/membership_client.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
 #include "services/experts/engine/expert_engine.h"
@@ -22,7 +22,7 @@
 namespace minke::experts {
 
 struct ExpertServiceOptions {
-  std::string router;                  // host:port of the router's gRPC server
+  registry::RegistryAddress registry;
   std::string listen = "127.0.0.1:0";  // gRPC (health, reflection)
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
@@ -30,7 +30,7 @@ struct ExpertServiceOptions {
   ExpertsFormat experts_format = ExpertsFormat::kBF16;
   int threads = 1;
   ExpertEngineOptions engine;
-  rpc::MembershipClient::OnRefused on_refused;
+  registry::Registry::OnRefused on_refused;
 };
 
 class ExpertService {
@@ -56,7 +56,7 @@ class ExpertService {
   std::unique_ptr<ExpertBackend> backend_;
   std::unique_ptr<ExpertEngine> engine_;
   std::unique_ptr<rpc::GrpcServer> server_;
-  std::unique_ptr<rpc::MembershipClient> client_;
+  std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
 
   Mutex mutex_;

@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   node::BlockSignals();
   node::NodeFlags flags;
   experts::ExpertServiceOptions options;
+  node::RegistryFlags registry_flags;
   std::string experts_format = "bf16";
   CLI::App app{"Minke's expert server: grouped SwiGLU over the shards it is given."};
   node::AddCommonFlags(app, flags);
@@ -20,10 +21,12 @@ int main(int argc, char** argv) {
   app.add_option("--experts-format", experts_format, "routed experts in a GPU's memory")
       ->check(CLI::IsMember({"bf16", "fp8"}))
       ->capture_default_str();
-  app.add_option("--router", options.router, "HOST:PORT of the router's gRPC server")->required();
+  node::AddRegistryFlags(app, registry_flags);
   if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
 
+  auto registry = node::ToRegistryAddress(registry_flags);
+  if (!registry.ok()) return fail(registry.status());
   const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
   if (!device.ok()) return fail(device.status());
   options.device = *device;
@@ -37,6 +40,7 @@ int main(int argc, char** argv) {
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_EXPERT, **checkpoint);
   if (!transport.ok()) return fail(transport.status());
+  options.registry = *std::move(registry);
   options.listen = flags.listen;
   options.advertise_host = flags.advertise;
   options.threads = flags.Threads();

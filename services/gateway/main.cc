@@ -7,7 +7,6 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
-#include "libs/rpc/membership_client.h"
 #include "services/gateway/gateway.h"
 
 int main(int argc, char** argv) {
@@ -15,10 +14,11 @@ int main(int argc, char** argv) {
   node::BlockSignals();
   node::NodeFlags flags;
   gateway::GatewayOptions options;
-  std::string router, model_name, chat_template = "auto";
+  node::RegistryFlags registry_flags;
+  std::string model_name, chat_template = "auto";
   CLI::App app{"Minke's gateway: OpenAI-compatible API in front of the attention nodes."};
   node::AddCommonFlags(app, flags);
-  app.add_option("--router", router, "HOST:PORT of the router's gRPC server")->required();
+  node::AddRegistryFlags(app, registry_flags);
   app.add_option("--http-listen", options.http.listen, "HOST:PORT of the HTTP API, port 0: a free one")
       ->capture_default_str();
   app.add_option("--http-threads", options.http.io_threads)->check(CLI::Range(1, 256))->capture_default_str();
@@ -36,6 +36,8 @@ int main(int argc, char** argv) {
   if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
 
+  auto registry = node::ToRegistryAddress(registry_flags);
+  if (!registry.ok()) return fail(registry.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
@@ -49,8 +51,8 @@ int main(int argc, char** argv) {
   report.mutable_member()->set_ready(true);
   report.set_model_fingerprint(absl::StrFormat("%016x", (*checkpoint)->fingerprint()));
   report.set_precision(flags.precision);
-  auto client = rpc::MembershipClient::Start(
-      router, report,
+  auto client = registry::Join(
+      *registry, report,
       [&](const cluster::v1::ClusterUpdate& update) { (*gateway)->UpdateView(update.view()); },
       [](const absl::Status& status) {
         node::Fail("gateway", status);

@@ -56,7 +56,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   router_ = *std::move(router);
   for (int i = 0; i < options_.experts; ++i) {
     auto expert = experts::ExpertService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_EXPERT),
-                                                {.router = router_->rpc_address(),
+                                                {.registry = {.router = router_->rpc_address()},
                                                  .precision = options_.precision,
                                                  .device = options_.experts_device,
                                                  .experts_format = options_.experts_format,
@@ -74,7 +74,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   engine.exchange = options_.exchange;
   auto attention = attention::AttentionService::Start(
       checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
-      {.router = router_->rpc_address(),
+      {.registry = {.router = router_->rpc_address()},
        .precision = options_.precision,
        .mla = options_.mla,
        .tensor_parallel = options_.tensor_parallel,

@@ -1,4 +1,4 @@
-#include "libs/rpc/membership_client.h"
+#include "libs/registry/static_registry.h"
 
 #include <grpcpp/grpcpp.h>
 
@@ -9,10 +9,12 @@
 #include "libs/base/log.h"
 #include "libs/base/mutex.h"
 #include "libs/base/strings.h"
+#include "libs/base/thread_name.h"
+#include "libs/rpc/connect.h"
 #include "libs/rpc/grpc_server.h"
 #include "proto/cluster/cluster.grpc.pb.h"
 
-namespace minke::rpc {
+namespace minke::registry {
 namespace {
 
 using cluster::v1::ClusterUpdate;
@@ -24,7 +26,7 @@ constexpr absl::Duration kFirstLease = absl::Seconds(3);
 
 }  // namespace
 
-struct MembershipClient::Impl {
+struct StaticRegistry::Impl {
   std::string router_address;
   OnUpdate on_update;
   OnRefused on_refused;
@@ -42,7 +44,7 @@ struct MembershipClient::Impl {
 };
 
 // One stream: this thread reads, a second one writes reports.
-grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
+grpc::Status StaticRegistry::Impl::RunOnce(Membership::Stub& stub) {
   grpc::ClientContext context_here;
   {
     const MutexLock lock(mutex);
@@ -90,27 +92,34 @@ grpc::Status MembershipClient::Impl::RunOnce(Membership::Stub& stub) {
   return stream->Finish();
 }
 
-void MembershipClient::Impl::Run() {
+void StaticRegistry::Impl::Run() {
+  SetThreadName("registry");
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 5000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 3000);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  auto stub = Membership::NewStub(
-      grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments));
+  const auto channel =
+      grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments);
+  const auto stub = Membership::NewStub(channel);
   bool complained = false;
   while (true) {
-    const grpc::Status status = RunOnce(*stub);
+    const auto stopped = [this] {
+      const MutexLock lock(mutex);
+      return stop;
+    };
+    grpc::Status status = rpc::ToGrpc(rpc::Connect(*channel, kFirstLease, stopped));
+    if (status.ok()) status = RunOnce(*stub);
     {
       const MutexLock lock(mutex);
       if (stop) return;
     }
     if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) {
-      on_refused(ToAbsl(status));
+      on_refused(rpc::ToAbsl(status));
     } else if (!complained) {
-      log::Warning("membership", StrCat("router=", router_address, " not reachable: ", status.error_message(),
-                                        "; trying again"));
+      log::Warning("registry", StrCat("router=", router_address, " not reachable: ", status.error_message(),
+                                      "; trying again"));
     }
     complained = true;
     const MutexLock lock(mutex);
@@ -118,25 +127,21 @@ void MembershipClient::Impl::Run() {
   }
 }
 
-MembershipClient::MembershipClient(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-
-std::unique_ptr<MembershipClient> MembershipClient::Start(std::string router_address, MemberReport report,
-                                                          OnUpdate on_update, OnRefused on_refused) {
-  auto impl = std::make_unique<Impl>();
-  impl->router_address = std::move(router_address);
-  impl->on_update = std::move(on_update);
-  impl->on_refused = std::move(on_refused);
+StaticRegistry::StaticRegistry(std::string router_address, MemberReport report, OnUpdate on_update,
+                               OnRefused on_refused)
+    : impl_(std::make_unique<Impl>()) {
+  impl_->router_address = std::move(router_address);
+  impl_->on_update = std::move(on_update);
+  impl_->on_refused = std::move(on_refused);
   {
-    const MutexLock lock(impl->mutex);
-    impl->report = std::move(report);
-    impl->version = 1;
+    const MutexLock lock(impl_->mutex);
+    impl_->report = std::move(report);
+    impl_->version = 1;
   }
-  Impl* raw = impl.get();
-  impl->thread = std::thread([raw] { raw->Run(); });
-  return std::unique_ptr<MembershipClient>(new MembershipClient(std::move(impl)));
+  impl_->thread = std::thread([raw = impl_.get()] { raw->Run(); });
 }
 
-MembershipClient::~MembershipClient() {
+StaticRegistry::~StaticRegistry() {
   {
     const MutexLock lock(impl_->mutex);
     impl_->stop = true;
@@ -145,13 +150,13 @@ MembershipClient::~MembershipClient() {
   impl_->thread.join();
 }
 
-void MembershipClient::SetReport(MemberReport report) {
+void StaticRegistry::SetReport(MemberReport report) {
   const MutexLock lock(impl_->mutex);
   if (report.SerializeAsString() == impl_->report.SerializeAsString()) return;
   impl_->report = std::move(report);
   ++impl_->version;
 }
 
-bool MembershipClient::connected() const { return impl_->connected.load(); }
+bool StaticRegistry::connected() const { return impl_->connected.load(); }
 
-}  // namespace minke::rpc
+}  // namespace minke::registry
