@@ -70,7 +70,7 @@ absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int
 
 void StopAll(std::vector<Child>& children, absl::Duration grace) {
   for (const Child& child : children) {
-    if (!child.ended) ::kill(child.pid, SIGTERM);
+    if (!child.ended) ::kill(child.pid, SIGINT);
   }
   const absl::Time limit = absl::Now() + grace;
   bool killed = false;

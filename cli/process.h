@@ -27,7 +27,7 @@ absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
 // readable.
 absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd);
 
-// SIGTERM to all, SIGKILL to those left after `grace`; reaps them.
+// SIGINT to all (stop without draining), SIGKILL to those left after `grace`; reaps them.
 void StopAll(std::vector<Child>& children, absl::Duration grace);
 
 // Folder of the running program.

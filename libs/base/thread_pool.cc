@@ -34,8 +34,8 @@ bool SpinUntil(Done done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { WorkerLoop(); });
+ThreadPool::ThreadPool(int threads, int niceness) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, niceness] { WorkerLoop(niceness); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -58,8 +58,9 @@ bool ThreadPool::RunOne() {
   return false;
 }
 
-void ThreadPool::WorkerLoop() {
+void ThreadPool::WorkerLoop(int niceness) {
   SetThreadName("compute");
+  if (niceness != 0) YieldToOthers(niceness);
   while (!stop_.load(std::memory_order_relaxed)) {
     if (RunOne()) continue;
     const uint64_t seen = state_.load(std::memory_order_acquire);

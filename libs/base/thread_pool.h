@@ -14,8 +14,9 @@ namespace minke {
 // Thread-compatible: one caller at a time.
 class ThreadPool {
  public:
-  // `threads` counts the caller: 1 runs everything inline.
-  explicit ThreadPool(int threads);
+  // `threads` counts the caller: 1 runs everything inline. `niceness`: of the workers, for work that should
+  // yield to others on this host.
+  explicit ThreadPool(int threads, int niceness = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -27,7 +28,7 @@ class ThreadPool {
   void ParallelFor(int64_t n, absl::FunctionRef<void(int64_t)> body);
 
  private:
-  void WorkerLoop();
+  void WorkerLoop(int niceness);
   bool RunOne();
 
   // generation << 32 | tasks not yet claimed. A successful claim proves that the generation's body is alive,

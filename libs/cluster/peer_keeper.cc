@@ -28,6 +28,7 @@ void PeerKeeper::OnPeerUp(NodeId peer) {
   if (it == peers_.end()) return;  // it connected to us; nobody told us yet what for
   it->second.up = true;
   it->second.connecting = false;
+  it->second.lost_at = absl::InfiniteFuture();
   it->second.pause = kPauseMin;
 }
 
@@ -39,6 +40,7 @@ void PeerKeeper::OnPeerLost(NodeId peer) {
     peers_.erase(it);
     return;
   }
+  if (state.up) state.lost_at = absl::Now();
   state.up = state.connecting = false;
   state.next_try = absl::Now() + state.pause;
   state.pause = std::min(state.pause * 2, kPauseMax);
@@ -80,6 +82,14 @@ bool PeerKeeper::AllUp() const {
 bool PeerKeeper::IsUp(NodeId peer) const {
   auto it = peers_.find(peer);
   return it != peers_.end() && it->second.up;
+}
+
+std::vector<NodeId> PeerKeeper::LostFor(absl::Duration time, absl::Time now) const {
+  std::vector<NodeId> lost;
+  for (const auto& [peer, state] : peers_) {
+    if (state.wanted && !state.up && now - state.lost_at >= time) lost.push_back(peer);
+  }
+  return lost;
 }
 
 }  // namespace minke::cluster

@@ -29,6 +29,8 @@ class PeerKeeper {
   // Every wanted peer is up.
   bool AllUp() const;
   bool IsUp(NodeId peer) const;
+  // Wanted peers that have been up, and have not been for so long.
+  std::vector<NodeId> LostFor(absl::Duration time, absl::Time now) const;
 
  private:
   struct Peer {
@@ -37,6 +39,7 @@ class PeerKeeper {
     bool up = false;
     bool connecting = false;
     absl::Time unwanted_since;
+    absl::Time lost_at = absl::InfiniteFuture();  // until it is up again
     absl::Time next_try = absl::InfinitePast();
     absl::Duration pause = absl::Milliseconds(50);
   };

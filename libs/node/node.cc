@@ -41,6 +41,10 @@ void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
       ->capture_default_str();
   app.add_option("--advertise", flags.advertise,
                  "host by which other processes reach this one (default: as --listen)");
+  app.add_option("--drain-timeout-s", flags.drain_timeout_s,
+                 "after SIGTERM: how long its work may take to finish or to move elsewhere")
+      ->check(CLI::Range(0, 86400))
+      ->capture_default_str();
   app.add_option("--log-level", flags.log_level)
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();
@@ -213,6 +217,12 @@ int WaitForSignal() {
   int signal = 0;
   ::sigwait(&set, &signal);
   return signal;
+}
+
+bool SignalPending() {
+  const sigset_t set = StopSignals();
+  constexpr timespec kNoTime{};
+  return ::sigtimedwait(&set, nullptr, &kNoTime) > 0;
 }
 
 void ReportAddress(const NodeFlags& flags, const std::string& address) {

@@ -35,6 +35,7 @@ struct NodeFlags {
   std::string metrics_listen = "127.0.0.1:0";
   int threads = 0;   // 0: all cores it may run on
   std::string cpus;  // "0-7,16": run there only; empty: anywhere
+  int drain_timeout_s = 120;
   std::string log_level = "info";
   int report_fd = -1;  // `minke up`: where to write the gRPC address once it listens
 
@@ -75,8 +76,10 @@ absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const Nod
 void BlockSignals();
 // For commands that need no orderly end: a signal ends them at once.
 void UnblockSignals();
-// Waits for SIGINT or SIGTERM. Returns its number.
+// Waits for SIGINT (stop) or SIGTERM (drain, then stop). Returns its number.
 int WaitForSignal();
+// Whether one of them has come since: a second one ends a drain.
+bool SignalPending();
 // Writes `address` and a newline to the report descriptor, if there is one, and closes it.
 void ReportAddress(const NodeFlags& flags, const std::string& address);
 // "name: message" on stderr; returns 1.

@@ -1,5 +1,7 @@
 #include "services/experts/expert_service.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
@@ -10,6 +12,16 @@
 
 namespace minke::experts {
 
+namespace {
+
+// Rows sent by an older placement still arrive this long after a newer one is published.
+constexpr absl::Duration kLateRows = absl::Seconds(1);
+constexpr absl::Duration kRetirePeriod = absl::Milliseconds(200);
+// Loading goes on beside serving, which comes first.
+constexpr int kLoaderNiceness = 10;
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
     std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
     ExpertServiceOptions options) {
@@ -18,10 +30,11 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   service->options_ = std::move(options);
   const ExpertServiceOptions& o = service->options_;
   service->pool_ = std::make_unique<ThreadPool>(o.threads);
-  service->load_pool_ = std::make_unique<ThreadPool>(o.threads);
-  service->self_.set_node_id(transport->self().value);
-  service->self_.set_role(cluster::v1::ROLE_EXPERT);
-  service->self_.set_data_address(transport->address());
+  service->load_pool_ = std::make_unique<ThreadPool>(o.threads, kLoaderNiceness);
+  cluster::v1::Member self;
+  self.set_node_id(transport->self().value);
+  self.set_role(cluster::v1::ROLE_EXPERT);
+  self.set_data_address(transport->address());
   MK_ASSIGN_OR_RETURN(service->backend_,
                       MakeBackend(*service->checkpoint_,
                                   {.device = o.device, .format = o.experts_format, .precision = o.precision},
@@ -31,7 +44,8 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
-  service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));
+  self.set_rpc_address(StrCat(host, ":", service->server_->port()));
+  self.set_host(host);
   service->engine_thread_ = std::thread([raw = service.get()] {
     SetThreadName("expert-engine");
     raw->engine_->Run();
@@ -39,6 +53,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   cluster::v1::MemberReport report;
   {
     const MutexLock lock(service->mutex_);
+    service->self_ = std::move(self);
     report = service->ReportLocked();
   }
   service->client_ = registry::Join(
@@ -53,16 +68,17 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
 cluster::v1::MemberReport ExpertService::ReportLocked() const {
   cluster::v1::MemberReport report;
   *report.mutable_member() = self_;
-  report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty() && not_loaded_ == 0);
-  if (not_loaded_ > 0) {
-    report.mutable_member()->set_detail(StrCat(not_loaded_, " units could not be loaded"));
+  report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty() && failed_.empty());
+  if (!failed_.empty()) {
+    report.mutable_member()->set_detail(StrCat(failed_.size(), " units could not be loaded"));
   } else if (!to_load_.empty()) {
     report.mutable_member()->set_detail(
         StrCat("loading units: ", assigned_.size() - to_load_.size(), " of ", assigned_.size()));
   }
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint_->fingerprint()));
   report.set_precision(std::string(ToString(options_.precision)));
-  for (const UnitId unit : hosted_) {
+  for (const auto& [unit, bytes] : hosted_) {
+    if (retiring_.contains(unit)) continue;
     cluster::v1::Unit* out = report.add_hosted();
     out->set_layer(unit.layer);
     out->set_group(unit.group);
@@ -72,50 +88,111 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
 
 void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   engine_->SetEpoch(cluster::EpochOf(update.view()));
+  const std::map<UnitId, std::vector<NodeId>> replicas = cluster::Replicas(update.view());
   const MutexLock lock(mutex_);
-  for (const cluster::v1::Unit& unit : update.assigned()) {
-    if (assigned_.insert({unit.layer(), unit.group()}).second)
-      to_load_.push_back({unit.layer(), unit.group()});
+  const NodeId self{self_.node_id()};
+  const auto published_for = [&](UnitId unit, auto&& who) {
+    const auto it = replicas.find(unit);
+    return it != replicas.end() && std::any_of(it->second.begin(), it->second.end(), who);
+  };
+  assigned_.clear();
+  for (const cluster::v1::Unit& unit : update.assigned()) assigned_.insert({unit.layer(), unit.group()});
+  std::erase_if(to_load_, [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return !assigned_.contains(unit);
+  });
+  std::erase_if(failed_, [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return !assigned_.contains(unit);
+  });
+  for (const UnitId unit : assigned_) {
+    const bool here = hosted_.contains(unit);
+    if (here) retiring_.erase(unit);
+    if (here || failed_.contains(unit)) continue;
+    if (std::find(to_load_.begin(), to_load_.end(), unit) == to_load_.end()) to_load_.push_back(unit);
   }
+  for (const auto& [unit, bytes] : hosted_) {
+    // A registry that has just started may not know yet what is whose: what nobody else has stays.
+    if (assigned_.contains(unit) || retiring_.contains(unit)) continue;
+    if (published_for(unit, [&](NodeId server) { return server == self; })) continue;
+    if (!published_for(unit, [&](NodeId server) { return server != self; })) continue;
+    retiring_[unit] = absl::Now() + kLateRows;
+  }
+  published_ = std::count_if(replicas.begin(), replicas.end(), [&](const auto& entry) {
+    return std::find(entry.second.begin(), entry.second.end(), self) != entry.second.end();
+  });
+  const auto& members = update.view().members();
+  successors_ = std::any_of(members.begin(), members.end(), [&](const cluster::v1::Member& member) {
+    return member.role() == cluster::v1::ROLE_EXPERT && member.node_id() != self.value && !member.draining();
+  });
+  report_due_ = true;
+}
+
+bool ExpertService::LoadNext() {
+  UnitId unit;
+  {
+    const MutexLock lock(mutex_);
+    if (to_load_.empty()) return false;
+    unit = to_load_.front();
+  }
+  auto weights = backend_->LoadUnit(unit);
+  if (absl::IsInternal(weights.status())) DeviceLost(weights.status());
+  // No room on the device, or a checked file that changed under us. It stays assigned: every update of the
+  // cluster names it again, and trying again would fail again.
+  if (!weights.ok()) {
+    log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ",
+                                 weights.status().message()));
+  }
+  const int64_t bytes = weights.ok() ? (*weights)->bytes() : 0;
+  if (weights.ok()) engine_->AddUnit(unit, *std::move(weights));
+  const MutexLock lock(mutex_);
+  std::erase(to_load_, unit);
+  if (bytes == 0) {
+    failed_.insert(unit);
+  } else {
+    hosted_[unit] = bytes;
+  }
+  if (to_load_.empty()) {
+    int64_t all = 0;
+    for (const auto& [hosted, size] : hosted_) all += size;
+    log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", all));
+  }
+  return true;
+}
+
+bool ExpertService::RetireNext() {
+  engine_->TakeRemoved();  // frees what was taken out before
+  const MutexLock lock(mutex_);
+  for (auto it = retiring_.begin(); it != retiring_.end(); ++it) {
+    if (it->second > absl::Now()) continue;
+    engine_->RemoveUnit(it->first);
+    hosted_.erase(it->first);
+    retiring_.erase(it);
+    if (retiring_.empty()) log::Info("experts", StrCat("let go of units; hosting units=", hosted_.size()));
+    return true;
+  }
+  return false;
 }
 
 void ExpertService::LoadLoop() {
+  SetThreadName("expert-loader");
+  YieldToOthers(kLoaderNiceness);
   absl::Time last_report = absl::InfinitePast();
   while (true) {
-    UnitId unit;
     {
       const MutexLock lock(mutex_);
-      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || !to_load_.empty(); };
-      mutex_.Await(due);
+      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || report_due_ || !to_load_.empty(); };
+      mutex_.AwaitFor(kRetirePeriod, due);
       if (stop_) return;
-      unit = to_load_.front();
     }
-    auto weights = backend_->LoadUnit(unit);
-    if (absl::IsInternal(weights.status())) DeviceLost(weights.status());
-    // No room on the device, or a checked file that changed under us. It stays assigned: every update of the
-    // cluster names it again, and trying again would fail again.
-    if (!weights.ok()) {
-      log::Error("experts", StrCat("cannot load layer=", unit.layer, " group=", unit.group, ": ",
-                                   weights.status().message()));
-    }
-    const int64_t bytes = weights.ok() ? (*weights)->bytes() : 0;
-    if (weights.ok()) engine_->AddUnit(unit, *std::move(weights));
+    const bool loaded = LoadNext();
+    const bool retired = RetireNext();
     cluster::v1::MemberReport report;
     bool all = false;
     {
       const MutexLock lock(mutex_);
-      to_load_.pop_front();
-      if (weights.ok()) {
-        hosted_.insert(unit);
-        hosted_bytes_ += bytes;
-      } else {
-        ++not_loaded_;
-      }
+      if (!loaded && !retired && !report_due_) continue;
+      report_due_ = false;
       all = to_load_.empty();
       report = ReportLocked();
-      if (all) {
-        log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", hosted_bytes_));
-      }
     }
     // Reports are gathered: a large model has hundreds of units.
     if (all || absl::Now() - last_report > absl::Milliseconds(200)) {
@@ -124,6 +201,34 @@ void ExpertService::LoadLoop() {
     }
     if (all) server_->SetServing(report.member().ready());
   }
+}
+
+absl::Status ExpertService::Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up) {
+  const absl::Time end = absl::Now() + limit;
+  {
+    const MutexLock lock(mutex_);
+    self_.set_draining(true);
+    report_due_ = true;
+  }
+  while (true) {
+    absl::SleepFor(absl::Milliseconds(20));
+    if (give_up()) return absl::CancelledError("asked to stop at once");
+    {
+      const MutexLock lock(mutex_);
+      if (published_ == 0) break;
+      if (!successors_) {
+        return absl::FailedPreconditionError(
+            StrCat("no other expert server is there to take over ", published_, " units"));
+      }
+      if (absl::Now() > end) {
+        return absl::DeadlineExceededError(
+            StrCat("after ", absl::FormatDuration(limit), " others have not taken over ", published_, " units"));
+      }
+    }
+  }
+  absl::SleepFor(std::min(kLateRows, end - absl::Now()));
+  while (engine_->status().queued_rows > 0 && absl::Now() < end) absl::SleepFor(absl::Milliseconds(20));
+  return absl::OkStatus();
 }
 
 ExpertService::~ExpertService() {

@@ -1,15 +1,19 @@
 // A whole expert server: engine thread, loader thread, membership, gRPC health. One per process, or one of
-// the roles of `minke serve`.
+// the roles of `minke serve`. It hosts the units that the registry assigns to it: loads new ones beside the work
+// that goes on, and lets go of those that others have taken over.
 #pragma once
 
 #include <atomic>
 #include <deque>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
 #include <thread>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
@@ -43,15 +47,22 @@ class ExpertService {
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
 
+  // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they have
+  // not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once `give_up` says
+  // so.
+  absl::Status Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
+
  private:
   ExpertService() = default;
   void OnUpdate(const cluster::v1::ClusterUpdate& update);
   void LoadLoop();
+  // One unit in, or one out, if that is due. Whether there was anything to do.
+  bool LoadNext();
+  bool RetireNext();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   std::shared_ptr<const Checkpoint> checkpoint_;  // shared with the process's other roles
   ExpertServiceOptions options_;
-  cluster::v1::Member self_;
   std::unique_ptr<ThreadPool> pool_, load_pool_;
   std::unique_ptr<ExpertBackend> backend_;
   std::unique_ptr<ExpertEngine> engine_;
@@ -60,10 +71,16 @@ class ExpertService {
   std::thread engine_thread_, load_thread_;
 
   Mutex mutex_;
+  cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
-  std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_), hosted_ ABSL_GUARDED_BY(mutex_);
-  int64_t not_loaded_ ABSL_GUARDED_BY(mutex_) = 0;  // units that failed to load
-  int64_t hosted_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
+  std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);  // bytes
+  std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);           // to load
+  // Hosted, no longer assigned, and published elsewhere: let go at this time.
+  std::map<UnitId, absl::Time> retiring_ ABSL_GUARDED_BY(mutex_);
+  int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;  // units whose rows may still be sent here
+  bool successors_ ABSL_GUARDED_BY(mutex_) = true;   // somebody could take over
+  bool report_due_ ABSL_GUARDED_BY(mutex_) = false;  // to the registry, by the loader's thread
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
 };
 

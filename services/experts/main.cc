@@ -2,9 +2,11 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <csignal>
 #include <iostream>
 
 #include "libs/base/log.h"
+#include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "services/experts/expert_service.h"
 
@@ -66,7 +68,11 @@ int main(int argc, char** argv) {
   });
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, "");
-  node::WaitForSignal();
+  if (node::WaitForSignal() == SIGTERM) {
+    log::Info("experts", "draining");
+    const absl::Status drained = (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);
+    if (!drained.ok()) log::Warning("experts", StrCat("left before it was drained: ", drained.message()));
+  }
   log::Info("experts", "stopping");
   metrics->reset();
   service->reset();

@@ -7,6 +7,7 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/cluster/view.h"
+#include "services/router/placement/placement_table.h"
 
 namespace minke::router {
 
@@ -22,20 +23,22 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   }
   gate.SetOverrideForTest(std::move(options.gate_override));
 
-  cluster::v1::Member self;
-  self.set_node_id(transport->self().value);
-  self.set_role(cluster::v1::ROLE_ROUTER);
-  self.set_data_address(transport->address());
-  self.set_detail("connecting to expert servers");
+  cluster::v1::MemberReport report;
+  report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));
+  report.set_precision(std::string(ToString(options.precision)));
+  report.mutable_member()->set_node_id(transport->self().value);
+  report.mutable_member()->set_role(cluster::v1::ROLE_ROUTER);
+  report.mutable_member()->set_data_address(transport->address());
+  report.mutable_member()->set_detail("connecting to expert servers");
   service->engine_ = std::make_unique<RouterEngine>(std::move(gate), options.precision, std::move(transport),
                                                     *service->pool_);
-  MembershipOptions membership{.config = checkpoint->config(),
-                               .model_fingerprint = absl::StrFormat("%016x", checkpoint->fingerprint()),
-                               .precision = std::string(ToString(options.precision)),
-                               .replicas = options.replicas,
-                               .expert_servers = options.expert_servers};
+  MembershipOptions membership{
+      .coordinator = {.units = options.expert_servers > 0 ? AllUnits(checkpoint->config())
+                                                          : std::vector<UnitId>(),
+                      .replicas = options.replicas,
+                      .expert_servers = options.expert_servers}};
   service->membership_ = std::make_unique<MembershipService>(
-      std::move(membership), self,
+      std::move(membership), report,
       [raw = service.get()](const cluster::v1::ClusterView& view) { raw->OnView(view); });
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(options.listen, {service->membership_.get()}));
   const std::string host =
@@ -45,10 +48,15 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     SetThreadName("router-engine");
     raw->engine_->Run();
   });
-  service->watch_thread_ = std::thread([raw = service.get(), routes] {
+  service->watch_thread_ = std::thread([raw = service.get(), routes, report]() mutable {
     while (!raw->stop_.load()) {
-      const bool ready = !routes || raw->engine_->status().connected;
-      raw->membership_->SetSelf(ready, ready ? "" : "connecting to expert servers");
+      const RouterStatus status = raw->engine_->status();
+      const bool ready = !routes || status.connected;
+      report.mutable_member()->set_ready(ready);
+      report.mutable_member()->set_detail(ready ? "" : "connecting to expert servers");
+      report.clear_lost();
+      for (const NodeId server : status.lost) report.add_lost(server.value);
+      raw->membership_->SetSelf(report);
       raw->server_->SetServing(ready);
       absl::SleepFor(absl::Milliseconds(20));
     }

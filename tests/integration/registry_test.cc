@@ -16,6 +16,7 @@
 #include "libs/registry/etcd_registry.h"
 #include "libs/rpc/grpc_server.h"
 #include "services/router/api/membership_service.h"
+#include "services/router/placement/placement_table.h"
 #include "services/router/registry/elected_coordinator.h"
 
 namespace minke {
@@ -209,14 +210,10 @@ class StaticBackend final : public Backend {
 
  private:
   void Start() {
-    cluster::v1::Member self = Report(RandomNodeId(), cluster::v1::ROLE_ROUTER).member();
-    service_ =
-        std::make_unique<router::MembershipService>(router::MembershipOptions{.config = SmallModel(),
-                                                                              .model_fingerprint = kModel,
-                                                                              .precision = "exact",
-                                                                              .expert_servers = 2,
-                                                                              .lease = kLease},
-                                                    self, [](const ClusterView&) {});
+    service_ = std::make_unique<router::MembershipService>(
+        router::MembershipOptions{
+            .coordinator = {.units = router::AllUnits(SmallModel()), .expert_servers = 2}, .lease = kLease},
+        Report(RandomNodeId(), cluster::v1::ROLE_ROUTER), [](const ClusterView&) {});
     server_ = *rpc::GrpcServer::Start(StrCat("127.0.0.1:", port_), {service_.get()});
     port_ = server_->port();
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "libs/base/log.h"
 #include "libs/base/status.h"
@@ -55,6 +56,17 @@ void ExpertEngine::AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weigh
   transport_->Wake();
 }
 
+void ExpertEngine::RemoveUnit(UnitId unit) {
+  const MutexLock lock(mutex_);
+  to_remove_.push_back(unit);
+  has_mail_.store(true);
+}
+
+std::vector<std::shared_ptr<const UnitWeights>> ExpertEngine::TakeRemoved() {
+  const MutexLock lock(mutex_);
+  return std::exchange(removed_, {});
+}
+
 void ExpertEngine::SetEpoch(Epoch epoch) {
   const MutexLock lock(mutex_);
   new_epoch_ = epoch;
@@ -75,10 +87,32 @@ void ExpertEngine::TakeMail(bool publish) {
   if (!publish && !has_mail_.load()) return;
   const MutexLock lock(mutex_);
   has_mail_.store(false);
-  for (auto& [unit, weights] : new_units_) units_[unit] = std::move(weights);
+  removing_.insert(removing_.end(), to_remove_.begin(), to_remove_.end());
+  to_remove_.clear();
+  for (auto& [unit, weights] : new_units_) {
+    units_[unit] = std::move(weights);
+    std::erase(removing_, unit);
+  }
   new_units_.clear();
+  std::erase_if(removing_, [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (Queued(unit.layer)) return false;
+    if (const auto it = units_.find(unit); it != units_.end()) {
+      removed_.push_back(std::move(it->second));
+      units_.erase(it);
+    }
+    return true;
+  });
   epoch_ = new_epoch_;
   status_ = counters_;
+}
+
+bool ExpertEngine::Queued(uint32_t layer) const {
+  for (const std::vector<Job>& queue : queues_) {
+    for (const Job& job : queue) {
+      if (job.frame.header().layer == layer) return true;
+    }
+  }
+  return false;
 }
 
 void ExpertEngine::Accept(transport::Event& event) {

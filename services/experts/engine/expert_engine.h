@@ -40,6 +40,10 @@ class ExpertEngine {
   ~ExpertEngine();
 
   void AddUnit(UnitId unit, std::shared_ptr<const UnitWeights> weights);
+  // Takes effect when no message of the unit's layer is queued; later rows are answered with a Nack.
+  void RemoveUnit(UnitId unit);
+  // What the engine let go of, for a thread that has time to free it.
+  std::vector<std::shared_ptr<const UnitWeights>> TakeRemoved();
   void SetEpoch(Epoch epoch);  // newest placement this server knows of; named in Nacks
 
   void Run();  // until Stop()
@@ -62,6 +66,7 @@ class ExpertEngine {
   void Accept(transport::Event& event);
   bool RunLaunch();
   void Answer(std::span<const Job> jobs);
+  bool Queued(uint32_t layer) const;
   transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind,
                                    std::span<const GroupRow> rows, const wire::WorkView& view);
 
@@ -71,6 +76,7 @@ class ExpertEngine {
   std::unique_ptr<transport::Transport> transport_;
   ExpertBackend& backend_;
   Units units_;
+  std::vector<UnitId> removing_;
   Epoch epoch_;
   std::vector<Job> queues_[wire::kNumTrafficClasses];  // oldest first
   std::vector<Job> jobs_;
@@ -79,6 +85,8 @@ class ExpertEngine {
 
   mutable Mutex mutex_;
   std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);
+  std::vector<UnitId> to_remove_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::shared_ptr<const UnitWeights>> removed_ ABSL_GUARDED_BY(mutex_);
   Epoch new_epoch_ ABSL_GUARDED_BY(mutex_);
   ExpertEngineStatus status_ ABSL_GUARDED_BY(mutex_);
   std::atomic<bool> has_mail_{false};  // so that looking takes no lock

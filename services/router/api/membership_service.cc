@@ -72,14 +72,18 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
-MembershipService::MembershipService(MembershipOptions options, cluster::v1::Member self, OnView on_view)
-    : options_(std::move(options)),
-      units_(options_.expert_servers > 0 ? AllUnits(options_.config) : std::vector<UnitId>()),
-      on_view_(std::move(on_view)),
-      self_(std::move(self)) {
+MembershipService::MembershipService(MembershipOptions options, cluster::v1::MemberReport self, OnView on_view)
+    : options_([&] {
+        // Members of an earlier life of this router join again within their leases, with what they have.
+        options.coordinator.fresh_term = static_cast<uint32_t>(absl::ToUnixSeconds(absl::Now()));
+        options.coordinator.settled_ms = absl::ToUnixMillis(absl::Now() + 2 * options.lease);
+        return std::move(options);
+      }()),
+      self_{self.member().node_id()},
+      on_view_(std::move(on_view)) {
   {
     const MutexLock lock(mutex_);
-    epoch_.term = static_cast<uint32_t>(absl::ToUnixSeconds(absl::Now()));
+    members_[self_] = std::move(self);
     RebuildLocked();
   }
   timer_ = std::thread([this] { Timer(); });
@@ -128,31 +132,30 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
   if (id == NodeId{}) return refuse("member.node_id: expected a random number, found 0");
   if (report.member().role() == cluster::v1::ROLE_UNSPECIFIED)
     return refuse("member.role: expected one of the roles, found none");
-  if (report.model_fingerprint() != options_.model_fingerprint) {
-    return refuse(StrCat("model fingerprint: expected ", options_.model_fingerprint,
-                         " (the router's checkpoint), found ", report.model_fingerprint()));
-  }
-  if (report.precision() != options_.precision) {
-    return refuse(
-        StrCat("precision: expected ", options_.precision, " (the router's), found ", report.precision()));
-  }
   if (report.member().role() == cluster::v1::ROLE_ROUTER) {
-    return refuse(
-        "more than one router needs the etcd registry, which this build does not have; expected one router");
+    return refuse("more than one router needs --registry=etcd; expected one router with a static registry");
   }
-  stream->SetMember(id);
   bool changed = false;
   {
     const MutexLock lock(mutex_);
-    auto [it, fresh] = members_.try_emplace(id);
-    State& state = it->second;
-    changed = fresh || state.report.SerializeAsString() != report.SerializeAsString();
+    const MemberReport& self = members_.at(self_);
+    if (report.model_fingerprint() != self.model_fingerprint()) {
+      return refuse(StrCat("model fingerprint: expected ", self.model_fingerprint(),
+                           " (the router's checkpoint), found ", report.model_fingerprint()));
+    }
+    if (report.precision() != self.precision()) {
+      return refuse(
+          StrCat("precision: expected ", self.precision(), " (the router's), found ", report.precision()));
+    }
+    if (id == self_) return refuse("member.node_id: expected another one than the router's");
+    stream->SetMember(id);
+    const auto [it, fresh] = members_.try_emplace(id);
     if (fresh)
       log::Info("membership",
                 StrCat("joined role=", Role_Name(report.member().role()), " node=", ToString(id)));
-    state.report = report;
-    state.stream = stream;
-    state.renewed = absl::Now();
+    changed = fresh || it->second.SerializeAsString() != report.SerializeAsString();
+    it->second = report;
+    leases_[id] = {stream, absl::Now()};
     if (changed) RebuildLocked();
   }
   stream->Notify(/*with_view=*/changed);
@@ -162,106 +165,36 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
 void MembershipService::OnGone(Stream* stream) {
   std::shared_ptr<Stream> last;  // destroyed after the lock is released
   const MutexLock lock(mutex_);
-  const bool changed =
-      std::erase_if(members_, [&](const auto& member) {
-        if (member.second.stream != stream) return false;
-        log::Warning("membership", StrCat("left role=", Role_Name(member.second.report.member().role()),
-                                          " node=", ToString(member.first)));
-        return true;
-      }) > 0;
+  const bool changed = std::erase_if(leases_, [&](const auto& lease) {
+                         if (lease.second.stream != stream) return false;
+                         const auto it = members_.find(lease.first);
+                         log::Warning("membership",
+                                      StrCat("left role=", Role_Name(it->second.member().role()),
+                                             " node=", ToString(lease.first)));
+                         members_.erase(it);
+                         return true;
+                       }) > 0;
   auto it = streams_.find(stream);
   last = std::move(it->second);
   streams_.erase(it);
   if (changed) RebuildLocked();
 }
 
-// Who should host what. Keeps what is hosted already; waits for the expected pool before the first placement.
-void MembershipService::PlaceLocked() {
-  std::vector<NodeId> servers;
-  bool placed = false;
-  std::map<NodeId, std::vector<UnitId>> previous;
-  for (const auto& [id, state] : members_) {
-    if (state.report.member().role() != cluster::v1::ROLE_EXPERT) continue;
-    servers.push_back(id);
-    auto old = assignment_.find(id);
-    if (old != assignment_.end()) {
-      previous[id] = old->second;
-    } else {  // joined a restarted router with what it had
-      for (const auto& unit : state.report.hosted()) previous[id].push_back({unit.layer(), unit.group()});
-    }
-    placed |= !previous[id].empty();
-  }
-  if (!placed && std::ssize(servers) < options_.expert_servers) {
-    assignment_.clear();
-    return;
-  }
-  assignment_ = PlanAssignment(units_, servers, options_.replicas, previous);
-}
-
-std::string MembershipService::NotReadyReasonLocked() const {
-  int experts = 0;
-  bool attention = false;
-  std::string loading;
-  for (const auto& [id, state] : members_) {
-    const auto& member = state.report.member();
-    if (member.role() == cluster::v1::ROLE_EXPERT) ++experts;
-    attention |= member.role() == cluster::v1::ROLE_ATTENTION && member.ready();
-    if (!member.ready() && !member.detail().empty()) {
-      StrAppend(&loading, loading.empty() ? "" : "; ", Role_Name(member.role()), ": ", member.detail());
-    }
-  }
-  if (!units_.empty() && assignment_.empty()) {
-    return StrCat("waiting for expert servers: ", experts, " of ", options_.expert_servers, " joined");
-  }
-  const int64_t missing = std::count_if(view_.placement().begin(), view_.placement().end(),
-                                        [](const auto& unit) { return unit.node_ids().empty(); });
-  if (missing > 0) {
-    return StrCat("loading experts: ", units_.size() - missing, " of ", units_.size(),
-                  " (layer, group) units hosted");
-  }
-  if (!attention) return loading.empty() ? "waiting for an attention node" : loading;
-  if (!self_.ready()) return StrCat("router: ", self_.detail());
-  return "";
-}
-
 void MembershipService::RebuildLocked() {
-  PlaceLocked();
-  ClusterView view;
-  *view.add_members() = self_;
-  std::map<UnitId, PlacementTable::Replicas> hosts;
-  for (const UnitId unit : units_) hosts[unit];
-  for (const auto& [id, state] : members_) {
-    *view.add_members() = state.report.member();
-    for (const auto& unit : state.report.hosted()) {
-      auto it = hosts.find({unit.layer(), unit.group()});
-      if (it != hosts.end()) it->second.push_back(id);  // members_ is ordered by id, so replicas ascend
-    }
-  }
-  for (const auto& [unit, replicas] : hosts) {
-    cluster::v1::UnitReplicas* out = view.add_placement();
-    out->mutable_unit()->set_layer(unit.layer);
-    out->mutable_unit()->set_group(unit.group);
-    for (const NodeId replica : replicas) out->add_node_ids(replica.value);
-  }
-  *view.mutable_epoch() = view_.epoch();
-  const bool same_placement = std::equal(
-      view.placement().begin(), view.placement().end(), view_.placement().begin(), view_.placement().end(),
-      [](const auto& a, const auto& b) { return google::protobuf::util::MessageDifferencer::Equals(a, b); });
-  if (!same_placement || epoch_.counter == 0) ++epoch_.counter;
-  view.mutable_epoch()->set_term(epoch_.term);
-  view.mutable_epoch()->set_counter(epoch_.counter);
+  cluster::v1::PlacementRecord record =
+      Decide(options_.coordinator, members_, record_, absl::ToUnixMillis(absl::Now()));
+  ClusterView view = cluster::MakeView(members_, record);
+  using google::protobuf::util::MessageDifferencer;
+  dirty_ |= !MessageDifferencer::Equals(record, record_) || !MessageDifferencer::Equals(view, view_);
+  record_ = std::move(record);
   view_ = std::move(view);
-  view_.set_not_ready_reason(NotReadyReasonLocked());
-  const bool ready = view_.not_ready_reason().empty();
-  view_.set_ready(ready);
-  dirty_ = true;
 }
 
-void MembershipService::SetSelf(bool ready, std::string detail) {
+void MembershipService::SetSelf(MemberReport self) {
   const MutexLock lock(mutex_);
-  if (self_.ready() == ready && self_.detail() == detail) return;
-  self_.set_ready(ready);
-  self_.set_detail(std::move(detail));
+  MemberReport& mine = members_.at(self_);
+  if (mine.SerializeAsString() == self.SerializeAsString()) return;
+  mine = std::move(self);
   RebuildLocked();
 }
 
@@ -275,12 +208,8 @@ void MembershipService::FillUpdate(NodeId member, bool with_view, ClusterUpdate&
   update.set_lease_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options_.lease)));
   if (!with_view) return;
   *update.mutable_view() = view_;
-  auto it = assignment_.find(member);
-  if (it == assignment_.end()) return;
-  for (const UnitId unit : it->second) {
-    cluster::v1::Unit* out = update.add_assigned();
-    out->set_layer(unit.layer);
-    out->set_group(unit.group);
+  for (const cluster::v1::Assignment& assignment : record_.assigned()) {
+    if (assignment.node_id() == member.value) *update.mutable_assigned() = assignment.units();
   }
 }
 
@@ -299,6 +228,7 @@ void MembershipService::Timer() {
       const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || dirty_; };
       mutex_.AwaitFor(options_.lease / 6, due);
       if (stop_) return;
+      RebuildLocked();  // time has passed
       const absl::Time now = absl::Now();
       renew = now - last_renewal > options_.lease / 3;
       if (renew) last_renewal = now;
@@ -306,8 +236,8 @@ void MembershipService::Timer() {
       dirty_ = false;
       view = view_;
       for (const auto& [raw, stream] : streams_) streams.push_back(stream);
-      for (const auto& [id, state] : members_) {
-        if (now - state.renewed > options_.lease) expired.push_back(state.stream);
+      for (const auto& [id, lease] : leases_) {
+        if (now - lease.renewed > options_.lease) expired.push_back(lease.stream);
       }
     }
     if (publish) on_view_(view);

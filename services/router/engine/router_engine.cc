@@ -15,6 +15,8 @@ namespace {
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 // Others see the counters this late at most while the engine is busy.
 constexpr absl::Duration kStatusPeriod = absl::Milliseconds(20);
+// A connection that breaks and comes back within this time moves nothing.
+constexpr absl::Duration kLostAfter = absl::Seconds(1);
 
 }  // namespace
 
@@ -79,7 +81,8 @@ void RouterEngine::TakeMail(bool publish) {
     placement_ = new_placement_;
     peers_.SetWanted(experts_);
   }
-  counters_.connected = !experts_.empty() && peers_.AllUp();
+  counters_.connected = placement_->Served([&](NodeId server) { return peers_.IsUp(server); });
+  counters_.lost = peers_.LostFor(kLostAfter, absl::Now());
   status_ = counters_;
 }
 

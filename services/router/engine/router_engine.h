@@ -22,7 +22,8 @@ namespace minke::router {
 
 struct RouterStatus {
   uint64_t dispatches = 0, rows = 0, rejected_rows = 0, unplaced_rows = 0, bad_frames = 0;
-  bool connected = false;  // to every expert server of the placement
+  bool connected = false;    // to an expert server for every unit of the placement
+  std::vector<NodeId> lost;  // expert servers that have not answered for a second
 };
 
 class RouterEngine {

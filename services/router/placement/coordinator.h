@@ -4,9 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
-#include <set>
-#include <string>
 #include <vector>
 
 #include "libs/base/ids.h"
@@ -21,10 +18,13 @@ struct CoordinatorOptions {
   int replicas = 1;
   int expert_servers = 1;     // to wait for before the first placement
   uint32_t fresh_term = 1;    // term of a record that begins from nothing
+  int64_t settled_ms = 0;     // until then members may be on their way back: nothing they had is given away
 };
 
 // The record that should follow `current`; equal to it if nothing is to change. `now_ms` only paces
-// rebalancing.
+// rebalancing. A unit that moves is loaded by its new server, published with both, then without the old one,
+// which may let go of it only after that. Servers that drain are given nothing and keep what nobody else has
+// loaded yet.
 cluster::v1::PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members& members,
                                     const cluster::v1::PlacementRecord& current, int64_t now_ms);
 

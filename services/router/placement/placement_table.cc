@@ -32,8 +32,10 @@ std::optional<NodeId> PlacementTable::Choose(UnitId unit, absl::FunctionRef<bool
   return best;
 }
 
-int64_t PlacementTable::Missing() const {
-  return std::count_if(units_.begin(), units_.end(), [](const auto& unit) { return unit.second.empty(); });
+bool PlacementTable::Served(absl::FunctionRef<bool(NodeId)> usable) const {
+  return !units_.empty() && std::all_of(units_.begin(), units_.end(), [&](const auto& unit) {
+    return std::any_of(unit.second.begin(), unit.second.end(), usable);
+  });
 }
 
 std::vector<UnitId> AllUnits(const ModelConfig& config) {

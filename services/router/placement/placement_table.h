@@ -32,8 +32,8 @@ class PlacementTable {
   // if none.
   std::optional<NodeId> Choose(UnitId unit, absl::FunctionRef<bool(NodeId)> usable) const;
 
-  // Units without a server.
-  int64_t Missing() const;
+  // Whether there are units, and each has a server that is `usable`.
+  bool Served(absl::FunctionRef<bool(NodeId)> usable) const;
 
  private:
   Epoch epoch_;
