@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <variant>
 
 #include "libs/base/log.h"
@@ -128,18 +129,28 @@ void Engine::PublishStatus() {
   status.bad_frames = counters.bad_frames;
   status.generated_tokens = generated_tokens_;
   status.prompt_tokens = prompt_tokens_;
-  const bool routed =
-      local_gate_ != nullptr || std::any_of(cluster_.routers.begin(), cluster_.routers.end(),
-                                            [&](const auto& router) { return peers_.IsUp(router.first); });
-  status.connected = model_->whole() != nullptr ||
-                     (cluster_.placement != nullptr && routed &&
-                      std::all_of(cluster_.experts.begin(), cluster_.experts.end(),
-                                  [&](const auto& expert) { return peers_.IsUp(expert.first); }));
+  if (std::exchange(reach_changed_, false)) connected_ = Connected();
+  status.connected = connected_;
   const MutexLock lock(mutex_);
   status_ = status;
 }
 
+bool Engine::Connected() const {
+  if (model_->whole() != nullptr) return true;
+  if (cluster_.placement == nullptr) return false;
+  const auto up = [&](const auto& peer) { return peers_.IsUp(peer.first); };
+  const bool routed =
+      local_gate_ != nullptr || std::any_of(cluster_.routers.begin(), cluster_.routers.end(), up);
+  if (!routed) return false;
+  // Of replicas one is enough: a dead server may be a member until its lease runs out.
+  if (cluster_.placement->units().empty()) {
+    return std::all_of(cluster_.experts.begin(), cluster_.experts.end(), up);
+  }
+  return cluster_.placement->Served([&](NodeId server) { return peers_.IsUp(server); });
+}
+
 void Engine::ApplyCluster() {
+  reach_changed_ = true;
   std::map<NodeId, std::string> wanted = cluster_.experts;
   wanted.insert(cluster_.routers.begin(), cluster_.routers.end());
   peers_.SetWanted(std::move(wanted));
@@ -190,15 +201,20 @@ void Engine::PollTransport() {
         return exchange_.OnFrame(event.frame);
       case transport::Event::Kind::kPeerUp:
         peers_.OnPeerUp(event.peer);
+        reach_changed_ = true;
         return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
         log::Warning("attention",
                      StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         peers_.OnPeerLost(event.peer);
+        reach_changed_ = true;
         return exchange_.OnPeerLost(event.peer);
     }
   });
-  for (const NodeId dropped : peers_.Tick(absl::Now())) exchange_.OnPeerLost(dropped);
+  for (const NodeId dropped : peers_.Tick(absl::Now())) {
+    exchange_.OnPeerLost(dropped);
+    reach_changed_ = true;
+  }
 }
 
 void Engine::Run() {

@@ -60,7 +60,7 @@ struct EngineStatus {
   uint64_t computed_tokens = 0;                // rows of all steps
   uint64_t reuse_queries = 0, reuse_hits = 0;  // prompt tokens looked up in, and taken from, earlier pages
   std::array<double, kStepPhases> phase_seconds{};
-  bool connected = false;  // to a router (if one is needed) and every expert server
+  bool connected = false;  // to a router (if one is needed) and a server of every unit
 };
 
 class Engine {
@@ -126,6 +126,7 @@ class Engine {
   void CollectOutputs(Lane& lane, std::vector<RequestEvent>& events);
   void Emit(std::vector<RequestEvent> events);
   void PublishStatus();
+  bool Connected() const;
 
   const EngineOptions options_;
   std::unique_ptr<AttentionModel> model_;
@@ -148,6 +149,7 @@ class Engine {
   StepProfile profile_;
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;
+  bool reach_changed_ = true, connected_ = false;  // connected_: as of the last change
 
   mutable Mutex mutex_;
   std::vector<Command> mail_ ABSL_GUARDED_BY(mutex_);
