@@ -18,12 +18,12 @@
 namespace minke::cli {
 
 absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
-                            std::vector<std::string> arguments) {
+                            std::vector<std::string> arguments, bool reports) {
   int report[2];
   if (::pipe2(report, O_CLOEXEC) != 0)
     return absl::ResourceExhaustedError(StrCat("pipe: ", std::strerror(errno)));
   arguments.insert(arguments.begin(), program);
-  arguments.push_back(StrCat("--report-fd=", report[1]));
+  if (reports) arguments.push_back(StrCat("--report-fd=", report[1]));
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
@@ -37,12 +37,13 @@ absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
     sigset_t none;
     sigemptyset(&none);
     ::sigprocmask(SIG_SETMASK, &none, nullptr);
-    ::fcntl(report[1], F_SETFD, 0);
+    if (reports) ::fcntl(report[1], F_SETFD, 0);
     ::execv(program.c_str(), argv.data());
     ::_exit(127);
   }
   ::close(report[1]);
-  return Child{name, pid, report[0]};
+  if (!reports) ::close(report[0]);
+  return Child{name, pid, reports ? report[0] : -1};
 }
 
 absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd) {

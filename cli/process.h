@@ -19,9 +19,10 @@ struct Child {
 };
 
 // Starts `program` with `arguments` and "--report-fd N". The child gets SIGKILL when this thread's process
-// dies, however it dies, and signals of the terminal do not reach it directly.
+// dies, however it dies, and signals of the terminal do not reach it directly. reports: false for a program
+// that is not ours, which gets no such flag and whose report_fd is -1.
 absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
-                            std::vector<std::string> arguments);
+                            std::vector<std::string> arguments, bool reports = true);
 
 // The line the child reports. UNAVAILABLE if it ends or says nothing before `timeout`, or `stop_fd` becomes
 // readable.

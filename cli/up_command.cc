@@ -24,6 +24,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/cluster/view.h"
+#include "libs/etcd/server_command.h"
 #include "libs/node/node.h"
 #include "libs/registry/registry.h"
 #include "libs/transport/inproc/inproc.h"
@@ -42,11 +43,25 @@ Precision PrecisionOf(const UpFlags& flags) {
   return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
 }
 
+bool UsesEtcd(const UpFlags& flags) {
+  return flags.registry == "etcd" || (flags.registry.empty() && (flags.routers > 1 || !flags.etcd.empty()));
+}
+
 absl::Status Validate(const UpFlags& flags) {
-  if (flags.routers > 1) {
-    return absl::InvalidArgumentError(
-        StrCat("--routers: expected 1, found ", flags.routers,
-               ": more than one router needs the etcd registry, which this build does not have"));
+  if (flags.routers > 1 && flags.registry == "static") {
+    return absl::InvalidArgumentError(StrCat("--routers: expected 1 with --registry=static, found ",
+                                             flags.routers, ": several routers need --registry=etcd"));
+  }
+  if (UsesEtcd(flags)) {
+    if (flags.etcd.empty()) {
+      MK_RETURN_IF_ERROR(etcd::FindServer().status());
+    } else {
+      MK_RETURN_IF_ERROR(
+          node::ToRegistryAddress({.registry = "etcd", .etcd = flags.etcd, .cluster = flags.cluster})
+              .status());
+    }
+  } else if (!flags.etcd.empty()) {
+    return absl::InvalidArgumentError("--etcd: expected --registry=etcd beside it, found --registry=static");
   }
   if (flags.replicas > flags.experts) {
     return absl::InvalidArgumentError(
@@ -144,14 +159,25 @@ class Cluster {
       for (auto& part : parts) all.insert(all.end(), part.begin(), part.end());
       return all;
     };
-    MK_RETURN_IF_ERROR(
-        Add("router", "minke-router",
-            join({common,
-                  data,
-                  threads,
-                  {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
-    MK_ASSIGN_OR_RETURN(const std::string router, ReadReport(children_.back(), kListenTimeout, stop_fd));
-    const std::vector<std::string> member = {"--router=" + router};
+    std::vector<std::string> member, router_flags;
+    if (UsesEtcd(flags_)) {
+      std::string etcd = flags_.etcd;
+      if (etcd.empty()) {
+        MK_ASSIGN_OR_RETURN(etcd, StartEtcd());
+      }
+      member = router_flags = {"--registry=etcd", "--etcd=" + etcd, "--cluster=" + flags_.cluster};
+    }
+    for (int i = 0; i < flags_.routers; ++i) {
+      MK_RETURN_IF_ERROR(
+          Add(flags_.routers == 1 ? "router" : StrCat("router ", i), "minke-router",
+              join({common,
+                    data,
+                    threads,
+                    router_flags,
+                    {StrCat("--experts=", flags_.experts), StrCat("--replicas=", flags_.replicas)}})));
+      MK_ASSIGN_OR_RETURN(const std::string router, ReadReport(children_.back(), kListenTimeout, stop_fd));
+      if (!UsesEtcd(flags_)) member = {"--router=" + router};
+    }
     // Servers in turn on the host's NUMA nodes, so that each one's weights lie beside the cores that read
     // them.
     const std::vector<std::string> nodes = flags_.numa == "auto" ? NumaNodes() : std::vector<std::string>();
@@ -213,6 +239,19 @@ class Cluster {
   }
 
  private:
+  // Its address.
+  absl::StatusOr<std::string> StartEtcd() {
+    MK_ASSIGN_OR_RETURN(const std::string program, etcd::FindServer());
+    MK_ASSIGN_OR_RETURN(const int client_port, etcd::FreePort());
+    MK_ASSIGN_OR_RETURN(const int peer_port, etcd::FreePort());
+    MK_ASSIGN_OR_RETURN(
+        Child child,
+        Spawn("etcd", program, etcd::ServerArguments(directory_ + "/etcd", client_port, peer_port),
+              /*reports=*/false));
+    log::Info("up", StrCat("started etcd pid=", child.pid));
+    children_.push_back(std::move(child));
+    return StrCat("127.0.0.1:", client_port);
+  }
   absl::Status Add(const std::string& name, const std::string& program, std::vector<std::string> arguments) {
     MK_ASSIGN_OR_RETURN(Child child, Spawn(name, ProgramDirectory() + "/" + program, std::move(arguments)));
     log::Info("up", StrCat("started ", name, " pid=", child.pid));
@@ -333,7 +372,12 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
          "auto: where the host has several NUMA nodes, servers take turns on them; off: they run anywhere")
       ->check(CLI::IsMember({"auto", "off"}))
       ->capture_default_str();
-  app.add_option("--registry", f.registry)->check(CLI::IsMember({"static"}))->capture_default_str();
+  app.add_option("--registry", f.registry,
+                 "where membership lives: in the router, or in etcd (default: etcd with several routers, "
+                 "else static)")
+      ->check(CLI::IsMember({"static", "etcd"}));
+  app.add_option("--etcd", f.etcd, "HOST:PORT[,HOST:PORT...] of a running etcd (default: one of its own)");
+  app.add_option("--cluster", f.cluster, "name of the cluster in that etcd")->capture_default_str();
   app.add_option("--transport", f.transport)
       ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))
       ->capture_default_str();

@@ -22,8 +22,10 @@ struct UpFlags {
   std::string experts_format = "bf16";  // up only
   int attention = 1;
   int routers = 1;
-  int replicas = 1;  // up only
-  std::string registry = "static";
+  int replicas = 1;               // up only
+  std::string registry;           // up only; empty: static, or etcd with several routers
+  std::string etcd;               // up only; empty with registry etcd: one of its own
+  std::string cluster = "minke";  // up only
   std::string precision = "bf16";
   std::string device = "auto";
   std::string routing = "remote";

@@ -1,4 +1,6 @@
 // minke-router: gates rows and sends them to expert servers; keeps the cluster's registry.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 
 #include "libs/base/log.h"
@@ -12,13 +14,11 @@ int main(int argc, char** argv) {
   node::BlockSignals();
   node::NodeFlags flags;
   router::RouterServiceOptions options;
-  std::string registry = "static";
+  node::RegistryFlags registry_flags;
   CLI::App app{"Minke's router: gate, dispatch, and the cluster's registry."};
   node::AddCommonFlags(app, flags);
   node::AddDataPlaneFlags(app, flags);
-  app.add_option("--registry", registry, "where membership lives")
-      ->check(CLI::IsMember({"static"}))
-      ->capture_default_str();
+  node::AddRegistryFlags(app, registry_flags, /*with_router=*/false);
   app.add_option("--experts", options.expert_servers, "expert servers to wait for before the first placement")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
@@ -28,6 +28,8 @@ int main(int argc, char** argv) {
   if (const int code = node::ParseFlags(app, argc, argv, "router", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("router", status); };
 
+  auto registry = node::ToRegistryAddress(registry_flags, /*with_router=*/false);
+  if (!registry.ok()) return fail(registry.status());
   if (options.replicas > options.expert_servers) {
     return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (",
                                                   options.expert_servers, "), found ", options.replicas)));
@@ -39,6 +41,11 @@ int main(int argc, char** argv) {
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ROUTER, **checkpoint);
   if (!transport.ok()) return fail(transport.status());
+  options.registry = *std::move(registry);
+  options.on_refused = [](const absl::Status& status) {
+    node::Fail("router", status);
+    ::_exit(1);  // refused for good: nothing here is worth an orderly end
+  };
   options.listen = flags.listen;
   options.advertise_host = flags.advertise;
   options.precision = flags.ParsedPrecision();

@@ -21,7 +21,12 @@ inline std::vector<telemetry::Sample> CollectMetrics(RouterService& service) {
       counter("router_rejected_rows_total", "Rows whose scores were not finite", status.rejected_rows),
       counter("router_unplaced_rows_total", "(row, group) pairs that no server could take",
               status.unplaced_rows),
-      counter("router_bad_frames_total", "Malformed messages", status.bad_frames)};
+      counter("router_bad_frames_total", "Malformed messages", status.bad_frames),
+      {"router_leads",
+       "Whether this router decides the placement",
+       Sample::Type::kGauge,
+       {},
+       service.leads() ? 1.0 : 0.0}};
   const std::vector<int32_t> layers = engine.moe_layers();
   const auto counts = engine.ExpertCounts();
   for (size_t i = 0; i < layers.size(); ++i) {

@@ -9,10 +9,12 @@
 #include "absl/status/statusor.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
+#include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
 #include "libs/transport/transport.h"
 #include "services/router/api/membership_service.h"
 #include "services/router/engine/router_engine.h"
+#include "services/router/registry/elected_coordinator.h"
 
 namespace minke::router {
 
@@ -24,7 +26,9 @@ struct RouterServiceOptions {
   int expert_servers =
       1;  // 0: the attention node has the experts (`minke serve` on a GPU), and nothing is routed
   int threads = 1;
-  Gate::Override gate_override;  // tests only
+  registry::RegistryAddress registry;        // with etcd: members and placement lie there; otherwise here
+  registry::Registry::OnRefused on_refused;  // with etcd
+  Gate::Override gate_override;              // tests only
 };
 
 class RouterService {
@@ -35,16 +39,22 @@ class RouterService {
   ~RouterService();
   const std::string& rpc_address() const { return rpc_address_; }
   RouterEngine& engine() { return *engine_; }
-  MembershipService& membership() { return *membership_; }
+  MembershipService& membership() { return *membership_; }  // REQUIRES: no etcd
+  // Whether this router decides the placement.
+  bool leads() const { return coordinator_ == nullptr || coordinator_->leading(); }
 
  private:
   RouterService() = default;
   void OnView(const cluster::v1::ClusterView& view);
+  void JoinEtcd(const RouterServiceOptions& options, CoordinatorOptions coordinator,
+                const cluster::v1::MemberReport& report);
 
   std::string rpc_address_;
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<RouterEngine> engine_;
-  std::unique_ptr<MembershipService> membership_;
+  std::unique_ptr<MembershipService> membership_;     // static registry; otherwise
+  std::unique_ptr<registry::EtcdRegistry> registry_;  // this, and
+  std::unique_ptr<ElectedCoordinator> coordinator_;   // who decides
   std::unique_ptr<rpc::GrpcServer> server_;
   std::thread engine_thread_, watch_thread_;
   std::atomic<bool> stop_{false};
