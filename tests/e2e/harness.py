@@ -1,6 +1,6 @@
 """Starts real clusters and talks to them over HTTP. Only the standard library; paths come from the environment of ctest
 (MINKE_BIN: folder of the programs)."""
-import http.client, json, os, re, shutil, signal, socket, struct, subprocess, tempfile, threading, time, unittest
+import base64, http.client, json, os, re, shutil, signal, socket, struct, subprocess, tempfile, threading, time, unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BIN = os.environ.get("MINKE_BIN", os.path.join(ROOT, "build", "bin"))
@@ -146,6 +146,81 @@ class Cluster:
 
     def __exit__(self, *_):
         self.stop()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Etcd:
+    """A real etcd (Debian's etcd-server) that can be frozen, killed, and started again with or without its data."""
+
+    def __init__(self):
+        self.directory = tempfile.mkdtemp(prefix="minke-etcd-")
+        self.port, self.peer_port = free_port(), free_port()
+        self.address = "127.0.0.1:%d" % self.port
+        self.process = None
+        self.start()
+
+    def start(self, with_data=True):
+        if not with_data:
+            shutil.rmtree(self.directory + "/data", ignore_errors=True)
+        client, peer = "http://" + self.address, "http://127.0.0.1:%d" % self.peer_port
+        self.process = subprocess.Popen(
+            ["etcd", "--name=e2e", "--data-dir=" + self.directory + "/data", "--listen-client-urls=" + client,
+             "--advertise-client-urls=" + client, "--listen-peer-urls=" + peer, "--initial-advertise-peer-urls=" + peer,
+             "--initial-cluster=e2e=" + peer, "--logger=zap", "--log-level=error"], stderr=subprocess.DEVNULL)
+        if not wait_until(lambda: etcd_get(self.address, "/") is not None, 30):
+            raise AssertionError("etcd does not answer")
+
+    def signal(self, sig):
+        self.process.send_signal(sig)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def etcd_get(address, key):
+    """Value of a key, by etcd's JSON gateway: b"" if there is none, None if nobody answers."""
+    try:
+        c = http.client.HTTPConnection(address, timeout=2)
+        c.request("POST", "/v3/kv/range", json.dumps({"key": base64.b64encode(key.encode()).decode()}))
+        answer = json.loads(c.getresponse().read())
+        c.close()
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    if "header" not in answer:
+        return None
+    return base64.b64decode(answer["kvs"][0]["value"]) if answer.get("kvs") else b""
+
+
+def listener(pids, port):
+    """Which of the processes listens on the port."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):   # gRPC's IPv4 sockets are among the latter
+        with open(table) as f:
+            for line in f.readlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port:
+                    inodes.add("socket:[%s]" % fields[9])
+    for pid in pids:
+        try:
+            for fd in os.listdir("/proc/%d/fd" % pid):
+                if os.readlink("/proc/%d/fd/%s" % (pid, fd)) in inodes:
+                    return pid
+        except OSError:
+            pass
+    return None
 
 
 def alive(pid):

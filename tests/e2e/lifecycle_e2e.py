@@ -130,7 +130,10 @@ class BadFlags(unittest.TestCase):
     def test_each_gets_one_line_and_a_non_zero_exit(self):
         path = checkpoint("v2")
         self.refused("up", path, "--replicas", "3", "--experts", "2", expect=["--replicas", "found 3"])
-        self.refused("up", path, "--routers", "2", expect=["--routers", "etcd"])
+        self.refused("up", path, "--routers", "2", "--registry", "static", expect=["--routers", "etcd"])
+        self.refused("up", path, "--registry", "static", "--etcd", "127.0.0.1:1", expect=["--etcd", "--registry"])
+        self.refused("up", path, "--etcd", "http://127.0.0.1:1", expect=["--etcd", "HOST:PORT"])
+        self.refused("up", path, "--registry", "zookeeper", expect=["--registry"])
         self.refused("up", path, "--experts", "0")
         self.refused("up", path, "--port", "70000", expect=["--port"])
         self.refused("up", path, "--precision=fp8", expect=["--precision"])
@@ -145,6 +148,25 @@ class BadFlags(unittest.TestCase):
         self.refused("checkpoint", "make", "/tmp/x-not-made", "--config", "/nowhere.json", expect=["/nowhere.json"])
         self.refused("checkpoint", "inspect", "/nowhere")
         self.refused("tokenize", path, expect=["tokenizer.json"])
+
+    def test_the_four_say_where_a_registry_is_missing(self):
+        for program in ("minke-router", "minke-expert", "minke-attention", "minke-gateway"):
+            cases = [(["--registry=etcd"], "--etcd"), (["--etcd=127.0.0.1:1"], "--registry=etcd"),
+                     (["--registry=etcd", "--etcd=nonsense"], "HOST:PORT"),
+                     (["--registry=etcd", "--etcd=127.0.0.1:1", "--cluster=a/b"], "--cluster")]
+            if program != "minke-router":
+                cases += [([], "--router"), (["--registry=etcd", "--etcd=127.0.0.1:1", "--router=127.0.0.1:1"], "--router")]
+            for flags, part in cases:
+                result = subprocess.run([os.path.join(BIN, program), "--checkpoint", checkpoint("v2"), *flags],
+                                        capture_output=True, text=True, timeout=30)
+                self.assertEqual((result.returncode, len(result.stderr.splitlines())), (1, 1), (program, flags, result.stderr))
+                self.assertIn(part, result.stderr)
+
+    def test_etcd_that_is_not_installed(self):
+        result = subprocess.run([MINKE, "up", checkpoint("v2"), "--port=0", "--registry=etcd"], env=dict(os.environ, PATH="/nowhere"),
+                                capture_output=True, text=True, timeout=30)
+        self.assertGreater(result.returncode, 0)
+        self.assertIn("etcd-server", result.stderr)
 
     def test_port_in_use(self):
         with socket.socket() as s:
