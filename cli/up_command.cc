@@ -38,6 +38,7 @@ namespace {
 
 constexpr absl::Duration kListenTimeout = absl::Minutes(30);  // attention listens when its weights are loaded
 constexpr absl::Duration kStopGrace = absl::Seconds(7);
+constexpr absl::Duration kEtcdStopGrace = absl::Seconds(1);
 
 Precision PrecisionOf(const UpFlags& flags) {
   return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
@@ -135,7 +136,13 @@ class Cluster {
  public:
   explicit Cluster(const UpFlags& flags) : flags_(flags) {}
   ~Cluster() {
+    // etcd last: the others take their leave of it.
+    const auto etcd = std::partition(children_.begin(), children_.end(),
+                                     [](const Child& child) { return child.name != "etcd"; });
+    std::vector<Child> last(etcd, children_.end());
+    children_.erase(etcd, children_.end());
     StopAll(children_, kStopGrace);
+    StopAll(last, kEtcdStopGrace);
     if (!directory_.empty()) {
       std::error_code ignored;
       std::filesystem::remove_all(directory_, ignored);

@@ -119,7 +119,8 @@ class Lease {
 
 // A copy of every key under a prefix that follows etcd's, on a thread of its own: a snapshot, then a watch
 // from the revision after it; and again after every interruption (an endpoint gone, history compacted away),
-// because an etcd that came back may have lost its data and count revisions anew.
+// because an etcd that came back may have lost its data and count revisions anew. A watch has no deadline: it
+// ends with the first call of the client that goes unanswered, or with etcd's own word that it has no leader.
 class Mirror {
  public:
   struct Change {

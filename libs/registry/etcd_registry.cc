@@ -6,6 +6,7 @@
 #include <set>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
@@ -261,6 +262,7 @@ absl::Status EtcdRegistry::Impl::Register(const std::string& bytes) {
 void EtcdRegistry::Impl::KeepRegistered() {
   SetThreadName("registry-member");
   uint64_t written = 0;
+  bool complained = false;
   while (true) {
     std::string bytes;
     uint64_t version = 0;
@@ -288,9 +290,11 @@ void EtcdRegistry::Impl::KeepRegistered() {
     }
     if (absl::IsInvalidArgument(status)) {
       on_refused(status);
-    } else if (!status.ok() && !absl::IsUnavailable(status) && !absl::IsDeadlineExceeded(status) &&
-               !absl::IsNotFound(status)) {  // which the mirror tells, or which is put right by the next try
-      log::Warning("registry", StrCat("cannot register: ", status.ToString()));
+    } else if (status.ok() || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+               absl::IsNotFound(status)) {  // which the mirror tells, or which is put right by the next try
+      complained = complained && !status.ok();
+    } else if (!std::exchange(complained, true)) {
+      log::Warning("registry", StrCat("cannot register: ", status.ToString(), "; trying again"));
     }
     const MutexLock lock(mutex);
     const absl::Duration pause = status.ok() ? kGather : kPause;

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
@@ -26,6 +27,7 @@ struct ElectedCoordinator::Impl {
   // What was written last, until the registry tells it back.
   PlacementRecord written;
   int64_t written_revision = 0;
+  bool complained = false;
   std::thread thread;
 
   void Run();
@@ -70,11 +72,16 @@ void ElectedCoordinator::Impl::Coordinate(const registry::EtcdState& state) {
   if (revision > 0 && next.SerializeAsString() == current.SerializeAsString()) return;
   const absl::StatusOr<int64_t> done = registry.WriteRecord(next, state.leader_revision, revision);
   if (done.ok()) {
+    complained = false;
     written = std::move(next);
     written_revision = *done;
   } else {
     written_revision = 0;  // believe what the registry tells
-    log::Debug("registry", StrCat("placement not written: ", done.status().message()));
+    // Lost races and outages are part of life, and told elsewhere.
+    if (!absl::IsAborted(done.status()) && !absl::IsUnavailable(done.status()) &&
+        !absl::IsDeadlineExceeded(done.status()) && !std::exchange(complained, true)) {
+      log::Warning("registry", StrCat("placement not written: ", done.status().ToString(), "; trying again"));
+    }
   }
 }
 
