@@ -6,6 +6,8 @@
 #include "google/protobuf/util/message_differencer.h"
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
+#include "services/router/placement/policy.h"
+#include "services/router/placement/step_time.h"
 
 namespace minke::router {
 
@@ -177,25 +179,28 @@ void MembershipService::OnGone(Stream* stream) {
 
 // Who should host what. Keeps what is hosted already; waits for the expected pool before the first placement.
 void MembershipService::PlaceLocked() {
-  std::vector<NodeId> servers;
+  PlacementSnapshot snapshot;
+  snapshot.shape = ShapeOfUnits(options_.config, /*element_bytes=*/2);
+  snapshot.replicas = options_.replicas;
+  for (const UnitId unit : units_) snapshot.units.push_back({unit});
   bool placed = false;
-  std::map<NodeId, std::vector<UnitId>> previous;
   for (const auto& [id, state] : members_) {
     if (state.report.member().role() != cluster::v1::ROLE_EXPERT) continue;
-    servers.push_back(id);
+    ServerSnapshot& server = snapshot.servers.emplace_back();
+    server.id = id;
     auto old = assignment_.find(id);
     if (old != assignment_.end()) {
-      previous[id] = old->second;
+      for (const UnitId unit : old->second) server.units.push_back({unit});
     } else {  // joined a restarted router with what it had
-      for (const auto& unit : state.report.hosted()) previous[id].push_back({unit.layer(), unit.group()});
+      for (const auto& unit : state.report.hosted()) server.units.push_back({{unit.layer(), unit.group()}});
     }
-    placed |= !previous[id].empty();
+    placed |= !server.units.empty();
   }
-  if (!placed && std::ssize(servers) < options_.expert_servers) {
+  if (!placed && std::ssize(snapshot.servers) < options_.expert_servers) {
     assignment_.clear();
     return;
   }
-  assignment_ = PlanAssignment(units_, servers, options_.replicas, previous);
+  assignment_ = PlanWithoutLoads(snapshot);
 }
 
 std::string MembershipService::NotReadyReasonLocked() const {

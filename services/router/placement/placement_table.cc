@@ -1,7 +1,6 @@
 #include "services/router/placement/placement_table.h"
 
 #include <algorithm>
-#include <set>
 
 namespace minke::router {
 namespace {
@@ -44,36 +43,6 @@ std::vector<UnitId> AllUnits(const ModelConfig& config) {
     }
   }
   return units;
-}
-
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
-                                                     std::span<const NodeId> servers, int replicas,
-                                                     const std::map<NodeId, std::vector<UnitId>>& previous) {
-  std::map<NodeId, std::set<UnitId>> hosted;
-  for (const NodeId server : servers) hosted[server];
-  const std::set<UnitId> known(units.begin(), units.end());
-  std::map<UnitId, int> copies;
-  for (const auto& [server, list] : previous) {
-    auto it = hosted.find(server);
-    if (it == hosted.end()) continue;
-    for (const UnitId unit : list) {
-      if (known.contains(unit) && copies[unit] < replicas && it->second.insert(unit).second) ++copies[unit];
-    }
-  }
-  const int wanted = std::min<int>(replicas, static_cast<int>(servers.size()));
-  for (const UnitId unit : units) {
-    while (copies[unit] < wanted) {
-      std::set<UnitId>* least = nullptr;
-      for (auto& [server, list] : hosted) {
-        if (!list.contains(unit) && (least == nullptr || list.size() < least->size())) least = &list;
-      }
-      least->insert(unit);
-      ++copies[unit];
-    }
-  }
-  std::map<NodeId, std::vector<UnitId>> assignment;
-  for (const auto& [server, list] : hosted) assignment[server] = {list.begin(), list.end()};
-  return assignment;
 }
 
 }  // namespace minke::router

@@ -1,5 +1,5 @@
-// Which expert servers host which (layer, group): an immutable snapshot with its epoch, and the pure
-// functions that make the next one. No I/O, clock or lock.
+// Which expert servers host which (layer, group): an immutable snapshot with its epoch. No I/O, clock or
+// lock. What the next one should be is policy.h's business.
 #pragma once
 
 #include <cstdint>
@@ -42,12 +42,5 @@ class PlacementTable {
 
 // Every (layer, group) of the model.
 std::vector<UnitId> AllUnits(const ModelConfig& config);
-
-// What each server should host: `replicas` different servers per unit (fewer if there are not enough
-// servers). Keeps every valid earlier assignment, fills what is missing on the server with the fewest units
-// (ties: lowest id), so that nothing moves without need.
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
-                                                     std::span<const NodeId> servers, int replicas,
-                                                     const std::map<NodeId, std::vector<UnitId>>& previous);
 
 }  // namespace minke::router
