@@ -107,7 +107,7 @@ class Improver {
 
   // Replicas that were there before this plan and may go.
   bool MayEvict(int unit, int server) const {
-    return layout_.Hosts(server, unit) && layout_.Extra(unit, server) && !layout_.Added(unit, server);
+    return layout_.Hosts(server, unit) && layout_.Extra(unit, server) && !layout_.Changed(unit, server);
   }
   bool Possible(const Step& step) const {
     if (layout_.Hosts(step.server, step.unit)) return false;
@@ -149,7 +149,8 @@ class Improver {
     int count = 0;
     const bool spread = layout_.CanSpread(unit);
     for (int server = 0; server < layout_.num_servers(); ++server) {
-      if (!layout_.Eligible(server) || layout_.Hosts(server, unit)) continue;
+      // What this plan took from a server does not come back to it: undoing a step stays simple.
+      if (!layout_.Eligible(server) || layout_.Hosts(server, unit) || layout_.Changed(unit, server)) continue;
       if (spread && !layout_.OnNewHost(unit, server)) continue;
       const double time = times[server] + layout_.TimeAlone(unit, server);
       if (count == kTargets && time >= found_time[count - 1]) continue;

@@ -57,7 +57,7 @@ Layout::Layout(const PlacementSnapshot& snapshot, const PlacementOptions& option
   replicas_.resize(loads_.size());
   units_on_.resize(rates_.size());
   hosts_.resize(loads_.size() * rates_.size());
-  added_at_.resize(hosts_.size());
+  changed_.resize(hosts_.size());
   for (int server = 0; server < num_servers(); ++server) {
     if (!Eligible(server)) continue;
     for (const HostedUnit& hosted : snapshot.servers[server].units) {
@@ -65,7 +65,7 @@ Layout::Layout(const PlacementSnapshot& snapshot, const PlacementOptions& option
       if (unit >= 0 && !Hosts(server, unit)) Add(unit, server);
     }
   }
-  added_at_.assign(hosts_.size(), false);
+  changed_.assign(hosts_.size(), false);
 }
 
 int Layout::IndexOf(UnitId unit) const {
@@ -110,21 +110,22 @@ bool Layout::Extra(int unit, int server) const {
 
 void Layout::Add(int unit, int server) {
   MK_CHECK(Eligible(server) && !Hosts(server, unit));
-  hosts_[Cell(server, unit)] = added_at_[Cell(server, unit)] = true;
+  hosts_[Cell(server, unit)] = changed_[Cell(server, unit)] = true;
   replicas_[unit].insert(std::upper_bound(replicas_[unit].begin(), replicas_[unit].end(), server), server);
   units_on_[server].push_back(unit);
 }
 
 void Layout::Remove(int unit, int server) {
   MK_CHECK(Hosts(server, unit));
-  hosts_[Cell(server, unit)] = added_at_[Cell(server, unit)] = false;
+  hosts_[Cell(server, unit)] = false;
+  changed_[Cell(server, unit)] = true;
   std::erase(replicas_[unit], server);
   std::erase(units_on_[server], unit);
 }
 
 void Layout::Restore(int unit, int server) {
   Add(unit, server);
-  added_at_[Cell(server, unit)] = false;
+  changed_[Cell(server, unit)] = false;
 }
 
 LayerUnit Layout::SplitInput(int unit) const {

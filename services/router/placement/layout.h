@@ -45,8 +45,8 @@ class Layout {
   bool OnNewHost(int unit, int server) const;
   // An extra replica, whose loss leaves as many replicas on as many hosts as are asked for.
   bool Extra(int unit, int server) const;
-  // Whether it was added by this plan.
-  bool Added(int unit, int server) const { return added_at_[Cell(server, unit)]; }
+  // Whether this plan added or removed it.
+  bool Changed(int unit, int server) const { return changed_[Cell(server, unit)]; }
 
   void Add(int unit, int server);
   void Remove(int unit, int server);
@@ -72,7 +72,7 @@ class Layout {
   std::vector<int> host_;
   int eligible_ = 0, eligible_hosts_ = 0;
   std::vector<std::vector<int>> replicas_, units_on_;
-  std::vector<bool> hosts_, added_at_;
+  std::vector<bool> hosts_, changed_;
 };
 
 }  // namespace minke::router

@@ -408,6 +408,20 @@ TEST(PlanPlacement, NoiseMovesNothing) {
   }
 }
 
+// Full servers under loads that change: replicas make room for others, again and again.
+TEST(PlanPlacement, ChangingLoadsKeepTheInvariants) {
+  for (const int replicas : {1, 2}) {
+    World world(12, 8, replicas, 24 + 6);
+    ASSERT_GE(world.Settle(), 0);
+    for (uint64_t seed = 1; seed < 40; ++seed) {
+      world.SetZipf(1.2, 3 * 32768, seed);
+      for (int round = 0; round < 6; ++round) world.Round();
+      ASSERT_FALSE(HasFatalFailure());
+      for (const UnitLoad& load : world.now.units) ASSERT_GE(world.Loaded(load.unit), replicas);
+    }
+  }
+}
+
 // Random pools, loads, capacities, speeds, hosts, drains and deaths: the invariants of Check() hold in every
 // round, every unit that was loaded stays loaded unless its servers died, and it settles.
 TEST(PlanPlacement, RandomPoolsKeepTheInvariants) {

@@ -11,7 +11,7 @@ int LeastBusyExtra(const Layout& layout, int server) {
   int best = -1;
   double best_rows = 0;
   for (const int unit : layout.UnitsOn(server)) {
-    if (!layout.Extra(unit, server) || layout.Added(unit, server)) continue;
+    if (!layout.Extra(unit, server) || layout.Changed(unit, server)) continue;
     const double rows = layout.Load(unit).rows / static_cast<double>(layout.Replicas(unit).size());
     if (best < 0 || rows < best_rows) best = unit, best_rows = rows;
   }
@@ -93,7 +93,7 @@ class Repair {
         for (int full = 0; full < layout_.num_servers(); ++full) {
           if (!layout_.Eligible(full) || layout_.Hosts(full, unit)) continue;
           for (const int other : layout_.UnitsOn(full)) {
-            if (layout_.Hosts(room, other) || layout_.Added(other, full) == hosted_before) continue;
+            if (layout_.Hosts(room, other) || layout_.Changed(other, full) == hosted_before) continue;
             layout_.Remove(other, full);
             Count(other, full, -1);
             Put(other, room);
