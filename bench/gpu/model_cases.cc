@@ -24,12 +24,13 @@ using cuda_model::WholeModel;
 // Near unit size everywhere, as libs/model/make_checkpoint.h.
 class RandomSource final : public cuda_model::WeightSource {
  public:
-  absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
-                    const Stream& stream) override {
+  absl::Status ReadPart(const std::string& name, std::span<const int64_t> shape,
+                        const cuda_model::MatrixPart& part, DeviceBuffer& to, int64_t offset,
+                        const Stream& stream) override {
     const float gain = name.ends_with("mlp.gate.weight") ? 4.0f : 1.2f;
     const float deviation =
         name.ends_with("embed_tokens.weight") ? 1 : gain / std::sqrt(static_cast<float>(shape[1]));
-    return FillNormal(to.as<bf16>() + offset / 2, shape[0] * shape[1], ++seed_, deviation, stream);
+    return FillNormal(to.as<bf16>() + offset / 2, part.rows * part.columns, ++seed_, deviation, stream);
   }
   absl::Status ReadF32(const std::string&, int64_t count, DeviceBuffer& to, const Stream& stream) override {
     const std::vector<float> ones(count, 1);

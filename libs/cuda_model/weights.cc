@@ -14,12 +14,16 @@ namespace {
 constexpr int64_t kHalfBytes = int64_t{32} << 20;
 
 absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name,
-                                     std::initializer_list<int64_t> shape, const Stream& stream) {
-  int64_t elements = 1;
-  for (const int64_t d : shape) elements *= d;
-  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(elements * 2));
-  MK_RETURN_IF_ERROR(source.Read(name, {shape.begin(), shape.size()}, buffer, 0, stream));
+                                     std::initializer_list<int64_t> shape, const MatrixPart& part,
+                                     const Stream& stream) {
+  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(part.rows * part.columns * 2));
+  MK_RETURN_IF_ERROR(source.ReadPart(name, {shape.begin(), shape.size()}, part, buffer, 0, stream));
   return buffer;
+}
+
+absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name, int64_t rows,
+                                     int64_t columns, const Stream& stream) {
+  return ReadNew(source, name, {rows, columns}, {.rows = rows, .columns = columns}, stream);
 }
 
 absl::StatusOr<DeviceBuffer> ReadNorm(WeightSource& source, const std::string& name, int64_t count,
@@ -29,43 +33,61 @@ absl::StatusOr<DeviceBuffer> ReadNorm(WeightSource& source, const std::string& n
   return buffer;
 }
 
-absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, WeightSource& source,
-                                       const Stream& stream) {
+// Of the tensors by head, a share has rows of W_Q or W_UQ and of W_UKV, and columns of W_O; of a feed-forward
+// block, rows of gate and up and columns of down. What W_O and down give is then a part of the sum.
+absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, kernels::Share share,
+                                       WeightSource& source, const Stream& stream) {
   LayerWeights layer;
   const std::string p = LayerPrefix(index), a = p + "self_attn.";
-  const int64_t hidden = c.hidden_size, heads = c.num_attention_heads, qk = c.qk_head_dim();
+  const int64_t hidden = c.hidden_size, all_heads = c.num_attention_heads, heads = all_heads / share.of,
+                first_head = share.index * heads, qk = c.qk_head_dim();
+  // Rows of a tensor that has `each` of them per head.
+  const auto of_heads = [&](int64_t each, int64_t columns) {
+    return MatrixPart{.row_begin = first_head * each, .rows = heads * each, .columns = columns};
+  };
   MK_ASSIGN_OR_RETURN(layer.input_norm, ReadNorm(source, p + "input_layernorm.weight", hidden, stream));
   MK_ASSIGN_OR_RETURN(layer.post_norm,
                       ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
   MK_ASSIGN_OR_RETURN(layer.kv_a_norm, ReadNorm(source, a + "kv_a_layernorm.weight", c.kv_lora_rank, stream));
   // The query's first projection and the latent's read the same input: one product.
-  const int64_t q_width = c.q_lora_rank > 0 ? int64_t{c.q_lora_rank} : heads * qk;
+  const bool lora = c.q_lora_rank > 0;
+  const int64_t q_width = lora ? int64_t{c.q_lora_rank} : heads * qk;
   MK_ASSIGN_OR_RETURN(layer.qkv_a, DeviceBuffer::Allocate((q_width + c.latent_dim()) * hidden * 2));
-  const int64_t q_shape[] = {q_width, hidden}, kv_shape[] = {c.latent_dim(), hidden};
-  MK_RETURN_IF_ERROR(source.Read(a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
-                                 layer.qkv_a, 0, stream));
+  const int64_t q_shape[] = {lora ? q_width : all_heads * qk, hidden}, kv_shape[] = {c.latent_dim(), hidden};
+  MK_RETURN_IF_ERROR(source.ReadPart(
+      a + (lora ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
+      lora ? MatrixPart{.rows = q_width, .columns = hidden} : of_heads(qk, hidden), layer.qkv_a, 0, stream));
   MK_RETURN_IF_ERROR(
       source.Read(a + "kv_a_proj_with_mqa.weight", kv_shape, layer.qkv_a, q_width * hidden * 2, stream));
-  if (c.q_lora_rank > 0) {
+  if (lora) {
     MK_ASSIGN_OR_RETURN(layer.q_a_norm, ReadNorm(source, a + "q_a_layernorm.weight", c.q_lora_rank, stream));
-    MK_ASSIGN_OR_RETURN(layer.q_b,
-                        ReadNew(source, a + "q_b_proj.weight", {heads * qk, c.q_lora_rank}, stream));
+    MK_ASSIGN_OR_RETURN(layer.q_b, ReadNew(source, a + "q_b_proj.weight", {all_heads * qk, c.q_lora_rank},
+                                           of_heads(qk, c.q_lora_rank), stream));
   }
+  const int64_t kv_each = c.qk_nope_head_dim + c.v_head_dim;
   MK_ASSIGN_OR_RETURN(layer.kv_b,
-                      ReadNew(source, a + "kv_b_proj.weight",
-                              {heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank}, stream));
-  MK_ASSIGN_OR_RETURN(layer.o, ReadNew(source, a + "o_proj.weight", {hidden, heads * c.v_head_dim}, stream));
+                      ReadNew(source, a + "kv_b_proj.weight", {all_heads * kv_each, c.kv_lora_rank},
+                              of_heads(kv_each, c.kv_lora_rank), stream));
+  MK_ASSIGN_OR_RETURN(
+      layer.o,
+      ReadNew(source, a + "o_proj.weight", {hidden, all_heads * c.v_head_dim},
+              {.rows = hidden, .column_begin = first_head * c.v_head_dim, .columns = heads * c.v_head_dim},
+              stream));
 
   const bool moe = c.IsMoeLayer(index);
-  layer.inner = moe ? c.shared_intermediate_size() : c.intermediate_size;
-  if (layer.inner > 0) {
+  const int64_t all_inner = moe ? c.shared_intermediate_size() : c.intermediate_size;
+  const int64_t inner = layer.inner = all_inner / share.of;
+  if (inner > 0) {
     const std::string f = p + (moe ? "mlp.shared_experts." : "mlp.");
-    const int64_t shape[] = {layer.inner, hidden};
-    MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * layer.inner * hidden * 2));
-    MK_RETURN_IF_ERROR(source.Read(f + "gate_proj.weight", shape, layer.gate_up, 0, stream));
+    const int64_t shape[] = {all_inner, hidden}, first = share.index * inner;
+    const MatrixPart part = {.row_begin = first, .rows = inner, .columns = hidden};
+    MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * inner * hidden * 2));
+    MK_RETURN_IF_ERROR(source.ReadPart(f + "gate_proj.weight", shape, part, layer.gate_up, 0, stream));
     MK_RETURN_IF_ERROR(
-        source.Read(f + "up_proj.weight", shape, layer.gate_up, layer.inner * hidden * 2, stream));
-    MK_ASSIGN_OR_RETURN(layer.down, ReadNew(source, f + "down_proj.weight", {hidden, layer.inner}, stream));
+        source.ReadPart(f + "up_proj.weight", shape, part, layer.gate_up, inner * hidden * 2, stream));
+    MK_ASSIGN_OR_RETURN(layer.down,
+                        ReadNew(source, f + "down_proj.weight", {hidden, all_inner},
+                                {.rows = hidden, .column_begin = first, .columns = inner}, stream));
   }
   return layer;
 }
@@ -89,22 +111,38 @@ absl::StatusOr<std::byte*> CheckpointSource::Half() {
   return staging_.as<std::byte>() + half_ * kHalfBytes;
 }
 
-absl::Status CheckpointSource::Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to,
-                                    int64_t offset, const Stream& stream) {
+absl::Status CheckpointSource::ReadPart(const std::string& name, std::span<const int64_t> shape,
+                                        const MatrixPart& part, DeviceBuffer& to, int64_t offset,
+                                        const Stream& stream) {
   MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
+  // Rows as wide as the matrix lie one behind the other: one long row.
+  const bool whole_rows = part.columns == shape[1];
+  const int64_t rows = whole_rows ? 1 : part.rows, width = whole_rows ? part.rows * shape[1] : part.columns;
+  const int64_t first = part.row_begin * shape[1] + part.column_begin;
   std::vector<float> wide;
-  for (int64_t begin = 0; begin < view.elements(); begin += kHalfBytes / 2) {
-    const int64_t count = std::min(kHalfBytes / 2, view.elements() - begin);
-    MK_ASSIGN_OR_RETURN(std::byte* const half, Half());
+  const auto copy = [&](int64_t from, int64_t count, bf16* half) {
     if (view.dtype == DType::kBF16) {
-      std::memcpy(half, view.data + begin * 2, count * 2);
-    } else {
-      wide.resize(count);
-      view.Read(begin, wide);
-      std::transform(wide.begin(), wide.end(), reinterpret_cast<bf16*>(half), F32ToBF16);
+      std::memcpy(half, view.data + from * 2, count * 2);
+      return;
     }
-    MK_RETURN_IF_ERROR(to.Upload(half, count * 2, stream, offset + begin * 2));
+    wide.resize(count);
+    view.Read(from, wide);
+    std::transform(wide.begin(), wide.end(), half, F32ToBF16);
+  };
+  constexpr int64_t kHalfValues = kHalfBytes / 2;
+  for (int64_t done = 0; done < rows * width;) {
+    MK_ASSIGN_OR_RETURN(std::byte* const bytes, Half());
+    bf16* const half = reinterpret_cast<bf16*>(bytes);
+    int64_t filled = 0;
+    while (filled < kHalfValues && done + filled < rows * width) {  // row by row, or a piece of a long one
+      const int64_t at = done + filled, row = at / width, column = at % width;
+      const int64_t count = std::min(width - column, kHalfValues - filled);
+      copy(first + row * shape[1] + column, count, half + filled);
+      filled += count;
+    }
+    MK_RETURN_IF_ERROR(to.Upload(half, filled * 2, stream, offset + done * 2));
     MK_RETURN_IF_ERROR(copied_[half_].Record(stream));
+    done += filled;
   }
   checkpoint_->Release(view);
   return absl::OkStatus();
@@ -120,7 +158,7 @@ absl::Status CheckpointSource::ReadF32(const std::string& name, int64_t count, D
   return stream.Synchronize();  // `values` goes
 }
 
-absl::Status CheckSupported(const ModelConfig& c) {
+absl::Status CheckSupported(const ModelConfig& c, int64_t ranks) {
   const std::pair<const char*, int64_t> dimensions[] = {
       {"hidden_size", c.hidden_size},
       {"intermediate_size", c.intermediate_size},
@@ -134,6 +172,17 @@ absl::Status CheckSupported(const ModelConfig& c) {
     if (value % 8 != 0) {
       return absl::InvalidArgumentError(
           StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
+    }
+  }
+  const std::tuple<const char*, int64_t, int64_t> shared[] = {
+      {"num_attention_heads", c.num_attention_heads, 1},
+      {"intermediate_size", c.intermediate_size, 8},
+      {"the shared experts' inner dimension", c.shared_intermediate_size(), 8}};
+  for (const auto& [name, value, multiple] : shared) {
+    if (ranks > 1 && value % (ranks * multiple) != 0) {
+      return absl::InvalidArgumentError(StrCat("--tensor-parallel: ", name, "=", value,
+                                               " cannot be shared out to ", ranks, " ranks in multiples of ",
+                                               multiple));
     }
   }
   const bool moe = c.n_routed_experts > 0;
@@ -154,23 +203,25 @@ absl::Status CheckSupported(const ModelConfig& c) {
 
 absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, WeightSource& source,
                                                         const Stream& stream,
-                                                        absl::FunctionRef<void(int32_t)> progress) {
-  MK_RETURN_IF_ERROR(CheckSupported(c));
+                                                        absl::FunctionRef<void(int32_t)> progress,
+                                                        kernels::Share share) {
+  MK_RETURN_IF_ERROR(CheckSupported(c, share.of));
   AttentionWeights weights;
   weights.config = c;
+  weights.config.num_attention_heads /= static_cast<int32_t>(share.of);
+  weights.share = share;
   MK_ASSIGN_OR_RETURN(weights.embedding,
-                      ReadNew(source, "model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, stream));
+                      ReadNew(source, "model.embed_tokens.weight", c.vocab_size, c.hidden_size, stream));
   MK_ASSIGN_OR_RETURN(weights.final_norm, ReadNorm(source, "model.norm.weight", c.hidden_size, stream));
   if (!c.tie_word_embeddings) {
-    MK_ASSIGN_OR_RETURN(weights.head,
-                        ReadNew(source, "lm_head.weight", {c.vocab_size, c.hidden_size}, stream));
+    MK_ASSIGN_OR_RETURN(weights.head, ReadNew(source, "lm_head.weight", c.vocab_size, c.hidden_size, stream));
   }
   const kernels::Rope rope(c);
   MK_ASSIGN_OR_RETURN(weights.inv_freq, DeviceBuffer::Allocate(rope.half_dim() * 8));
   MK_RETURN_IF_ERROR(weights.inv_freq.Upload(rope.inv_freq().data(), rope.half_dim() * 8, stream));
   weights.rope_magnitude = rope.magnitude();
   for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
-    MK_ASSIGN_OR_RETURN(LayerWeights loaded, LoadLayer(c, layer, source, stream));
+    MK_ASSIGN_OR_RETURN(LayerWeights loaded, LoadLayer(c, layer, share, source, stream));
     weights.layers.push_back(std::move(loaded));
     progress(layer);
   }
@@ -180,7 +231,7 @@ absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, We
 
 absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source,
                                       const Stream& stream) {
-  return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", {c.n_routed_experts, c.hidden_size}, stream);
+  return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", c.n_routed_experts, c.hidden_size, stream);
 }
 
 absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& c, int32_t layer, ExpertRange range,

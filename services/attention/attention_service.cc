@@ -24,18 +24,19 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<
   switch (o.device) {
     case Device::kCpu:
       if (o.tensor_parallel > 1) {
-        return TensorParallelModel::Load(MakeLocalGroup(o.tensor_parallel), o.threads,
-                                         [&](std::unique_ptr<Collective> group, ThreadPool& rank_pool) {
-                                           return CpuAttentionModel::Load(checkpoint, o.precision, o.mla,
-                                                                          rank_pool, progress,
-                                                                          std::move(group));
-                                         });
+        std::vector<std::unique_ptr<Collective>> group = MakeLocalGroup(o.tensor_parallel);
+        return TensorParallelModel::Load(o.tensor_parallel, o.threads, [&](int rank, ThreadPool& rank_pool) {
+          return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, rank_pool, progress,
+                                         std::move(group[rank]));
+        });
       }
       return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, pool, progress);
     case Device::kCuda:
+      if (o.tensor_parallel > 1 && o.whole) {
+        return absl::InvalidArgumentError("--tensor-parallel: expected 1 for a whole model on one GPU");
+      }
       if (o.tensor_parallel > 1) {
-        return absl::UnimplementedError(
-            "--tensor-parallel: expected 1 on a GPU, whose ranks need a GPU each");
+        return LoadCudaRanks(checkpoint, o.mla, o.tensor_parallel, o.threads, progress);
       }
       return LoadCudaModel(checkpoint, o.mla, o.whole, progress);
   }

@@ -10,8 +10,10 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/collective/nccl/nccl_group.h"
 #include "libs/cuda_model/attention_on_gpu.h"
 #include "libs/cuda_model/whole_model.h"
+#include "services/attention/layers/tensor_parallel_model.h"
 
 namespace minke::attention {
 namespace {
@@ -59,12 +61,14 @@ class TokenSpans {
   std::vector<uint32_t> tokens_;
 };
 
-// An attention node's part: rows go to the expert servers, and their sums come back, through page-locked
-// memory.
+// An attention node's part, or a rank's share of it: rows go to the expert servers, and their sums come back,
+// through page-locked memory. Every call makes the model's GPU the calling thread's: ranks are loaded by one
+// thread and compute on others.
 class CudaAttentionModel final : public AttentionModel {
  public:
-  CudaAttentionModel(ModelConfig config, cuda_model::AttentionWeights weights)
-      : config_(std::move(config)), weights_(std::move(weights)) {}
+  CudaAttentionModel(ModelConfig config, int device, cuda_model::AttentionWeights weights,
+                     std::unique_ptr<DeviceCollective> group)
+      : config_(std::move(config)), device_(device), weights_(std::move(weights)), group_(std::move(group)) {}
 
   const ModelConfig& config() const override { return config_; }
   Precision precision() const override { return Precision::kBF16; }
@@ -72,11 +76,13 @@ class CudaAttentionModel final : public AttentionModel {
   int64_t cache_pages() const override { return gpu_->options().cache_pages; }
 
   absl::Status Prepare(const ModelLimits& limits) override {
+    MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
     AttentionOnGpu::Options options;
     options.rows_max = limits.rows_max;
     options.sequences_max = std::max(limits.sequences_max, kLogitRowsMin);
     options.cache_pages = limits.cache_pages;
-    MK_ASSIGN_OR_RETURN(gpu_, AttentionOnGpu::Create(*std::exchange(weights_, std::nullopt), options));
+    MK_ASSIGN_OR_RETURN(
+        gpu_, AttentionOnGpu::Create(*std::exchange(weights_, std::nullopt), options, std::move(group_)));
     const int64_t values = limits.rows_max * config_.hidden_size;
     MK_ASSIGN_OR_RETURN(normed_, cuda::PinnedBuffer::Allocate(values * int64_t{sizeof(bf16)}));
     for (int i = 0; i < limits.microbatches; ++i) {
@@ -96,6 +102,7 @@ class CudaAttentionModel final : public AttentionModel {
   }
 
   void Embed(const Microbatch& batch) override {
+    const cuda::DeviceScope scope = Enter();
     const TokenSpans tokens(batch);
     std::vector<GpuChunk> chunks;
     for (const kernels::MlaChunk& chunk : batch.chunks) chunks.push_back(tokens.Chunk(chunk));
@@ -105,37 +112,46 @@ class CudaAttentionModel final : public AttentionModel {
   }
 
   void Attention(int32_t layer, const Microbatch& batch, std::byte* rows) override {
+    const cuda::DeviceScope scope = Enter();
     GpuBatch& gpu = *batches_[batch.index];
     OrExit(gpu_->Attention(layer, gpu));
     if (rows == nullptr) return;
     OrExit(gpu_->DownloadNormed(gpu, normed_.as<bf16>()));
-    OrExit(gpu_->stream().Synchronize());
+    OrExit(gpu_->Synchronize());
     std::memcpy(rows, normed_.as(), batch.size() * config_.hidden_size * sizeof(bf16));
   }
 
   void FeedForward(int32_t layer, const Microbatch& batch) override {
+    const cuda::DeviceScope scope = Enter();
     OrExit(gpu_->FeedForward(layer, *batches_[batch.index]));
   }
 
-  // Free again: since it was last uploaded, Attention or Logits has waited for the stream.
+  // Free again: since it was last uploaded, Attention or Logits has waited for the stream. (The first rank's
+  // has waited for all ranks: sums of theirs that come after the upload were in what it waited for.)
   float* RoutedTarget(const Microbatch& batch) override {
     float* sums = routed_[batch.index].as<float>();
     std::fill(sums, sums + batch.size() * config_.hidden_size, 0.0f);
     return sums;
   }
   void AddRouted(const Microbatch& batch) override {
+    const cuda::DeviceScope scope = Enter();
     const std::span<const int32_t> begin(one_sum_per_row_.data(), static_cast<size_t>(batch.size() + 1));
     OrExit(gpu_->AddPartials(*batches_[batch.index], begin, routed_[batch.index].as<float>()));
   }
 
   void Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits) override {
+    const cuda::DeviceScope scope = Enter();
     (void)OrExit(gpu_->Logits(*batches_[batch.index], selected));
     OrExit(gpu_->DownloadLogits(0, std::ssize(selected), logits));
   }
 
  private:
+  cuda::DeviceScope Enter() const { return OrExit(cuda::DeviceScope::Enter(device_)); }
+
   const ModelConfig config_;
+  const int device_;
   std::optional<cuda_model::AttentionWeights> weights_;  // until Prepare
+  std::unique_ptr<DeviceCollective> group_;              // until Prepare
   std::unique_ptr<AttentionOnGpu> gpu_;
   std::vector<std::unique_ptr<GpuBatch>> batches_;  // by microbatch
   cuda::PinnedBuffer normed_;                       // [rows_max, hidden] bf16
@@ -277,20 +293,39 @@ class CudaWholeModel final : public AttentionModel, public WholeSteps {
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaModel(std::shared_ptr<const Checkpoint> checkpoint,
                                                               MlaChoice mla, bool whole,
-                                                              absl::FunctionRef<void(int32_t)> progress) {
+                                                              absl::FunctionRef<void(int32_t)> progress,
+                                                              std::unique_ptr<DeviceCollective> group) {
   if (mla != MlaChoice::kAuto) {
     return absl::InvalidArgumentError("--mla: expected auto on a GPU, which chooses by the chunk");
   }
-  MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::CurrentDevice());
-  log::Info("attention", StrCat("computing on ", device.name));
-  MK_RETURN_IF_ERROR(cuda_model::CheckSupported(checkpoint->config()));
+  MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo info, cuda::CurrentDevice());
+  MK_ASSIGN_OR_RETURN(const int device, cuda::CurrentDeviceIndex());
+  const kernels::Share share = group ? kernels::Share{group->rank(), group->size()} : kernels::Share{};
+  log::Info("attention", StrCat("computing on GPU ", device, ", ", info.name,
+                                group ? StrCat(", rank ", share.index, " of ", share.of) : ""));
+  MK_RETURN_IF_ERROR(cuda_model::CheckSupported(checkpoint->config(), share.of));
   if (whole) return std::make_unique<CudaWholeModel>(std::move(checkpoint));
   MK_ASSIGN_OR_RETURN(const cuda::Stream loading, cuda::Stream::Create());
   MK_ASSIGN_OR_RETURN(cuda_model::CheckpointSource source, cuda_model::CheckpointSource::Create(*checkpoint));
-  MK_ASSIGN_OR_RETURN(cuda_model::AttentionWeights weights,
-                      cuda_model::AttentionWeights::Load(checkpoint->config(), source, loading, progress));
+  MK_ASSIGN_OR_RETURN(
+      cuda_model::AttentionWeights weights,
+      cuda_model::AttentionWeights::Load(checkpoint->config(), source, loading, progress, share));
   MK_RETURN_IF_ERROR(loading.Synchronize());
-  return std::make_unique<CudaAttentionModel>(checkpoint->config(), std::move(weights));
+  return std::make_unique<CudaAttentionModel>(checkpoint->config(), device, std::move(weights),
+                                              std::move(group));
+}
+
+absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaRanks(
+    const std::shared_ptr<const Checkpoint>& checkpoint, MlaChoice mla, int ranks, int threads,
+    absl::FunctionRef<void(int32_t)> progress) {
+  MK_RETURN_IF_ERROR(cuda_model::CheckSupported(checkpoint->config(), ranks));
+  absl::StatusOr<std::vector<std::unique_ptr<DeviceCollective>>> group = MakeNcclGroup(ranks);
+  MK_RETURN_IF_ERROR(Annotate(group.status(), "--tensor-parallel"));
+  return TensorParallelModel::Load(
+      ranks, threads, [&](int rank, ThreadPool&) -> absl::StatusOr<std::unique_ptr<AttentionModel>> {
+        MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(rank));
+        return LoadCudaModel(checkpoint, mla, false, progress, std::move((*group)[rank]));
+      });
 }
 
 }  // namespace minke::attention

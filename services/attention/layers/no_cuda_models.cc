@@ -3,9 +3,22 @@
 
 namespace minke::attention {
 
+namespace {
+
+absl::Status Missing() { return absl::FailedPreconditionError("this build has no CUDA backend"); }
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaModel(std::shared_ptr<const Checkpoint>, MlaChoice,
-                                                              bool, absl::FunctionRef<void(int32_t)>) {
-  return absl::FailedPreconditionError("this build has no CUDA backend");
+                                                              bool, absl::FunctionRef<void(int32_t)>,
+                                                              std::unique_ptr<DeviceCollective>) {
+  return Missing();
+}
+
+absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaRanks(const std::shared_ptr<const Checkpoint>&,
+                                                              MlaChoice, int, int,
+                                                              absl::FunctionRef<void(int32_t)>) {
+  return Missing();
 }
 
 }  // namespace minke::attention
