@@ -40,6 +40,7 @@ class AttentionOnGpu {
       AttentionWeights weights, const Options& options, std::unique_ptr<DeviceCollective> group = nullptr);
 
   const ModelConfig& config() const { return weights_.config; }  // its heads: of this rank
+  const AttentionWeights& weights() const { return weights_; }
   const Options& options() const { return options_; }
   const Stream& stream() const { return stream_; }
   // Waits for everything so far. DEADLINE_EXCEEDED if another rank does not come.

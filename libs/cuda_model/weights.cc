@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "libs/base/status.h"
+#include "libs/cuda_model/weight_plan.h"
 #include "libs/kernels/cpu/rope.h"
 #include "libs/model/tensors.h"
 
@@ -12,85 +13,6 @@ namespace minke::cuda_model {
 namespace {
 
 constexpr int64_t kHalfBytes = int64_t{32} << 20;
-
-absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name,
-                                     std::initializer_list<int64_t> shape, const MatrixPart& part,
-                                     const Stream& stream) {
-  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(part.rows * part.columns * 2));
-  MK_RETURN_IF_ERROR(source.ReadPart(name, {shape.begin(), shape.size()}, part, buffer, 0, stream));
-  return buffer;
-}
-
-absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name, int64_t rows,
-                                     int64_t columns, const Stream& stream) {
-  return ReadNew(source, name, {rows, columns}, {.rows = rows, .columns = columns}, stream);
-}
-
-absl::StatusOr<DeviceBuffer> ReadNorm(WeightSource& source, const std::string& name, int64_t count,
-                                      const Stream& stream) {
-  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(count * 4));
-  MK_RETURN_IF_ERROR(source.ReadF32(name, count, buffer, stream));
-  return buffer;
-}
-
-// Of the tensors by head, a share has rows of W_Q or W_UQ and of W_UKV, and columns of W_O; of a feed-forward
-// block, rows of gate and up and columns of down. What W_O and down give is then a part of the sum.
-absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, kernels::Share share,
-                                       WeightSource& source, const Stream& stream) {
-  LayerWeights layer;
-  const std::string p = LayerPrefix(index), a = p + "self_attn.";
-  const int64_t hidden = c.hidden_size, all_heads = c.num_attention_heads, heads = all_heads / share.of,
-                first_head = share.index * heads, qk = c.qk_head_dim();
-  // Rows of a tensor that has `each` of them per head.
-  const auto of_heads = [&](int64_t each, int64_t columns) {
-    return MatrixPart{.row_begin = first_head * each, .rows = heads * each, .columns = columns};
-  };
-  MK_ASSIGN_OR_RETURN(layer.input_norm, ReadNorm(source, p + "input_layernorm.weight", hidden, stream));
-  MK_ASSIGN_OR_RETURN(layer.post_norm,
-                      ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
-  MK_ASSIGN_OR_RETURN(layer.kv_a_norm, ReadNorm(source, a + "kv_a_layernorm.weight", c.kv_lora_rank, stream));
-  // The query's first projection and the latent's read the same input: one product.
-  const bool lora = c.q_lora_rank > 0;
-  const int64_t q_width = lora ? int64_t{c.q_lora_rank} : heads * qk;
-  MK_ASSIGN_OR_RETURN(layer.qkv_a, DeviceBuffer::Allocate((q_width + c.latent_dim()) * hidden * 2));
-  const int64_t q_shape[] = {lora ? q_width : all_heads * qk, hidden}, kv_shape[] = {c.latent_dim(), hidden};
-  MK_RETURN_IF_ERROR(source.ReadPart(
-      a + (lora ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
-      lora ? MatrixPart{.rows = q_width, .columns = hidden} : of_heads(qk, hidden), layer.qkv_a, 0, stream));
-  MK_RETURN_IF_ERROR(
-      source.Read(a + "kv_a_proj_with_mqa.weight", kv_shape, layer.qkv_a, q_width * hidden * 2, stream));
-  if (lora) {
-    MK_ASSIGN_OR_RETURN(layer.q_a_norm, ReadNorm(source, a + "q_a_layernorm.weight", c.q_lora_rank, stream));
-    MK_ASSIGN_OR_RETURN(layer.q_b, ReadNew(source, a + "q_b_proj.weight", {all_heads * qk, c.q_lora_rank},
-                                           of_heads(qk, c.q_lora_rank), stream));
-  }
-  const int64_t kv_each = c.qk_nope_head_dim + c.v_head_dim;
-  MK_ASSIGN_OR_RETURN(layer.kv_b,
-                      ReadNew(source, a + "kv_b_proj.weight", {all_heads * kv_each, c.kv_lora_rank},
-                              of_heads(kv_each, c.kv_lora_rank), stream));
-  MK_ASSIGN_OR_RETURN(
-      layer.o,
-      ReadNew(source, a + "o_proj.weight", {hidden, all_heads * c.v_head_dim},
-              {.rows = hidden, .column_begin = first_head * c.v_head_dim, .columns = heads * c.v_head_dim},
-              stream));
-
-  const bool moe = c.IsMoeLayer(index);
-  const int64_t all_inner = moe ? c.shared_intermediate_size() : c.intermediate_size;
-  const int64_t inner = layer.inner = all_inner / share.of;
-  if (inner > 0) {
-    const std::string f = p + (moe ? "mlp.shared_experts." : "mlp.");
-    const int64_t shape[] = {all_inner, hidden}, first = share.index * inner;
-    const MatrixPart part = {.row_begin = first, .rows = inner, .columns = hidden};
-    MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * inner * hidden * 2));
-    MK_RETURN_IF_ERROR(source.ReadPart(f + "gate_proj.weight", shape, part, layer.gate_up, 0, stream));
-    MK_RETURN_IF_ERROR(
-        source.ReadPart(f + "up_proj.weight", shape, part, layer.gate_up, inner * hidden * 2, stream));
-    MK_ASSIGN_OR_RETURN(layer.down,
-                        ReadNew(source, f + "down_proj.weight", {hidden, all_inner},
-                                {.rows = hidden, .column_begin = first, .columns = inner}, stream));
-  }
-  return layer;
-}
 
 }  // namespace
 
@@ -210,28 +132,31 @@ absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, We
   weights.config = c;
   weights.config.num_attention_heads /= static_cast<int32_t>(share.of);
   weights.share = share;
-  MK_ASSIGN_OR_RETURN(weights.embedding,
-                      ReadNew(source, "model.embed_tokens.weight", c.vocab_size, c.hidden_size, stream));
-  MK_ASSIGN_OR_RETURN(weights.final_norm, ReadNorm(source, "model.norm.weight", c.hidden_size, stream));
-  if (!c.tie_word_embeddings) {
-    MK_ASSIGN_OR_RETURN(weights.head, ReadNew(source, "lm_head.weight", c.vocab_size, c.hidden_size, stream));
+  weights.layers.resize(c.num_hidden_layers);
+  for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+    const int64_t inner = c.IsMoeLayer(layer) ? c.shared_intermediate_size() : c.intermediate_size;
+    weights.layers[layer].inner = inner / share.of;
   }
   const kernels::Rope rope(c);
   MK_ASSIGN_OR_RETURN(weights.inv_freq, DeviceBuffer::Allocate(rope.half_dim() * 8));
   MK_RETURN_IF_ERROR(weights.inv_freq.Upload(rope.inv_freq().data(), rope.half_dim() * 8, stream));
   weights.rope_magnitude = rope.magnitude();
-  for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
-    MK_ASSIGN_OR_RETURN(LayerWeights loaded, LoadLayer(c, layer, share, source, stream));
-    weights.layers.push_back(std::move(loaded));
-    progress(layer);
+  const std::vector<PlannedTensor> plan = PlanWeights(c, share);
+  for (const PlannedTensor& tensor : plan) {
+    if (tensor.offset > 0) continue;
+    MK_ASSIGN_OR_RETURN(tensor.BufferIn(weights), DeviceBuffer::Allocate(tensor.buffer_bytes));
   }
-  MK_RETURN_IF_ERROR(stream.Synchronize());
+  MK_RETURN_IF_ERROR(ReadPlanned(plan, source, stream, weights, progress));
+  MK_RETURN_IF_ERROR(source.Finish(stream));
   return weights;
 }
 
 absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source,
                                       const Stream& stream) {
-  return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", c.n_routed_experts, c.hidden_size, stream);
+  const int64_t shape[] = {c.n_routed_experts, c.hidden_size};
+  MK_ASSIGN_OR_RETURN(DeviceBuffer gate, DeviceBuffer::Allocate(shape[0] * shape[1] * 2));
+  MK_RETURN_IF_ERROR(source.Read(LayerPrefix(layer) + "mlp.gate.weight", shape, gate, 0, stream));
+  return gate;
 }
 
 absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& c, int32_t layer, ExpertRange range,

@@ -28,7 +28,7 @@ struct MatrixPart {
   int64_t column_begin = 0, columns = 0;
 };
 
-// Where weights come from: a checkpoint, or a benchmark's random numbers.
+// Where weights come from: a checkpoint, another node (weight_transfer.h), or a benchmark's random numbers.
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
@@ -44,6 +44,8 @@ class WeightSource {
   // The same, widened to f32.
   virtual absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
                                const Stream& stream) = 0;
+  // Waits for everything that was read.
+  virtual absl::Status Finish(const Stream& stream) { return stream.Synchronize(); }
 };
 
 // Through two halves of page-locked memory: one is copied to the device while the other is filled from the
@@ -97,6 +99,7 @@ struct AttentionWeights {
   double rope_magnitude = 1;
   std::vector<LayerWeights> layers;
 
+  // Reads what weight_plan.h lists, in its order, after all of its memory was taken.
   static absl::StatusOr<AttentionWeights> Load(const ModelConfig& config, WeightSource& source,
                                                const Stream& stream,
                                                absl::FunctionRef<void(int32_t layer)> progress,

@@ -2,14 +2,18 @@
 #include <algorithm>
 #include <fstream>
 
+#include "absl/strings/str_format.h"
 #include "gtest/gtest.h"
 #include "libs/kernels/cuda/device.h"
 #include "nlohmann/json.hpp"
+#include "services/attention/api/weights_api.h"
+#include "services/attention/layers/cuda_models.h"
 #include "tests/support/local_cluster.h"
 
 namespace minke::attention {
 namespace {
 
+using testing_support::ClusterOptions;
 using testing_support::Generation;
 using testing_support::Greedy;
 using testing_support::LocalCluster;
@@ -47,6 +51,51 @@ TEST(AttentionNodeOnGpu, GreedyTextIsGolden) { ExpectGoldenText(1); }
 TEST(AttentionNodeOnGpu, GreedyTextOfTwoRanksIsGolden) {
   if (cuda::DeviceCount().value() < 2) GTEST_SKIP() << "one GPU here; this needs two";
   ExpectGoldenText(2);
+}
+
+// Two nodes in one process, the second with its weights from the first one's GPU.
+TEST(AttentionNodeOnGpu, NewNodeTakesItsWeightsFromARunningOne) {
+  if (cuda::DeviceCount().value() < 2) GTEST_SKIP() << "one GPU here; this needs two";
+  const ClusterOptions options{
+      .checkpoint = kShipped, .precision = Precision::kBF16, .attention_device = Device::kCuda, .threads = 4};
+  LocalCluster running(options);
+  std::shared_ptr<const Checkpoint> checkpoint = Checkpoint::Open(kShipped).value();
+  const auto second = cuda::DeviceScope::Enter(1);
+  ASSERT_TRUE(second.ok()) << second.status();
+  int asked = 0;
+  CudaModelOptions taking;
+  taking.ask_for_weights = [&] {
+    ++asked;
+    return AskForWeights(running.attention_address(),
+                         {.model_fingerprint = absl::StrFormat("%016x", checkpoint->fingerprint()),
+                          .precision = "bf16",
+                          .plan_checksum = WeightsChecksum(checkpoint->config())},
+                         absl::Seconds(10));
+  };
+  const auto model = LoadCudaModel(checkpoint, std::move(taking), [](int32_t) {});
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_EQ(asked, 1);
+  EXPECT_TRUE(running.Run(Greedy({1, 2, 3}, 8, false)).error.ok());
+}
+
+TEST(AttentionNodeOnGpu, NewNodeReadsItsCheckpointWhenNobodyGives) {
+  std::shared_ptr<const Checkpoint> checkpoint = Checkpoint::Open(kShipped).value();
+  CudaModelOptions taking;
+  taking.ask_for_weights = [] { return absl::UnavailableError("nobody there"); };
+  EXPECT_TRUE(LoadCudaModel(checkpoint, std::move(taking), [](int32_t) {}).ok());
+}
+
+TEST(AttentionNodeOnGpu, NodeOnACpuHasNoWeightsToGive) {
+  LocalCluster running({.checkpoint = kShipped, .precision = Precision::kBF16, .threads = 4});
+  const auto checkpoint = Checkpoint::Open(kShipped).value();
+  EXPECT_EQ(AskForWeights(running.attention_address(),
+                          {.model_fingerprint = absl::StrFormat("%016x", checkpoint->fingerprint()),
+                           .precision = "bf16",
+                           .plan_checksum = WeightsChecksum(checkpoint->config())},
+                          absl::Seconds(10))
+                .status()
+                .code(),
+            absl::StatusCode::kFailedPrecondition);
 }
 
 }  // namespace

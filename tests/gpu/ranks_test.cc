@@ -10,6 +10,7 @@
 #include "libs/collective/local_group.h"
 #include "libs/collective/nccl/nccl_group.h"
 #include "libs/cuda_model/attention_on_gpu.h"
+#include "libs/cuda_model/weight_transfer.h"
 #include "libs/model/checkpoint.h"
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
@@ -143,22 +144,27 @@ TEST(NcclGroup, RankThatStaysAwayFromACallIsNotWaitedForForever) {
   EXPECT_TRUE(stream.Synchronize().ok());  // what was on the GPU has ended
 }
 
-// One rank's logits of a few steps of three sequences: prompts, then decoding beside a prompt. In place of
-// the routed experts: numbers that depend on layer and row only.
-std::vector<float> RankLogits(const Checkpoint& checkpoint, kernels::Share share,
-                              std::unique_ptr<DeviceCollective> group) {
-  const ModelConfig& config = checkpoint.config();
+absl::StatusOr<AttentionWeights> WeightsFromDisk(const Checkpoint& checkpoint, kernels::Share share) {
   const Stream loading = Stream::Create().value();
   CheckpointSource source = CheckpointSource::Create(checkpoint).value();
-  auto weights = AttentionWeights::Load(
-      config, source, loading, [](int32_t) {}, share);
-  EXPECT_TRUE(weights.ok()) << weights.status();
+  return AttentionWeights::Load(
+      checkpoint.config(), source, loading, [](int32_t) {}, share);
+}
+
+AttentionOnGpu::Options SmallOptions() {
   AttentionOnGpu::Options options;
   options.rows_max = 256;
   options.sequences_max = 16;
   options.cache_pages = 16;
   options.prefill_keys_max = 320;
-  auto model = AttentionOnGpu::Create(*std::move(weights), options, std::move(group)).value();
+  return options;
+}
+
+// One rank's logits of a few steps of three sequences: prompts, then decoding beside a prompt. In place of
+// the routed experts: numbers that depend on layer and row only.
+std::vector<float> LogitsOf(AttentionOnGpu& gpu) {
+  AttentionOnGpu* const model = &gpu;
+  const ModelConfig& config = model->config();
   const auto batch = model->MakeBatch().value();
   std::mt19937 rng(7);
   std::vector<std::vector<uint32_t>> tokens(3);
@@ -206,6 +212,13 @@ std::vector<float> RankLogits(const Checkpoint& checkpoint, kernels::Share share
     all.insert(all.end(), logits.begin(), logits.end());
   }
   return all;
+}
+
+std::vector<float> RankLogits(const Checkpoint& checkpoint, kernels::Share share,
+                              std::unique_ptr<DeviceCollective> group) {
+  auto weights = WeightsFromDisk(checkpoint, share);
+  EXPECT_TRUE(weights.ok()) << weights.status();
+  return LogitsOf(*AttentionOnGpu::Create(*std::move(weights), SmallOptions(), std::move(group)).value());
 }
 
 // Every rank on a thread of its own, on `device(rank)`.
@@ -293,6 +306,58 @@ TEST_P(AttentionRanks, TwoGpusAgreeWithOne) {
   const auto got = RanksLogits(*checkpoint_, *std::move(group), [](int rank) { return rank; });
   EXPECT_EQ(got[1], got[0]);
   ExpectNear(got[0], want, std::string(GetParam()) + ", two GPUs");
+}
+
+// A model that serves gives its weights to one that has none.
+void TransferBetween(const Checkpoint& checkpoint, std::vector<std::unique_ptr<DeviceCollective>> group,
+                     int receiver_device) {
+  const std::vector<PlannedTensor> plan = PlanWeights(checkpoint.config(), {});
+  const auto giver = AttentionOnGpu::Create(WeightsFromDisk(checkpoint, {}).value(), SmallOptions()).value();
+  const std::vector<float> want = LogitsOf(*giver);
+  std::vector<float> got;
+  {
+    std::jthread sending([&] {
+      const Stream stream = Stream::Create().value();
+      const absl::Status sent = SendWeights(plan, giver->weights(), *group[0], stream);
+      EXPECT_TRUE(sent.ok()) << sent;
+    });
+    std::jthread receiving([&] {
+      const auto scope = cuda::DeviceScope::Enter(receiver_device);
+      ASSERT_TRUE(scope.ok()) << scope.status();
+      const Stream stream = Stream::Create().value();
+      BroadcastSource source(plan, *group[1]);
+      auto weights = AttentionWeights::Load(checkpoint.config(), source, stream, [](int32_t) {});
+      ASSERT_TRUE(weights.ok()) << weights.status();
+      got = LogitsOf(*AttentionOnGpu::Create(*std::move(weights), SmallOptions()).value());
+    });
+    EXPECT_EQ(LogitsOf(*giver), want);  // meanwhile
+  }
+  EXPECT_EQ(got, want);
+}
+
+TEST_P(AttentionRanks, WeightsOfARunningModelGiveTheSameBits) {
+  std::vector<std::unique_ptr<DeviceCollective>> group;
+  for (auto& end : MakeLocalGroup(2)) group.push_back(std::make_unique<HostCollective>(std::move(end)));
+  TransferBetween(*checkpoint_, std::move(group), 0);
+}
+
+TEST_P(AttentionRanks, WeightsOfARunningModelCrossToAnotherGpu) {
+  if (cuda::DeviceCount().value() < 2) GTEST_SKIP() << "one GPU here; this needs two";
+  auto group = MakeNcclGroup(2);
+  SKIP_WITHOUT_NCCL(group);
+  TransferBetween(*checkpoint_, *std::move(group), 1);
+}
+
+TEST_P(AttentionRanks, WeightsSentToNobodyStayAsTheyAre) {
+  auto group = MakeNcclGroup(1);
+  SKIP_WITHOUT_NCCL(group);
+  const auto model =
+      AttentionOnGpu::Create(WeightsFromDisk(*checkpoint_, {}).value(), SmallOptions()).value();
+  const std::vector<float> want = LogitsOf(*model);
+  const Stream stream = Stream::Create().value();
+  ASSERT_TRUE(
+      SendWeights(PlanWeights(checkpoint_->config(), {}), model->weights(), *(*group)[0], stream).ok());
+  EXPECT_EQ(LogitsOf(*model), want);
 }
 
 }  // namespace

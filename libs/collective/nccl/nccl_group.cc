@@ -19,8 +19,9 @@ absl::Status ToStatus(const NcclLibrary& nccl, ncclResult_t code, const char* ca
 
 class NcclCollective final : public DeviceCollective {
  public:
-  NcclCollective(const NcclLibrary& nccl, int rank, int size, absl::Duration deadline)
-      : nccl_(nccl), rank_(rank), size_(size), deadline_(deadline) {}
+  NcclCollective(const NcclLibrary& nccl, int rank, int size, absl::Duration deadline,
+                 const std::atomic<bool>* stop)
+      : nccl_(nccl), rank_(rank), size_(size), deadline_(deadline), stop_(stop) {}
   NcclCollective(const NcclCollective&) = delete;
 
   ~NcclCollective() override {
@@ -64,7 +65,7 @@ class NcclCollective final : public DeviceCollective {
       if (asked == ncclSuccess && state != ncclSuccess && state != ncclInProgress) {
         return Abort(ToStatus(nccl_, state, "a collective call"));
       }
-      if (absl::Now() > end) return Abort(Late("a collective call"));
+      if (absl::Status over = Over(end, "a collective call"); !over.ok()) return Abort(over);
     }
   }
 
@@ -76,7 +77,10 @@ class NcclCollective final : public DeviceCollective {
     return comm_ != nullptr ? absl::OkStatus()
                             : absl::FailedPreconditionError("this NCCL communicator was given up");
   }
-  absl::Status Late(const char* call) const {
+  // Whether the waiting has to end.
+  absl::Status Over(absl::Time end, const char* call) const {
+    if (stop_ != nullptr && stop_->load()) return absl::CancelledError(StrCat(call, ": given up"));
+    if (absl::Now() <= end) return absl::OkStatus();
     return absl::DeadlineExceededError(StrCat(call, ": rank ", rank_, " of ", size_,
                                               " waited in vain for the others, ",
                                               absl::ToInt64Milliseconds(deadline_), " ms"));
@@ -95,7 +99,7 @@ class NcclCollective final : public DeviceCollective {
       if (const ncclResult_t asked = nccl_.CommGetAsyncError(comm_, &code); asked != ncclSuccess)
         code = asked;
       if (code != ncclInProgress || polls % kPollsPerLook != 0) continue;
-      if (absl::Now() > end) return Abort(Late(call));
+      if (absl::Status over = Over(end, call); !over.ok()) return Abort(over);
       std::this_thread::yield();
     }
     const absl::Status status = ToStatus(nccl_, code, call);
@@ -105,6 +109,7 @@ class NcclCollective final : public DeviceCollective {
   const NcclLibrary& nccl_;
   const int rank_, size_;
   const absl::Duration deadline_;
+  const std::atomic<bool>* const stop_;
   ncclComm_t comm_ = nullptr;
 };
 
@@ -118,7 +123,8 @@ absl::StatusOr<std::string> NewNcclGroupId() {
 }
 
 absl::StatusOr<std::unique_ptr<DeviceCollective>> JoinNcclGroup(const std::string& id, int rank, int size,
-                                                                absl::Duration deadline) {
+                                                                absl::Duration deadline,
+                                                                const std::atomic<bool>* stop) {
   MK_ASSIGN_OR_RETURN(const NcclLibrary* const nccl, NcclLibrary::Get());
   ncclUniqueId name;
   if (id.size() != sizeof(name.internal)) {
@@ -126,7 +132,7 @@ absl::StatusOr<std::unique_ptr<DeviceCollective>> JoinNcclGroup(const std::strin
         StrCat("the id of an NCCL group: expected ", sizeof(name.internal), " bytes, found ", id.size()));
   }
   std::memcpy(name.internal, id.data(), id.size());
-  auto made = std::make_unique<NcclCollective>(*nccl, rank, size, deadline);
+  auto made = std::make_unique<NcclCollective>(*nccl, rank, size, deadline, stop);
   MK_RETURN_IF_ERROR(made->Join(name));
   return made;
 }

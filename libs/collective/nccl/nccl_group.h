@@ -7,6 +7,7 @@
 // has on the GPU.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,9 +22,10 @@ namespace minke {
 absl::StatusOr<std::string> NewNcclGroupId();
 
 // Joins the group as `rank` with the calling thread's current device. Returns when all `size` ranks have
-// joined.
+// joined. `stop`: who sets it ends the waiting early, with CANCELLED; borrowed.
 absl::StatusOr<std::unique_ptr<DeviceCollective>> JoinNcclGroup(const std::string& id, int rank, int size,
-                                                                absl::Duration deadline);
+                                                                absl::Duration deadline,
+                                                                const std::atomic<bool>* stop = nullptr);
 
 // All ranks of a group in this process, rank r on GPU r. FAILED_PRECONDITION if there are not as many GPUs.
 absl::StatusOr<std::vector<std::unique_ptr<DeviceCollective>>> MakeNcclGroup(

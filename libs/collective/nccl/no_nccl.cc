@@ -13,8 +13,8 @@ absl::Status Missing() {
 
 absl::StatusOr<std::string> NewNcclGroupId() { return Missing(); }
 
-absl::StatusOr<std::unique_ptr<DeviceCollective>> JoinNcclGroup(const std::string&, int, int,
-                                                                absl::Duration) {
+absl::StatusOr<std::unique_ptr<DeviceCollective>> JoinNcclGroup(const std::string&, int, int, absl::Duration,
+                                                                const std::atomic<bool>*) {
   return Missing();
 }
 

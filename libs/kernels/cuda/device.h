@@ -58,6 +58,8 @@ absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device);
 class Stream {
  public:
   static absl::StatusOr<Stream> Create();
+  // CUDA's default stream, which is there without being made.
+  static Stream Default() { return Stream(nullptr); }
   Stream(Stream&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Stream& operator=(Stream&& other) noexcept {
     std::swap(handle_, other.handle_);

@@ -7,11 +7,13 @@
 #include <optional>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/collective/nccl/nccl_group.h"
 #include "libs/cuda_model/attention_on_gpu.h"
+#include "libs/cuda_model/weight_transfer.h"
 #include "libs/cuda_model/whole_model.h"
 #include "services/attention/layers/tensor_parallel_model.h"
 
@@ -24,6 +26,9 @@ using cuda_model::GpuChunk;
 
 // Rows of one call of Logits by the engine (kLogitRowsMax there).
 constexpr int64_t kLogitRowsMin = 64;
+
+// For which giver and receiver of weights wait for each other, at the beginning and for every few tensors.
+constexpr absl::Duration kTransferDeadline = absl::Seconds(60);
 
 // A GPU that has failed computes nothing more in this process. Its streams go on elsewhere, as when the
 // machine dies.
@@ -143,6 +148,16 @@ class CudaAttentionModel final : public AttentionModel {
     const cuda::DeviceScope scope = Enter();
     (void)OrExit(gpu_->Logits(*batches_[batch.index], selected));
     OrExit(gpu_->DownloadLogits(0, std::ssize(selected), logits));
+  }
+
+  // On a stream of its own, so that it only shares the GPU with the engine's work.
+  absl::Status GiveWeights(const std::string& group_id, const std::atomic<bool>& stop) override {
+    if (gpu_->weights().share.of > 1) return AttentionModel::GiveWeights(group_id, stop);
+    MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
+    MK_ASSIGN_OR_RETURN(const cuda::Stream stream, cuda::Stream::Create());
+    MK_ASSIGN_OR_RETURN(const std::unique_ptr<DeviceCollective> group,
+                        JoinNcclGroup(group_id, 0, 2, kTransferDeadline, &stop));
+    return cuda_model::SendWeights(cuda_model::PlanWeights(config_, {}), gpu_->weights(), *group, stream);
   }
 
  private:
@@ -289,30 +304,58 @@ class CudaWholeModel final : public AttentionModel, public WholeSteps {
   std::vector<int32_t> logits_row_;  // by row of the last step; -1: none
 };
 
+using cuda_model::AttentionWeights;
+
+absl::StatusOr<AttentionWeights> ReceiveWeights(const ModelConfig& config, const CudaModelOptions& options,
+                                                const cuda::Stream& stream,
+                                                absl::FunctionRef<void(int32_t)> progress) {
+  MK_ASSIGN_OR_RETURN(const std::string group_id, options.ask_for_weights());
+  MK_ASSIGN_OR_RETURN(const std::unique_ptr<DeviceCollective> group,
+                      JoinNcclGroup(group_id, 1, 2, kTransferDeadline));
+  const std::vector<cuda_model::PlannedTensor> plan = cuda_model::PlanWeights(config, {});
+  cuda_model::BroadcastSource source(plan, *group);
+  return AttentionWeights::Load(config, source, stream, progress);
+}
+
+absl::StatusOr<AttentionWeights> LoadWeights(const Checkpoint& checkpoint, const CudaModelOptions& options,
+                                             kernels::Share share,
+                                             absl::FunctionRef<void(int32_t)> progress) {
+  MK_ASSIGN_OR_RETURN(const cuda::Stream loading, cuda::Stream::Create());
+  if (options.ask_for_weights) {
+    const absl::Time begin = absl::Now();
+    absl::StatusOr<AttentionWeights> received =
+        ReceiveWeights(checkpoint.config(), options, loading, progress);
+    if (received.ok()) {
+      log::Info("attention", StrCat("weights came from a running node in ",
+                                    absl::ToInt64Milliseconds(absl::Now() - begin), " ms"));
+      return received;
+    }
+    log::Warning("attention", StrCat("no weights from a running node, reading the checkpoint: ",
+                                     received.status().message()));
+  }
+  MK_ASSIGN_OR_RETURN(cuda_model::CheckpointSource source, cuda_model::CheckpointSource::Create(checkpoint));
+  return AttentionWeights::Load(checkpoint.config(), source, loading, progress, share);
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaModel(std::shared_ptr<const Checkpoint> checkpoint,
-                                                              MlaChoice mla, bool whole,
-                                                              absl::FunctionRef<void(int32_t)> progress,
-                                                              std::unique_ptr<DeviceCollective> group) {
-  if (mla != MlaChoice::kAuto) {
+                                                              CudaModelOptions options,
+                                                              absl::FunctionRef<void(int32_t)> progress) {
+  if (options.mla != MlaChoice::kAuto) {
     return absl::InvalidArgumentError("--mla: expected auto on a GPU, which chooses by the chunk");
   }
   MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo info, cuda::CurrentDevice());
   MK_ASSIGN_OR_RETURN(const int device, cuda::CurrentDeviceIndex());
-  const kernels::Share share = group ? kernels::Share{group->rank(), group->size()} : kernels::Share{};
+  const kernels::Share share =
+      options.group ? kernels::Share{options.group->rank(), options.group->size()} : kernels::Share{};
   log::Info("attention", StrCat("computing on GPU ", device, ", ", info.name,
-                                group ? StrCat(", rank ", share.index, " of ", share.of) : ""));
+                                options.group ? StrCat(", rank ", share.index, " of ", share.of) : ""));
   MK_RETURN_IF_ERROR(cuda_model::CheckSupported(checkpoint->config(), share.of));
-  if (whole) return std::make_unique<CudaWholeModel>(std::move(checkpoint));
-  MK_ASSIGN_OR_RETURN(const cuda::Stream loading, cuda::Stream::Create());
-  MK_ASSIGN_OR_RETURN(cuda_model::CheckpointSource source, cuda_model::CheckpointSource::Create(*checkpoint));
-  MK_ASSIGN_OR_RETURN(
-      cuda_model::AttentionWeights weights,
-      cuda_model::AttentionWeights::Load(checkpoint->config(), source, loading, progress, share));
-  MK_RETURN_IF_ERROR(loading.Synchronize());
+  if (options.whole) return std::make_unique<CudaWholeModel>(std::move(checkpoint));
+  MK_ASSIGN_OR_RETURN(AttentionWeights weights, LoadWeights(*checkpoint, options, share, progress));
   return std::make_unique<CudaAttentionModel>(checkpoint->config(), device, std::move(weights),
-                                              std::move(group));
+                                              std::move(options.group));
 }
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaRanks(
@@ -324,8 +367,14 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaRanks(
   return TensorParallelModel::Load(
       ranks, threads, [&](int rank, ThreadPool&) -> absl::StatusOr<std::unique_ptr<AttentionModel>> {
         MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(rank));
-        return LoadCudaModel(checkpoint, mla, false, progress, std::move((*group)[rank]));
+        return LoadCudaModel(checkpoint, {.mla = mla, .group = std::move((*group)[rank])}, progress);
       });
 }
+
+uint64_t WeightsChecksum(const ModelConfig& config) {
+  return cuda_model::ChecksumOf(cuda_model::PlanWeights(config, {}));
+}
+
+absl::StatusOr<std::string> NewWeightsGroup() { return NewNcclGroupId(); }
 
 }  // namespace minke::attention
