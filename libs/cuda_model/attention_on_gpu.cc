@@ -1,6 +1,7 @@
 #include "libs/cuda_model/attention_on_gpu.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "libs/base/status.h"
 #include "libs/kernels/cpu/mla.h"
@@ -73,12 +74,16 @@ absl::Status AttentionOnGpu::Allocate() {
       {&head_in_, options_.sequences_max * c.hidden_size * 2},
       {&logits_, options_.sequences_max * c.vocab_size * 4},
       {&partial_begin_, (rows + 1) * 4},
+      {&one_per_row_, (rows + 1) * 4},
       {&partials_, c.n_routed_experts > 0 ? rows * c.fan_out_max() * c.hidden_size * 4 : 0}};
   for (const auto& [buffer, bytes] : buffers) MK_RETURN_IF_ERROR(allocate(*buffer, bytes));
   for (auto* linear : {&linear_, &ffn_linear_, &logits_linear_}) {
     MK_ASSIGN_OR_RETURN(cuda::Linear made, cuda::Linear::Create());
     *linear = std::move(made);
   }
+  std::vector<int32_t> one_per_row(rows + 1);
+  std::iota(one_per_row.begin(), one_per_row.end(), 0);
+  MK_RETURN_IF_ERROR(one_per_row_.Upload(one_per_row.data(), one_per_row_.bytes(), stream_));
   return cache_.Fill(0, stream_);
 }
 
@@ -319,6 +324,13 @@ absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_
 absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin,
                                          const float* partials) {
   return AddPartialsOf(batch, begin, partials);
+}
+
+absl::Status AttentionOnGpu::AddSums(GpuBatch& batch, const float* sums) {
+  const int64_t hidden = config().hidden_size;
+  MK_RETURN_IF_ERROR(partials_.Upload(sums, batch.rows() * hidden * int64_t{sizeof(float)}, stream_));
+  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, one_per_row_.as<int32_t>(),
+                              partials_.as<float>(), stream_);
 }
 
 }  // namespace minke::cuda_model

@@ -88,6 +88,9 @@ class AttentionOnGpu {
   // return.
   absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials);
   absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const float* partials);
+  // x += sums [rows, hidden], in page-locked memory that stays as it is until the stream has passed this. May
+  // be captured into a graph, which then reads the memory as it is at its launch.
+  absl::Status AddSums(GpuBatch& batch, const float* sums);
 
   bf16* cache(int32_t layer) const;  // [cache_pages + 1, 64, latent_dim]
   uint32_t scratch_page() const {
@@ -125,6 +128,7 @@ class AttentionOnGpu {
   DeviceBuffer gate_up_, inner_;     // of FeedForward
   DeviceBuffer selected_, head_in_, logits_;
   DeviceBuffer partial_begin_, partials_;
+  DeviceBuffer one_per_row_;  // 0, 1, 2 ... rows_max
 };
 
 }  // namespace minke::cuda_model

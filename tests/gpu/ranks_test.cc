@@ -15,6 +15,7 @@
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
 #include "tests/gpu/gpu_support.h"
+#include "tests/gpu/small_attention.h"
 #include "tests/gpu/stack_configs.h"
 
 namespace minke::cuda_model {
@@ -142,22 +143,6 @@ TEST(NcclGroup, RankThatStaysAwayFromACallIsNotWaitedForForever) {
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
   EXPECT_EQ((*group)[0]->Wait(stream).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(stream.Synchronize().ok());  // what was on the GPU has ended
-}
-
-absl::StatusOr<AttentionWeights> WeightsFromDisk(const Checkpoint& checkpoint, kernels::Share share) {
-  const Stream loading = Stream::Create().value();
-  CheckpointSource source = CheckpointSource::Create(checkpoint).value();
-  return AttentionWeights::Load(
-      checkpoint.config(), source, loading, [](int32_t) {}, share);
-}
-
-AttentionOnGpu::Options SmallOptions() {
-  AttentionOnGpu::Options options;
-  options.rows_max = 256;
-  options.sequences_max = 16;
-  options.cache_pages = 16;
-  options.prefill_keys_max = 320;
-  return options;
 }
 
 // One rank's logits of a few steps of three sequences: prompts, then decoding beside a prompt. In place of
