@@ -54,7 +54,7 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<
       if (o.tensor_parallel > 1) {
         return LoadCudaRanks(checkpoint, o.mla, o.tensor_parallel, o.threads, progress);
       }
-      CudaModelOptions cuda{.mla = o.mla, .whole = o.whole};
+      CudaModelOptions cuda{.mla = o.mla, .whole = o.whole, .fp8_experts = o.fp8_experts};
       if (!o.weights_from.empty()) {
         cuda.ask_for_weights = [&] {
           return AskForWeights(o.weights_from, IdentityOf(*checkpoint, o), kAskTimeout);

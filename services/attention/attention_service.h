@@ -25,10 +25,11 @@ struct AttentionServiceOptions {
   MlaChoice mla = MlaChoice::kAuto;  // auto: naive for long chunks; absorbed for all in exact mode
   Device device = Device::kCpu;
   int tensor_parallel = 1;  // ranks that share out the heads and inner dimensions
-  bool whole =
-      false;  // on a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`)
-  std::string
-      weights_from;  // on a GPU: host:port of a running attention node that gives its weights; or empty
+  // On a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`); with fp8 weights.
+  bool whole = false;
+  bool fp8_experts = false;
+  // On a GPU: host:port of a running attention node that gives its weights; or empty.
+  std::string weights_from;
   bool local_routing = false;
   int threads = 1;
   EngineOptions engine;

@@ -64,7 +64,7 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadCudaModel(std::shared_ptr<co
   log::Info("attention", StrCat("computing on GPU ", device, ", ", info.name,
                                 options.group ? StrCat(", rank ", share.index, " of ", share.of) : ""));
   MK_RETURN_IF_ERROR(cuda_model::CheckSupported(checkpoint->config(), share.of));
-  if (options.whole) return MakeCudaWholeModel(std::move(checkpoint));
+  if (options.whole) return MakeCudaWholeModel(std::move(checkpoint), options.fp8_experts);
   MK_ASSIGN_OR_RETURN(AttentionWeights weights, LoadWeights(*checkpoint, options, share, progress));
   return MakeCudaAttentionModel(checkpoint->config(), device, std::move(weights), std::move(options.group));
 }

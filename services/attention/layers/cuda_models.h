@@ -17,6 +17,7 @@ namespace minke::attention {
 struct CudaModelOptions {
   MlaChoice mla = MlaChoice::kAuto;
   bool whole = false;                       // with gate and routed experts: AttentionModel::whole() is there
+  bool fp8_experts = false;                 // of a whole model: docs/gpu_experts.md
   std::unique_ptr<DeviceCollective> group;  // whose rank this model is; null: alone
   // Asks a running node for its weights; returns the name of the group by which they come (the node's
   // AttentionModel::GiveWeights is its first rank). Empty: they are read from the checkpoint, and so they are

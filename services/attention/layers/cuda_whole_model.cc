@@ -16,8 +16,10 @@ using cuda_model::GpuChunk;
 // Everything on one GPU: a step of decoding is one CUDA graph.
 class CudaWholeModel final : public AttentionModel, public WholeSteps {
  public:
-  explicit CudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint)
-      : checkpoint_(std::move(checkpoint)), config_(checkpoint_->config()) {}
+  CudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint, bool fp8_experts)
+      : checkpoint_(std::move(checkpoint)), config_(checkpoint_->config()) {
+    options_.experts = fp8_experts ? cuda::FfnFormat::kFP8 : cuda::FfnFormat::kBF16;
+  }
 
   const ModelConfig& config() const override { return config_; }
   Precision precision() const override { return Precision::kBF16; }
@@ -145,8 +147,9 @@ class CudaWholeModel final : public AttentionModel, public WholeSteps {
 
 }  // namespace
 
-std::unique_ptr<AttentionModel> MakeCudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint) {
-  return std::make_unique<CudaWholeModel>(std::move(checkpoint));
+std::unique_ptr<AttentionModel> MakeCudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint,
+                                                   bool fp8_experts) {
+  return std::make_unique<CudaWholeModel>(std::move(checkpoint), fp8_experts);
 }
 
 }  // namespace minke::attention

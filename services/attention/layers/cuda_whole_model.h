@@ -8,7 +8,9 @@
 
 namespace minke::attention {
 
-// On the calling thread's GPU. Weights are read by Prepare.
-std::unique_ptr<AttentionModel> MakeCudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint);
+// On the calling thread's GPU. Weights are read by Prepare; fp8_experts: the routed experts' are rounded to
+// e4m3 then (docs/gpu_experts.md).
+std::unique_ptr<AttentionModel> MakeCudaWholeModel(std::shared_ptr<const Checkpoint> checkpoint,
+                                                   bool fp8_experts);
 
 }  // namespace minke::attention
