@@ -8,6 +8,7 @@
 #include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
 #include "cli/demo_command.h"
+#include "cli/plan_command.h"
 #include "cli/up_command.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
@@ -122,6 +123,14 @@ int main(int argc, char** argv) {
   bench_transport->callback([&] {
     node::UnblockSignals();
     exit_code = Finish(cli::bench::RunTransport(bench_transport_flags, MK_VERSION, std::cout));
+  });
+
+  cli::PlanFlags plan_flags;
+  CLI::App* plan = app.add_subcommand("plan", "what the placement policy would do");
+  cli::AddPlanFlags(*plan, plan_flags);
+  plan->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::RunPlanSimulate(plan_flags, std::cout));
   });
 
   tokenizer::TokenizeOptions tokenize_options;

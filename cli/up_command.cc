@@ -48,6 +48,18 @@ bool UsesEtcd(const UpFlags& flags) {
   return flags.registry == "etcd" || (flags.registry.empty() && (flags.routers > 1 || !flags.etcd.empty()));
 }
 
+bool FP8Experts(const UpFlags& flags) { return flags.experts_format == "fp8"; }
+
+// What --device comes to, if it can have the precision and the experts' format.
+absl::StatusOr<Device> DeviceOf(const UpFlags& flags) {
+  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, PrecisionOf(flags)));
+  MK_RETURN_IF_ERROR(experts::CheckBackendOptions(
+      {.device = device,
+       .format = FP8Experts(flags) ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16,
+       .precision = PrecisionOf(flags)}));
+  return device;
+}
+
 absl::Status Validate(const UpFlags& flags) {
   if (flags.routers > 1 && flags.registry == "static") {
     return absl::InvalidArgumentError(StrCat("--routers: expected 1 with --registry=static, found ",
@@ -68,11 +80,7 @@ absl::Status Validate(const UpFlags& flags) {
     return absl::InvalidArgumentError(
         StrCat("--replicas: expected at most --experts (", flags.experts, "), found ", flags.replicas));
   }
-  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, PrecisionOf(flags)));
-  MK_RETURN_IF_ERROR(experts::CheckBackendOptions(
-      {.device = device,
-       .format = flags.experts_format == "fp8" ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16,
-       .precision = PrecisionOf(flags)}));
+  MK_RETURN_IF_ERROR(DeviceOf(flags).status());
   return Checkpoint::Open(flags.checkpoint).status();
 }
 
@@ -314,6 +322,10 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--sequences", f.sequences, "sequences running at once, per attention node")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
+  app.add_option("--experts-format", f.experts_format,
+                 "routed experts in GPU memory; fp8: half the bytes, each weight rounded")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
   app.add_option("--waiting", f.waiting, "requests waiting, per attention node")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
@@ -359,10 +371,6 @@ class Signals {
 void AddUpFlags(CLI::App& app, UpFlags& f) {
   AddSharedFlags(app, f);
   app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
-  app.add_option("--experts-format", f.experts_format,
-                 "routed experts in GPU memory; fp8: half the bytes, each weight rounded")
-      ->check(CLI::IsMember({"bf16", "fp8"}))
-      ->capture_default_str();
   app.add_option("--attention", f.attention, "attention nodes")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
@@ -417,7 +425,7 @@ absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
 absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("serve");
   const Precision precision = PrecisionOf(flags);
-  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, precision));
+  MK_ASSIGN_OR_RETURN(const Device device, DeviceOf(flags));
   // A GPU computes whole steps: no expert servers beside it, and no messages.
   const bool whole = device == Device::kCuda;
   Signals signals;
@@ -471,6 +479,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_options.registry.router = router->rpc_address();
   attention_options.device = device;
   attention_options.whole = whole;
+  attention_options.fp8_experts = FP8Experts(flags);
   attention_options.threads = threads;
   attention_options.on_refused = refused;
   MK_ASSIGN_OR_RETURN(auto attention, attention::AttentionService::Start(

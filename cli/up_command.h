@@ -18,8 +18,8 @@ struct UpFlags {
   std::string checkpoint;
   std::string host = "127.0.0.1";
   int port = 8000;
-  int experts = 2;                      // pool sizes: up only
-  std::string experts_format = "bf16";  // up only
+  int experts = 2;  // pool sizes: up only
+  std::string experts_format = "bf16";
   int attention = 1;
   int routers = 1;
   int replicas = 1;               // up only

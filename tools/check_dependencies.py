@@ -4,9 +4,10 @@ import os, re, subprocess, sys
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
-    "base": [], "collective": [], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
-    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [], "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
-    "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["kernels", "model"],
+    "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
+    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
+    "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
+    "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["collective", "kernels", "model"],
 }
 ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/")
 HEADERS = {  # third-party headers that stay in one place
@@ -14,7 +15,9 @@ HEADERS = {  # third-party headers that stay in one place
     r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/attention/api/",
                   "services/router/api/", "tests/", "services/gateway/gateway"),
     r"^spdlog/": ("libs/base/",),
-    r"^(cuda|cublas|nccl|nv)": ("libs/kernels/cuda/", "bench/gpu/"),  # CUDA's own headers
+    r"^(cuda|cublas|nv)": ("libs/kernels/cuda/", "bench/gpu/"),  # CUDA's own headers
+    r"^nccl": ("libs/collective/nccl/",),
+    r"^libs/collective/nccl/nccl_library\.h": ("libs/collective/nccl/",),  # it shows NCCL's types
     r"^libs/kernels/cuda/(check|tensor_map|\w+_kernels)\.h|\.cuh$": ("libs/kernels/cuda/",),  # they show CUDA's types
     r"^boost/": ("services/gateway/http/", "cli/", "tests/"),
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bench/gpu/ceilings.h"
+#include "bench/gpu/crossing_cases.h"
 #include "bench/gpu/ffn_cases.h"
 #include "bench/gpu/fill.h"
 #include "bench/gpu/measure.h"
@@ -321,6 +322,7 @@ int Main(int argc, char** argv) {
       },
       [&](const std::string& work, const absl::Status& status) { bench.Fail(work, status); }, bench.copy};
   RunModelCases(model_calls, bench.stream);
+  RunCrossingCases(model_calls, bench.stream);
   const FfnCalls ffn_calls = {
       [&](const std::string& work) { return bench.Wanted(work); },
       [&](const FfnRow& row) {

@@ -8,6 +8,7 @@
 
 #include "bench/gpu/fill.h"
 #include "bench/gpu/measure.h"
+#include "bench/gpu/random_model.h"
 #include "libs/base/status.h"
 #include "libs/cuda_model/whole_model.h"
 #include "libs/kernels/cuda/gate.h"
@@ -20,48 +21,6 @@ using cuda::DeviceBuffer;
 using cuda::Stream;
 using cuda_model::AttentionOnGpu;
 using cuda_model::WholeModel;
-
-// Near unit size everywhere, as libs/model/make_checkpoint.h.
-class RandomSource final : public cuda_model::WeightSource {
- public:
-  absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
-                    const Stream& stream) override {
-    const float gain = name.ends_with("mlp.gate.weight") ? 4.0f : 1.2f;
-    const float deviation =
-        name.ends_with("embed_tokens.weight") ? 1 : gain / std::sqrt(static_cast<float>(shape[1]));
-    return FillNormal(to.as<bf16>() + offset / 2, shape[0] * shape[1], ++seed_, deviation, stream);
-  }
-  absl::Status ReadF32(const std::string&, int64_t count, DeviceBuffer& to, const Stream& stream) override {
-    const std::vector<float> ones(count, 1);
-    MK_RETURN_IF_ERROR(to.Upload(ones.data(), count * 4, stream));
-    return stream.Synchronize();
-  }
-
- private:
-  uint32_t seed_ = 0;
-};
-
-ModelConfig Config(bool v2, int layers) {
-  const std::string shape =
-      v2 ? R"("hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
-              "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "n_routed_experts": 160,
-              "routed_scaling_factor": 16.0, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy")"
-         : R"("hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
-              "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": null, "n_routed_experts": 64,
-              "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "topk_method": "greedy")";
-  return ModelConfig::Parse(
-             R"({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_act": "silu",
-    "vocab_size": 102400, "num_hidden_layers": )" +
-             std::to_string(layers) + R"(, "n_shared_experts": 2,
-    "num_experts_per_tok": 6, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
-    "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": false, "scoring_func": "softmax",
-    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": false,
-    "attention_bias": false, "bos_token_id": 0, "eos_token_id": 1, "rope_scaling": {"type": "yarn", "factor": 40,
-    "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
-    "mscale_all_dim": 0.707}, )" +
-             shape + "}")
-      .value();
-}
 
 absl::StatusOr<DeviceBuffer> Random(int64_t count, uint32_t seed, float deviation, const Stream& stream) {
   MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(count * 2));
@@ -130,25 +89,6 @@ absl::Status RunSampling(const ModelCalls& calls, const std::string& work, int r
   return absl::OkStatus();
 }
 
-absl::Status FillCache(AttentionOnGpu& attention) {
-  const int64_t values = (attention.options().cache_pages + 1) * 64 * attention.config().latent_dim();
-  for (int32_t layer = 0; layer < attention.config().num_hidden_layers; ++layer) {
-    MK_RETURN_IF_ERROR(FillNormal(attention.cache(layer), values, 77 + layer, 1, attention.stream()));
-  }
-  return absl::OkStatus();
-}
-
-// Every sequence's pages scattered, as after a while of serving.
-std::vector<std::vector<uint32_t>> ScatteredPages(int batch, int64_t each) {
-  const int64_t count = batch * each;
-  int64_t step = count * 5 / 8 | 1;
-  while (std::gcd(step, count) != 1) step += 2;
-  std::vector<std::vector<uint32_t>> pages(batch);
-  for (int64_t i = 0, at = 0; i < count; ++i, at = (at + step) % count)
-    pages[i % batch].push_back(static_cast<uint32_t>(at));
-  return pages;
-}
-
 // Milliseconds of what `body` launches, as one graph.
 absl::StatusOr<double> GraphMilliseconds(const Stream& stream, absl::FunctionRef<absl::Status()> body) {
   MK_RETURN_IF_ERROR(body());
@@ -164,22 +104,10 @@ double AttentionBytes(const ModelConfig& c, int batch, int64_t context) {  // of
   return 2 * (q + kv + heads * c.v_head_dim * hidden) + 2.0 * batch * context * c.latent_dim();
 }
 
-// A batch of decoding rows at `context`, ready for Attention and FeedForward.
-absl::StatusOr<std::unique_ptr<cuda_model::GpuBatch>> DecodingBatch(
-    AttentionOnGpu& attention, int batch, int64_t context, const std::vector<std::vector<uint32_t>>& pages) {
-  MK_ASSIGN_OR_RETURN(std::unique_ptr<cuda_model::GpuBatch> rows, attention.MakeBatch());
-  const std::vector<uint32_t> tokens = {17};
-  std::vector<cuda_model::GpuChunk> chunks;
-  for (int i = 0; i < batch; ++i) chunks.push_back({tokens, context - 1, pages[i]});
-  MK_RETURN_IF_ERROR(attention.Begin(*rows, chunks));
-  MK_RETURN_IF_ERROR(attention.Embed(*rows));
-  return rows;
-}
-
 absl::Status RunLite(const ModelCalls& calls, const Stream& stream) {
   constexpr int64_t kContext = 512, kSteps = 16;
   constexpr int kBatchMax = 512, kPrompt = 4096;
-  const ModelConfig c = Config(false, 27);
+  const ModelConfig c = ShapeOf(false, 27);
   const int64_t pages_each = (kContext + 2 * kSteps + 63) / 64 + 1;
   WholeModel::Options options;
   options.attention.rows_max = kPrompt;
@@ -274,7 +202,7 @@ constexpr int kV2Layers = 4;  // the first is dense; the others are measured
 absl::Status RunV2Attention(const ModelCalls& calls, const std::string& work, int batch,
                             const Stream& stream) {
   constexpr int64_t kContext = 4096, kPagesEach = kContext / 64 + 1;
-  const ModelConfig c = Config(true, kV2Layers);
+  const ModelConfig c = ShapeOf(true, kV2Layers);
   RandomSource source;
   MK_ASSIGN_OR_RETURN(cuda_model::AttentionWeights weights,
                       cuda_model::AttentionWeights::Load(c, source, stream, [](int32_t) {}));
@@ -303,7 +231,7 @@ absl::Status RunV2Attention(const ModelCalls& calls, const std::string& work, in
 }
 
 absl::Status RunV2Experts(const ModelCalls& calls, const Stream& stream) {
-  const ModelConfig c = Config(true, kV2Layers);
+  const ModelConfig c = ShapeOf(true, kV2Layers);
   RandomSource source;
   // One of 8 groups: 20 experts; a row that comes has two of them on average (6 choices in 3 groups).
   std::vector<cuda::GroupedFfnWeights> layers;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "libs/base/ids.h"
+#include "libs/cluster/replica_set.h"
 #include "proto/cluster/cluster.pb.h"
 
 namespace minke::cluster {
@@ -20,12 +21,13 @@ inline std::map<NodeId, std::string> DataAddresses(const v1::ClusterView& view, 
   return addresses;
 }
 
-// Servers of every unit, ascending.
-inline std::map<UnitId, std::vector<NodeId>> Replicas(const v1::ClusterView& view) {
-  std::map<UnitId, std::vector<NodeId>> units;
+inline std::map<UnitId, ReplicaSet> Replicas(const v1::ClusterView& view) {
+  std::map<UnitId, ReplicaSet> units;
   for (const v1::UnitReplicas& unit : view.placement()) {
-    std::vector<NodeId>& replicas = units[{unit.unit().layer(), unit.unit().group()}];
-    for (const uint64_t id : unit.node_ids()) replicas.push_back(NodeId{id});
+    ReplicaSet& replicas = units[{unit.unit().layer(), unit.unit().group()}];
+    for (const uint64_t id : unit.node_ids()) replicas.servers.push_back(NodeId{id});
+    if (unit.weights_size() == unit.node_ids_size())
+      replicas.weights.assign(unit.weights().begin(), unit.weights().end());
   }
   return units;
 }

@@ -1,6 +1,7 @@
 #include "libs/cuda_model/attention_on_gpu.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "libs/base/status.h"
 #include "libs/kernels/cpu/mla.h"
@@ -21,8 +22,13 @@ int64_t QueryWidth(const ModelConfig& c) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<AttentionOnGpu>> AttentionOnGpu::Create(AttentionWeights weights,
-                                                                       const Options& options) {
+absl::StatusOr<std::unique_ptr<AttentionOnGpu>> AttentionOnGpu::Create(
+    AttentionWeights weights, const Options& options, std::unique_ptr<DeviceCollective> group) {
+  if (weights.share.index != (group ? group->rank() : 0) || weights.share.of != (group ? group->size() : 1)) {
+    return absl::InvalidArgumentError(StrCat("AttentionOnGpu: share ", weights.share.index, " of ",
+                                             weights.share.of, " of the weights for rank ",
+                                             group ? group->rank() : 0, " of ", group ? group->size() : 1));
+  }
   if (options.rows_max < 1 || options.rows_max > 65535 || options.sequences_max < 1 ||
       options.cache_pages < 1 || options.prefill_keys_max < 1) {
     return absl::InvalidArgumentError(StrCat("AttentionOnGpu: ", options.rows_max, " rows, ",
@@ -30,7 +36,8 @@ absl::StatusOr<std::unique_ptr<AttentionOnGpu>> AttentionOnGpu::Create(Attention
                                              " pages"));
   }
   MK_ASSIGN_OR_RETURN(Stream stream, Stream::Create());
-  std::unique_ptr<AttentionOnGpu> model(new AttentionOnGpu(std::move(weights), options, std::move(stream)));
+  std::unique_ptr<AttentionOnGpu> model(
+      new AttentionOnGpu(std::move(weights), options, std::move(stream), std::move(group)));
   const ModelConfig& c = model->config();
   model->decode_fits_ = c.kv_lora_rank == cuda::kLatentRank && c.latent_dim() == cuda::kLatentDim &&
                         c.num_attention_heads % 16 == 0 && c.num_attention_heads <= 128;
@@ -67,12 +74,16 @@ absl::Status AttentionOnGpu::Allocate() {
       {&head_in_, options_.sequences_max * c.hidden_size * 2},
       {&logits_, options_.sequences_max * c.vocab_size * 4},
       {&partial_begin_, (rows + 1) * 4},
+      {&one_per_row_, (rows + 1) * 4},
       {&partials_, c.n_routed_experts > 0 ? rows * c.fan_out_max() * c.hidden_size * 4 : 0}};
   for (const auto& [buffer, bytes] : buffers) MK_RETURN_IF_ERROR(allocate(*buffer, bytes));
   for (auto* linear : {&linear_, &ffn_linear_, &logits_linear_}) {
     MK_ASSIGN_OR_RETURN(cuda::Linear made, cuda::Linear::Create());
     *linear = std::move(made);
   }
+  std::vector<int32_t> one_per_row(rows + 1);
+  std::iota(one_per_row.begin(), one_per_row.end(), 0);
+  MK_RETURN_IF_ERROR(one_per_row_.Upload(one_per_row.data(), one_per_row_.bytes(), stream_));
   return cache_.Fill(0, stream_);
 }
 
@@ -196,16 +207,9 @@ absl::Status AttentionOnGpu::Attention(int32_t index, GpuBatch& batch) {
   if (view.absorbed_rows > 0) MK_RETURN_IF_ERROR(AbsorbedRows(index, batch, q, q_row));
   if (view.absorbed_rows < rows) MK_RETURN_IF_ERROR(NaiveRows(index, batch, q, q_row));
   const int64_t v_full = heads * c.v_head_dim;
-  MK_RETURN_IF_ERROR(linear_->Run(LinearArgs{.x = heads_out_.as<bf16>(),
-                                             .x_row = v_full,
-                                             .w = layer.o.as<bf16>(),
-                                             .y = batch.x(),
-                                             .y_row = hidden,
-                                             .rows = rows,
-                                             .n = hidden,
-                                             .k = v_full,
-                                             .output = LinearOutput::kAddF32},
-                                  stream_));
+  MK_RETURN_IF_ERROR(AddToResidual(
+      *linear_, {.x = heads_out_.as<bf16>(), .x_row = v_full, .w = layer.o.as<bf16>(), .k = v_full}, batch,
+      stream_));
   return Norm(batch, layer.post_norm, false);
 }
 
@@ -223,16 +227,21 @@ absl::Status AttentionOnGpu::FeedForward(int32_t index, GpuBatch& batch, const S
                                                  .k = hidden},
                                       stream));
   MK_RETURN_IF_ERROR(cuda::SwiGluRows(gate_up_.as<bf16>(), rows, inner, inner_.as<bf16>(), stream));
-  return ffn_linear_->Run(LinearArgs{.x = inner_.as<bf16>(),
-                                     .x_row = inner,
-                                     .w = layer.down.as<bf16>(),
-                                     .y = batch.x(),
-                                     .y_row = hidden,
-                                     .rows = rows,
-                                     .n = hidden,
-                                     .k = inner,
-                                     .output = LinearOutput::kAddF32},
-                          stream);
+  return AddToResidual(*ffn_linear_,
+                       {.x = inner_.as<bf16>(), .x_row = inner, .w = layer.down.as<bf16>(), .k = inner},
+                       batch, stream);
+}
+
+// The first rank adds its product to x, the others write theirs over it: what they then add up is the new x.
+absl::Status AttentionOnGpu::AddToResidual(cuda::Linear& linear, LinearArgs product, GpuBatch& batch,
+                                           const Stream& stream) {
+  const int64_t hidden = config().hidden_size;
+  product.y = batch.x();
+  product.y_row = product.n = hidden;
+  product.rows = batch.rows();
+  product.output = weights_.share.index == 0 ? LinearOutput::kAddF32 : LinearOutput::kF32;
+  MK_RETURN_IF_ERROR(linear.Run(product, stream));
+  return group_ ? group_->AllReduceSum(batch.x(), batch.rows() * hidden, stream) : absl::OkStatus();
 }
 
 absl::StatusOr<const float*> AttentionOnGpu::Logits(GpuBatch& batch, const int32_t* selected, int64_t count) {
@@ -279,7 +288,7 @@ absl::Status AttentionOnGpu::DownloadLogits(int64_t begin, int64_t rows, float* 
   }
   const int64_t row_bytes = config().vocab_size * int64_t{sizeof(float)};
   MK_RETURN_IF_ERROR(logits_.Download(logits, rows * row_bytes, stream_, begin * row_bytes));
-  return stream_.Synchronize();
+  return Synchronize();
 }
 
 absl::StatusOr<std::vector<float>> AttentionOnGpu::DownloadLogits(int64_t rows) const {
@@ -315,6 +324,13 @@ absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_
 absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_t> begin,
                                          const float* partials) {
   return AddPartialsOf(batch, begin, partials);
+}
+
+absl::Status AttentionOnGpu::AddSums(GpuBatch& batch, const float* sums) {
+  const int64_t hidden = config().hidden_size;
+  MK_RETURN_IF_ERROR(partials_.Upload(sums, batch.rows() * hidden * int64_t{sizeof(float)}, stream_));
+  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, one_per_row_.as<int32_t>(),
+                              partials_.as<float>(), stream_);
 }
 
 }  // namespace minke::cuda_model

@@ -4,7 +4,11 @@
 //
 // Weights and activations are bf16, the residual stream and the logits f32, every sum f32. Work goes to one
 // stream in order; calls return before it is done. Several batches may be under way, a segment of one after a
-// segment of another. Thread-compatible. Design and numbers: docs/gpu_model.md.
+// segment of another. Thread-compatible.
+//
+// Several ranks, each with a share of the weights on a GPU of its own, compute one model together: every rank
+// makes the same calls, and x and the latent cache are the same on all. Design and numbers:
+// docs/gpu_model.md.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +18,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "libs/collective/device_collective.h"
 #include "libs/cuda_model/gpu_batch.h"
 #include "libs/cuda_model/weights.h"
 #include "libs/kernels/cuda/linear.h"
@@ -30,12 +35,16 @@ class AttentionOnGpu {
     int64_t prefill_keys_max = 16384;
     cuda::Path path = cuda::Path::kAuto;
   };
-  static absl::StatusOr<std::unique_ptr<AttentionOnGpu>> Create(AttentionWeights weights,
-                                                                const Options& options);
+  // `group`: among the ranks, whose share `weights` is; null: alone.
+  static absl::StatusOr<std::unique_ptr<AttentionOnGpu>> Create(
+      AttentionWeights weights, const Options& options, std::unique_ptr<DeviceCollective> group = nullptr);
 
-  const ModelConfig& config() const { return weights_.config; }
+  const ModelConfig& config() const { return weights_.config; }  // its heads: of this rank
+  const AttentionWeights& weights() const { return weights_; }
   const Options& options() const { return options_; }
   const Stream& stream() const { return stream_; }
+  // Waits for everything so far. DEADLINE_EXCEEDED if another rank does not come.
+  absl::Status Synchronize() const { return group_ ? group_->Wait(stream_) : stream_.Synchronize(); }
   int64_t bytes_per_page() const;  // of all layers
 
   absl::StatusOr<std::unique_ptr<GpuBatch>> MakeBatch();
@@ -56,7 +65,8 @@ class AttentionOnGpu {
   // first.
   absl::Status Attention(int32_t layer, GpuBatch& batch);
   // x += FFN(normed): the dense layer's or the shared experts'. Nothing if the layer has neither. `stream`:
-  // may be another one, if the caller orders the two; nothing else here may then touch x.
+  // may be another one, if the caller orders the two; nothing else here may then touch x. (Of several ranks
+  // it is the same one: their collective calls are in one order.)
   absl::Status FeedForward(int32_t layer, GpuBatch& batch, const Stream& stream);
   absl::Status FeedForward(int32_t layer, GpuBatch& batch) { return FeedForward(layer, batch, stream_); }
   // Logits [selected, vocab] f32, on the device until the next call, of rows `selected` (null: the first
@@ -78,6 +88,9 @@ class AttentionOnGpu {
   // return.
   absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const bf16* partials);
   absl::Status AddPartials(GpuBatch& batch, std::span<const int32_t> begin, const float* partials);
+  // x += sums [rows, hidden], in page-locked memory that stays as it is until the stream has passed this. May
+  // be captured into a graph, which then reads the memory as it is at its launch.
+  absl::Status AddSums(GpuBatch& batch, const float* sums);
 
   bf16* cache(int32_t layer) const;  // [cache_pages + 1, 64, latent_dim]
   uint32_t scratch_page() const {
@@ -85,19 +98,27 @@ class AttentionOnGpu {
   }  // padding rows write here
 
  private:
-  AttentionOnGpu(AttentionWeights weights, const Options& options, Stream stream)
-      : weights_(std::move(weights)), options_(options), stream_(std::move(stream)) {}
+  AttentionOnGpu(AttentionWeights weights, const Options& options, Stream stream,
+                 std::unique_ptr<DeviceCollective> group)
+      : weights_(std::move(weights)),
+        options_(options),
+        stream_(std::move(stream)),
+        group_(std::move(group)) {}
   absl::Status Allocate();
   absl::Status CheckChunks(std::span<const GpuChunk> chunks, int64_t& rows) const;
   template <class T>
   absl::Status AddPartialsOf(GpuBatch& batch, std::span<const int32_t> begin, const T* partials);
   absl::Status Norm(const GpuBatch& batch, const DeviceBuffer& weight, bool add);
+  // x += what all ranks' products give, `product` being this one's but for where and how it writes.
+  absl::Status AddToResidual(cuda::Linear& linear, cuda::LinearArgs product, GpuBatch& batch,
+                             const Stream& stream);
   absl::Status AbsorbedRows(int32_t layer, GpuBatch& batch, const bf16* q, int64_t q_row);
   absl::Status NaiveRows(int32_t layer, GpuBatch& batch, const bf16* q, int64_t q_row);
 
   const AttentionWeights weights_;
   const Options options_;
   const Stream stream_;
+  const std::unique_ptr<DeviceCollective> group_;
   std::optional<cuda::Linear> linear_, ffn_linear_, logits_linear_;  // the second may run beside the first
   bool decode_fits_ = false, prefill_fits_ = false;                  // the fast kernels, of this model
   DeviceBuffer cache_;                                               // [layers, pages + 1, 64, latent]
@@ -107,6 +128,7 @@ class AttentionOnGpu {
   DeviceBuffer gate_up_, inner_;     // of FeedForward
   DeviceBuffer selected_, head_in_, logits_;
   DeviceBuffer partial_begin_, partials_;
+  DeviceBuffer one_per_row_;  // 0, 1, 2 ... rows_max
 };
 
 }  // namespace minke::cuda_model

@@ -156,7 +156,7 @@ absl::Status AttentionOnGpu::Begin(GpuBatch& batch, std::span<const GpuChunk> ch
   const int64_t bytes = std::ssize(writer.bytes());
   if (batch.uploading_) MK_RETURN_IF_ERROR(batch.uploaded_->Synchronize());
   if (batch.staging_.bytes() < bytes) {
-    MK_RETURN_IF_ERROR(stream_.Synchronize());  // kernels may still read the old tables
+    MK_RETURN_IF_ERROR(Synchronize());  // kernels may still read the old tables
     MK_ASSIGN_OR_RETURN(batch.staging_, cuda::PinnedBuffer::Allocate(2 * bytes));
     MK_ASSIGN_OR_RETURN(batch.tables_, DeviceBuffer::Allocate(2 * bytes));
   }

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "libs/base/status.h"
+#include "libs/cuda_model/weight_plan.h"
 #include "libs/kernels/cpu/rope.h"
 #include "libs/model/tensors.h"
 
@@ -12,63 +13,6 @@ namespace minke::cuda_model {
 namespace {
 
 constexpr int64_t kHalfBytes = int64_t{32} << 20;
-
-absl::StatusOr<DeviceBuffer> ReadNew(WeightSource& source, const std::string& name,
-                                     std::initializer_list<int64_t> shape, const Stream& stream) {
-  int64_t elements = 1;
-  for (const int64_t d : shape) elements *= d;
-  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(elements * 2));
-  MK_RETURN_IF_ERROR(source.Read(name, {shape.begin(), shape.size()}, buffer, 0, stream));
-  return buffer;
-}
-
-absl::StatusOr<DeviceBuffer> ReadNorm(WeightSource& source, const std::string& name, int64_t count,
-                                      const Stream& stream) {
-  MK_ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(count * 4));
-  MK_RETURN_IF_ERROR(source.ReadF32(name, count, buffer, stream));
-  return buffer;
-}
-
-absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& c, int32_t index, WeightSource& source,
-                                       const Stream& stream) {
-  LayerWeights layer;
-  const std::string p = LayerPrefix(index), a = p + "self_attn.";
-  const int64_t hidden = c.hidden_size, heads = c.num_attention_heads, qk = c.qk_head_dim();
-  MK_ASSIGN_OR_RETURN(layer.input_norm, ReadNorm(source, p + "input_layernorm.weight", hidden, stream));
-  MK_ASSIGN_OR_RETURN(layer.post_norm,
-                      ReadNorm(source, p + "post_attention_layernorm.weight", hidden, stream));
-  MK_ASSIGN_OR_RETURN(layer.kv_a_norm, ReadNorm(source, a + "kv_a_layernorm.weight", c.kv_lora_rank, stream));
-  // The query's first projection and the latent's read the same input: one product.
-  const int64_t q_width = c.q_lora_rank > 0 ? int64_t{c.q_lora_rank} : heads * qk;
-  MK_ASSIGN_OR_RETURN(layer.qkv_a, DeviceBuffer::Allocate((q_width + c.latent_dim()) * hidden * 2));
-  const int64_t q_shape[] = {q_width, hidden}, kv_shape[] = {c.latent_dim(), hidden};
-  MK_RETURN_IF_ERROR(source.Read(a + (c.q_lora_rank > 0 ? "q_a_proj.weight" : "q_proj.weight"), q_shape,
-                                 layer.qkv_a, 0, stream));
-  MK_RETURN_IF_ERROR(
-      source.Read(a + "kv_a_proj_with_mqa.weight", kv_shape, layer.qkv_a, q_width * hidden * 2, stream));
-  if (c.q_lora_rank > 0) {
-    MK_ASSIGN_OR_RETURN(layer.q_a_norm, ReadNorm(source, a + "q_a_layernorm.weight", c.q_lora_rank, stream));
-    MK_ASSIGN_OR_RETURN(layer.q_b,
-                        ReadNew(source, a + "q_b_proj.weight", {heads * qk, c.q_lora_rank}, stream));
-  }
-  MK_ASSIGN_OR_RETURN(layer.kv_b,
-                      ReadNew(source, a + "kv_b_proj.weight",
-                              {heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank}, stream));
-  MK_ASSIGN_OR_RETURN(layer.o, ReadNew(source, a + "o_proj.weight", {hidden, heads * c.v_head_dim}, stream));
-
-  const bool moe = c.IsMoeLayer(index);
-  layer.inner = moe ? c.shared_intermediate_size() : c.intermediate_size;
-  if (layer.inner > 0) {
-    const std::string f = p + (moe ? "mlp.shared_experts." : "mlp.");
-    const int64_t shape[] = {layer.inner, hidden};
-    MK_ASSIGN_OR_RETURN(layer.gate_up, DeviceBuffer::Allocate(2 * layer.inner * hidden * 2));
-    MK_RETURN_IF_ERROR(source.Read(f + "gate_proj.weight", shape, layer.gate_up, 0, stream));
-    MK_RETURN_IF_ERROR(
-        source.Read(f + "up_proj.weight", shape, layer.gate_up, layer.inner * hidden * 2, stream));
-    MK_ASSIGN_OR_RETURN(layer.down, ReadNew(source, f + "down_proj.weight", {hidden, layer.inner}, stream));
-  }
-  return layer;
-}
 
 }  // namespace
 
@@ -89,22 +33,38 @@ absl::StatusOr<std::byte*> CheckpointSource::Half() {
   return staging_.as<std::byte>() + half_ * kHalfBytes;
 }
 
-absl::Status CheckpointSource::Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to,
-                                    int64_t offset, const Stream& stream) {
+absl::Status CheckpointSource::ReadPart(const std::string& name, std::span<const int64_t> shape,
+                                        const MatrixPart& part, DeviceBuffer& to, int64_t offset,
+                                        const Stream& stream) {
   MK_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Find(name, shape));
+  // Rows as wide as the matrix lie one behind the other: one long row.
+  const bool whole_rows = part.columns == shape[1];
+  const int64_t rows = whole_rows ? 1 : part.rows, width = whole_rows ? part.rows * shape[1] : part.columns;
+  const int64_t first = part.row_begin * shape[1] + part.column_begin;
   std::vector<float> wide;
-  for (int64_t begin = 0; begin < view.elements(); begin += kHalfBytes / 2) {
-    const int64_t count = std::min(kHalfBytes / 2, view.elements() - begin);
-    MK_ASSIGN_OR_RETURN(std::byte* const half, Half());
+  const auto copy = [&](int64_t from, int64_t count, bf16* half) {
     if (view.dtype == DType::kBF16) {
-      std::memcpy(half, view.data + begin * 2, count * 2);
-    } else {
-      wide.resize(count);
-      view.Read(begin, wide);
-      std::transform(wide.begin(), wide.end(), reinterpret_cast<bf16*>(half), F32ToBF16);
+      std::memcpy(half, view.data + from * 2, count * 2);
+      return;
     }
-    MK_RETURN_IF_ERROR(to.Upload(half, count * 2, stream, offset + begin * 2));
+    wide.resize(count);
+    view.Read(from, wide);
+    std::transform(wide.begin(), wide.end(), half, F32ToBF16);
+  };
+  constexpr int64_t kHalfValues = kHalfBytes / 2;
+  for (int64_t done = 0; done < rows * width;) {
+    MK_ASSIGN_OR_RETURN(std::byte* const bytes, Half());
+    bf16* const half = reinterpret_cast<bf16*>(bytes);
+    int64_t filled = 0;
+    while (filled < kHalfValues && done + filled < rows * width) {  // row by row, or a piece of a long one
+      const int64_t at = done + filled, row = at / width, column = at % width;
+      const int64_t count = std::min(width - column, kHalfValues - filled);
+      copy(first + row * shape[1] + column, count, half + filled);
+      filled += count;
+    }
+    MK_RETURN_IF_ERROR(to.Upload(half, filled * 2, stream, offset + done * 2));
     MK_RETURN_IF_ERROR(copied_[half_].Record(stream));
+    done += filled;
   }
   checkpoint_->Release(view);
   return absl::OkStatus();
@@ -120,7 +80,7 @@ absl::Status CheckpointSource::ReadF32(const std::string& name, int64_t count, D
   return stream.Synchronize();  // `values` goes
 }
 
-absl::Status CheckSupported(const ModelConfig& c) {
+absl::Status CheckSupported(const ModelConfig& c, int64_t ranks) {
   const std::pair<const char*, int64_t> dimensions[] = {
       {"hidden_size", c.hidden_size},
       {"intermediate_size", c.intermediate_size},
@@ -134,6 +94,17 @@ absl::Status CheckSupported(const ModelConfig& c) {
     if (value % 8 != 0) {
       return absl::InvalidArgumentError(
           StrCat(name, ": the GPU kernels expect a multiple of 8, found ", value));
+    }
+  }
+  const std::tuple<const char*, int64_t, int64_t> shared[] = {
+      {"num_attention_heads", c.num_attention_heads, 1},
+      {"intermediate_size", c.intermediate_size, 8},
+      {"the shared experts' inner dimension", c.shared_intermediate_size(), 8}};
+  for (const auto& [name, value, multiple] : shared) {
+    if (ranks > 1 && value % (ranks * multiple) != 0) {
+      return absl::InvalidArgumentError(StrCat("--tensor-parallel: ", name, "=", value,
+                                               " cannot be shared out to ", ranks, " ranks in multiples of ",
+                                               multiple));
     }
   }
   const bool moe = c.n_routed_experts > 0;
@@ -154,33 +125,38 @@ absl::Status CheckSupported(const ModelConfig& c) {
 
 absl::StatusOr<AttentionWeights> AttentionWeights::Load(const ModelConfig& c, WeightSource& source,
                                                         const Stream& stream,
-                                                        absl::FunctionRef<void(int32_t)> progress) {
-  MK_RETURN_IF_ERROR(CheckSupported(c));
+                                                        absl::FunctionRef<void(int32_t)> progress,
+                                                        kernels::Share share) {
+  MK_RETURN_IF_ERROR(CheckSupported(c, share.of));
   AttentionWeights weights;
   weights.config = c;
-  MK_ASSIGN_OR_RETURN(weights.embedding,
-                      ReadNew(source, "model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, stream));
-  MK_ASSIGN_OR_RETURN(weights.final_norm, ReadNorm(source, "model.norm.weight", c.hidden_size, stream));
-  if (!c.tie_word_embeddings) {
-    MK_ASSIGN_OR_RETURN(weights.head,
-                        ReadNew(source, "lm_head.weight", {c.vocab_size, c.hidden_size}, stream));
+  weights.config.num_attention_heads /= static_cast<int32_t>(share.of);
+  weights.share = share;
+  weights.layers.resize(c.num_hidden_layers);
+  for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+    const int64_t inner = c.IsMoeLayer(layer) ? c.shared_intermediate_size() : c.intermediate_size;
+    weights.layers[layer].inner = inner / share.of;
   }
   const kernels::Rope rope(c);
   MK_ASSIGN_OR_RETURN(weights.inv_freq, DeviceBuffer::Allocate(rope.half_dim() * 8));
   MK_RETURN_IF_ERROR(weights.inv_freq.Upload(rope.inv_freq().data(), rope.half_dim() * 8, stream));
   weights.rope_magnitude = rope.magnitude();
-  for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
-    MK_ASSIGN_OR_RETURN(LayerWeights loaded, LoadLayer(c, layer, source, stream));
-    weights.layers.push_back(std::move(loaded));
-    progress(layer);
+  const std::vector<PlannedTensor> plan = PlanWeights(c, share);
+  for (const PlannedTensor& tensor : plan) {
+    if (tensor.offset > 0) continue;
+    MK_ASSIGN_OR_RETURN(tensor.BufferIn(weights), DeviceBuffer::Allocate(tensor.buffer_bytes));
   }
-  MK_RETURN_IF_ERROR(stream.Synchronize());
+  MK_RETURN_IF_ERROR(ReadPlanned(plan, source, stream, weights, progress));
+  MK_RETURN_IF_ERROR(source.Finish(stream));
   return weights;
 }
 
 absl::StatusOr<DeviceBuffer> LoadGate(const ModelConfig& c, int32_t layer, WeightSource& source,
                                       const Stream& stream) {
-  return ReadNew(source, LayerPrefix(layer) + "mlp.gate.weight", {c.n_routed_experts, c.hidden_size}, stream);
+  const int64_t shape[] = {c.n_routed_experts, c.hidden_size};
+  MK_ASSIGN_OR_RETURN(DeviceBuffer gate, DeviceBuffer::Allocate(shape[0] * shape[1] * 2));
+  MK_RETURN_IF_ERROR(source.Read(LayerPrefix(layer) + "mlp.gate.weight", shape, gate, 0, stream));
+  return gate;
 }
 
 absl::StatusOr<cuda::GroupedFfnWeights> LoadExperts(const ModelConfig& c, int32_t layer, ExpertRange range,

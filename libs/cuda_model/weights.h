@@ -11,6 +11,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "libs/kernels/cpu/packed_matrix.h"
 #include "libs/kernels/cuda/device.h"
 #include "libs/kernels/cuda/graph.h"
 #include "libs/kernels/cuda/grouped_ffn.h"
@@ -21,16 +22,30 @@ namespace minke::cuda_model {
 using cuda::DeviceBuffer;
 using cuda::Stream;
 
-// Where weights come from: a checkpoint, or a benchmark's random numbers.
+// A rectangle of a matrix [rows, columns].
+struct MatrixPart {
+  int64_t row_begin = 0, rows = 0;
+  int64_t column_begin = 0, columns = 0;
+};
+
+// Where weights come from: a checkpoint, another node (weight_transfer.h), or a benchmark's random numbers.
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
-  // Puts a tensor at `offset` bytes of `to`, in stream order.
-  virtual absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to,
-                            int64_t offset, const Stream& stream) = 0;
+  // Puts a part of a matrix of this shape, row after row, at `offset` bytes of `to`, in stream order.
+  virtual absl::Status ReadPart(const std::string& name, std::span<const int64_t> shape,
+                                const MatrixPart& part, DeviceBuffer& to, int64_t offset,
+                                const Stream& stream) = 0;
+  // The same for a whole matrix.
+  absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
+                    const Stream& stream) {
+    return ReadPart(name, shape, {.rows = shape[0], .columns = shape[1]}, to, offset, stream);
+  }
   // The same, widened to f32.
   virtual absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
                                const Stream& stream) = 0;
+  // Waits for everything that was read.
+  virtual absl::Status Finish(const Stream& stream) { return stream.Synchronize(); }
 };
 
 // Through two halves of page-locked memory: one is copied to the device while the other is filled from the
@@ -39,8 +54,8 @@ class CheckpointSource final : public WeightSource {
  public:
   // The checkpoint must outlive the source.
   static absl::StatusOr<CheckpointSource> Create(const Checkpoint& checkpoint);
-  absl::Status Read(const std::string& name, std::span<const int64_t> shape, DeviceBuffer& to, int64_t offset,
-                    const Stream& stream) override;
+  absl::Status ReadPart(const std::string& name, std::span<const int64_t> shape, const MatrixPart& part,
+                        DeviceBuffer& to, int64_t offset, const Stream& stream) override;
   absl::Status ReadF32(const std::string& name, int64_t count, DeviceBuffer& to,
                        const Stream& stream) override;
 
@@ -56,9 +71,11 @@ class CheckpointSource final : public WeightSource {
   int half_ = 0;
 };
 
-// INVALID_ARGUMENT naming the dimension, unless the GPU kernels can run this model.
-absl::Status CheckSupported(const ModelConfig& config);
+// INVALID_ARGUMENT naming the dimension, unless the GPU kernels can run this model, or its share of one of
+// several ranks.
+absl::Status CheckSupported(const ModelConfig& config, int64_t ranks = 1);
 
+// Of a rank of several, heads and inner are its own.
 struct LayerWeights {
   DeviceBuffer input_norm, post_norm, q_a_norm, kv_a_norm;  // f32
   DeviceBuffer qkv_a;    // [q_lora_rank or heads * qk, hidden] then [latent_dim, hidden]
@@ -70,9 +87,11 @@ struct LayerWeights {
   int64_t inner = 0;     // 0: neither
 };
 
-// What an attention node holds.
+// What an attention node holds, or the share of one of its ranks: some of the heads and of the inner
+// dimensions of dense layers and shared experts; everything else whole.
 struct AttentionWeights {
-  ModelConfig config;
+  ModelConfig config;  // the model's, but num_attention_heads counts this share's
+  kernels::Share share;
   DeviceBuffer embedding;   // [vocab, hidden]
   DeviceBuffer head;        // [vocab, hidden]; empty if it is the embedding
   DeviceBuffer final_norm;  // f32
@@ -80,9 +99,11 @@ struct AttentionWeights {
   double rope_magnitude = 1;
   std::vector<LayerWeights> layers;
 
+  // Reads what weight_plan.h lists, in its order, after all of its memory was taken.
   static absl::StatusOr<AttentionWeights> Load(const ModelConfig& config, WeightSource& source,
                                                const Stream& stream,
-                                               absl::FunctionRef<void(int32_t layer)> progress);
+                                               absl::FunctionRef<void(int32_t layer)> progress,
+                                               kernels::Share share = {});
 };
 
 // mlp.gate.weight of one MoE layer: [experts, hidden].

@@ -1,31 +1,11 @@
 #include "libs/cuda_model/whole_model.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "libs/base/status.h"
-#include "libs/kernels/cpu/mla.h"
 
 namespace minke::cuda_model {
-namespace {
-
-constexpr int64_t kPageTokens = kernels::kPageTokens;
-
-int64_t Aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
-}  // namespace
-
-WholeModel::InputLayout::InputLayout(int64_t rows, int64_t stride)
-    : tokens(0),
-      positions(Aligned(rows * 4)),
-      pages(positions + Aligned(rows * 4)),
-      sequences(pages + Aligned(rows * 4)),
-      sampling(sequences + Aligned(rows * 4)),
-      used(sampling + rows * static_cast<int64_t>(sizeof(cuda::SampleRow))),
-      page_table(used + 16),
-      bytes(page_table + rows * stride * 4) {}
-
 absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig& config,
                                                                WeightSource& source, const Options& options,
                                                                absl::FunctionRef<void(int32_t)> progress) {
@@ -54,17 +34,19 @@ absl::StatusOr<std::unique_ptr<WholeModel>> WholeModel::Create(const ModelConfig
 absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) {
   options_ = options;
   const AttentionOnGpu::Options& limits = options.attention;
-  std::erase_if(options_.buckets,
-                [&](int32_t b) { return b < 1 || b > std::min(limits.rows_max, limits.sequences_max); });
-  if (options_.buckets.empty() || !std::is_sorted(options_.buckets.begin(), options_.buckets.end()) ||
-      options.context_max < 1 || (!options.allowed.empty() && std::ssize(options.allowed) != c.vocab_size)) {
-    return absl::InvalidArgumentError(StrCat("WholeModel: ", options_.buckets.size(), " buckets, context ",
-                                             options.context_max, ", ", options.allowed.size(),
-                                             " allowed ids"));
+  if (!options.allowed.empty() && std::ssize(options.allowed) != c.vocab_size) {
+    return absl::InvalidArgumentError(
+        StrCat("WholeModel: ", options.allowed.size(), " allowed ids of ", c.vocab_size));
   }
+  MK_ASSIGN_OR_RETURN(DecodeInputs inputs,
+                      DecodeInputs::Create({.buckets = options.buckets,
+                                            .rows_max = std::min(limits.rows_max, limits.sequences_max),
+                                            .context_max = options.context_max,
+                                            .vocab = c.vocab_size,
+                                            .scratch_page = attention_->scratch_page()}));
+  inputs_ = std::move(inputs);
   MK_ASSIGN_OR_RETURN(batch_, attention_->MakeBatch());
-  const int64_t rows = limits.rows_max, k = c.num_experts_per_tok, buckets_max = options_.buckets.back();
-  stride_ = (options.context_max + kPageTokens - 1) / kPageTokens;
+  const int64_t rows = limits.rows_max, k = c.num_experts_per_tok;
   if (!moe_.empty()) {
     cuda::Gate::Options gate;
     gate.experts = c.n_routed_experts;
@@ -92,8 +74,7 @@ absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) 
     MK_ASSIGN_OR_RETURN(cuda::Event made, cuda::Event::Create());
     *event = std::move(made);
   }
-  const InputLayout layout(buckets_max, stride_);
-  const int64_t samples = std::max(limits.sequences_max, buckets_max);
+  const int64_t samples = limits.sequences_max;
   const std::pair<DeviceBuffer*, int64_t> buffers[] = {
       {&experts_, rows * k * 4},
       {&weights_, rows * k * 4},
@@ -101,12 +82,10 @@ absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) 
       {&partial_, rows * c.hidden_size * 2},
       {&allowed_, std::ssize(options.allowed)},
       {&sampling_, samples * int64_t{sizeof(cuda::SampleRow)}},
-      {&tokens_, samples * 4},
-      {&inputs_, layout.bytes}};
+      {&tokens_, samples * 4}};
   for (const auto& [buffer, bytes] : buffers) {
     MK_ASSIGN_OR_RETURN(*buffer, DeviceBuffer::Allocate(bytes));
   }
-  MK_ASSIGN_OR_RETURN(inputs_host_, cuda::PinnedBuffer::Allocate(layout.bytes));
   MK_ASSIGN_OR_RETURN(tokens_host_, cuda::PinnedBuffer::Allocate(samples * 4));
   const Stream& stream = attention_->stream();
   if (!options.allowed.empty()) {
@@ -206,85 +185,21 @@ absl::StatusOr<std::vector<uint32_t>> WholeModel::Step(std::span<const GpuChunk>
   return std::vector<uint32_t>(tokens, tokens + chunks.size());
 }
 
-BatchView WholeModel::ViewOf(int32_t bucket) const {
-  const InputLayout at(bucket, stride_);
-  const char* base = inputs_.as<char>();
-  BatchView view;
-  view.rows = view.absorbed_rows = bucket;
-  view.tokens = reinterpret_cast<const uint32_t*>(base + at.tokens);
-  view.positions = reinterpret_cast<const int32_t*>(base + at.positions);
-  view.pages = reinterpret_cast<const uint32_t*>(base + at.pages);
-  view.sequences = reinterpret_cast<const int32_t*>(base + at.sequences);
-  view.rows_used = reinterpret_cast<const int32_t*>(base + at.used);
-  view.page_table = reinterpret_cast<const uint32_t*>(base + at.page_table);
-  view.stride = stride_;
-  return view;
-}
-
-void WholeModel::WriteInputs(std::span<const DecodeInput> inputs, int32_t bucket) {
-  const InputLayout at(bucket, stride_);
-  char* base = inputs_host_.as<char>();
-  auto* tokens = reinterpret_cast<uint32_t*>(base + at.tokens);
-  auto* positions = reinterpret_cast<int32_t*>(base + at.positions);
-  auto* pages = reinterpret_cast<uint32_t*>(base + at.pages);
-  auto* sequences = reinterpret_cast<int32_t*>(base + at.sequences);
-  auto* sampling = reinterpret_cast<cuda::SampleRow*>(base + at.sampling);
-  auto* table = reinterpret_cast<uint32_t*>(base + at.page_table);
-  *reinterpret_cast<int32_t*>(base + at.used) = static_cast<int32_t>(inputs.size());
-  std::iota(sequences, sequences + bucket, 0);
-  sequences_.clear();
-  for (int32_t i = 0; i < bucket; ++i) {
-    if (i >= std::ssize(inputs)) {  // padding: token 0 at the beginning of a sequence on the scratch page
-      tokens[i] = 0;
-      positions[i] = 0;
-      pages[i] = table[i * stride_] = attention_->scratch_page();
-      sampling[i] = {};
-      sequences_.push_back({1, 1});
-      continue;
-    }
-    const DecodeInput& input = inputs[i];
-    const int64_t count = input.position / kPageTokens + 1;
-    tokens[i] = input.token;
-    positions[i] = static_cast<int32_t>(input.position);
-    pages[i] = input.pages[count - 1];
-    sampling[i] = input.sampling;
-    std::copy_n(input.pages.begin(), count, table + i * stride_);
-    sequences_.push_back({static_cast<int32_t>(input.position + 1), 1});
-  }
-}
-
 absl::Status WholeModel::DecodeLaunches(int32_t bucket) {
-  const InputLayout at(bucket, stride_);
-  MK_RETURN_IF_ERROR(inputs_.Upload(inputs_host_.as(), at.bytes, attention_->stream()));
+  MK_RETURN_IF_ERROR(inputs_->Upload(bucket, attention_->stream()));
   MK_RETURN_IF_ERROR(Layers(*batch_));
   MK_ASSIGN_OR_RETURN(const float* const logits, attention_->Logits(*batch_, nullptr, bucket));
-  return Sample(logits, reinterpret_cast<const cuda::SampleRow*>(inputs_.as<char>() + at.sampling), bucket);
+  return Sample(logits, inputs_->sampling(bucket), bucket);
 }
 
 absl::StatusOr<std::span<const uint32_t>> WholeModel::Decode(std::span<const DecodeInput> inputs, Form form) {
   if (inputs.empty()) return std::span<const uint32_t>();
-  const auto bucket_at =
-      std::lower_bound(options_.buckets.begin(), options_.buckets.end(), std::ssize(inputs));
-  if (bucket_at == options_.buckets.end()) {
-    return absl::InvalidArgumentError(
-        StrCat("Decode: ", inputs.size(), " rows, at most ", options_.buckets.back()));
-  }
-  for (const DecodeInput& input : inputs) {
-    const int64_t pages = input.position / kPageTokens + 1;
-    if (input.position < 0 || input.position >= options_.context_max || std::ssize(input.pages) < pages ||
-        input.token >= static_cast<uint32_t>(attention_->config().vocab_size) ||
-        std::any_of(input.pages.begin(), input.pages.begin() + pages,
-                    [&](uint32_t page) { return page >= attention_->scratch_page(); })) {
-      return absl::InvalidArgumentError(StrCat("Decode: token ", input.token, " at ", input.position,
-                                               " with ", input.pages.size(), " pages"));
-    }
-  }
-  const int32_t bucket = *bucket_at;
+  MK_ASSIGN_OR_RETURN(const int32_t bucket, inputs_->BucketOf(inputs));
   const Observer observer = std::exchange(observer_, nullptr);  // it would wait, and a graph cannot
   const auto run = [&]() -> absl::Status {
     const auto begin = [&](std::span<const DecodeInput> rows) {
-      WriteInputs(rows, bucket);
-      return attention_->BeginDecode(*batch_, ViewOf(bucket), sequences_);
+      inputs_->Write(rows, bucket);
+      return attention_->BeginDecode(*batch_, inputs_->View(bucket), inputs_->sequences());
     };
     if (form == Form::kLaunches) {
       MK_RETURN_IF_ERROR(begin(inputs));

@@ -15,19 +15,12 @@
 
 #include "absl/status/statusor.h"
 #include "libs/cuda_model/attention_on_gpu.h"
+#include "libs/cuda_model/decode_inputs.h"
 #include "libs/kernels/cuda/gate.h"
 #include "libs/kernels/cuda/grouped_ffn.h"
 #include "libs/kernels/cuda/sampling.h"
 
 namespace minke::cuda_model {
-
-// One token of one sequence.
-struct DecodeInput {
-  uint32_t token = 0;
-  int64_t position = 0;             // of the token
-  std::span<const uint32_t> pages;  // of the sequence, enough for position + 1 tokens
-  cuda::SampleRow sampling;
-};
 
 // Thread-compatible; calls wait for their results.
 class WholeModel {
@@ -35,9 +28,8 @@ class WholeModel {
   struct Options {
     AttentionOnGpu::Options attention;
     cuda::FfnFormat experts = cuda::FfnFormat::kBF16;
-    int64_t context_max = 4096;  // tokens of a sequence that decodes
-    std::vector<int32_t> buckets = {1,  2,  4,   8,   16,
-                                    32, 64, 128, 256, 512};  // ascending; those up to rows_max are used
+    int64_t context_max = 4096;                     // tokens of a sequence that decodes
+    std::vector<int32_t> buckets = kDecodeBuckets;  // those up to rows_max are used
     std::vector<uint8_t> allowed;  // [vocab], 0: an id that is never sampled; empty: all may be
   };
   static absl::StatusOr<std::unique_ptr<WholeModel>> Create(const ModelConfig& config, WeightSource& source,
@@ -71,11 +63,6 @@ class WholeModel {
     DeviceBuffer gate;
     cuda::GroupedFfnWeights experts;
   };
-  // A decode step's input, as one buffer: where its arrays lie for `rows` rows.
-  struct InputLayout {
-    InputLayout(int64_t rows, int64_t stride);
-    int64_t tokens, positions, pages, sequences, sampling, used, page_table, bytes;
-  };
 
   WholeModel() = default;
   absl::Status Allocate(const ModelConfig& config, const Options& options);
@@ -83,8 +70,6 @@ class WholeModel {
   absl::Status RoutedExperts(int32_t layer, GpuBatch& batch);
   absl::Status MixtureOfExperts(int32_t layer, GpuBatch& batch);
   absl::Status Sample(const float* logits, const cuda::SampleRow* params, int64_t rows);
-  BatchView ViewOf(int32_t bucket) const;
-  void WriteInputs(std::span<const DecodeInput> inputs, int32_t bucket);
   absl::Status DecodeLaunches(int32_t bucket);
 
   Options options_;
@@ -98,10 +83,8 @@ class WholeModel {
   DeviceBuffer experts_, weights_, status_;  // the gate's, of one layer
   DeviceBuffer partial_;                     // [rows, hidden] bf16
   DeviceBuffer allowed_, sampling_, tokens_;
-  DeviceBuffer inputs_;
-  cuda::PinnedBuffer inputs_host_, tokens_host_;
-  int64_t stride_ = 0;  // of the page table of a decode step
-  std::vector<cuda::DecodeSequence> sequences_;
+  cuda::PinnedBuffer tokens_host_;
+  std::optional<DecodeInputs> inputs_;
   std::map<int32_t, cuda::Graph> graphs_;  // by bucket
   Observer observer_;
 };

@@ -70,6 +70,7 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
                 : flags.mla == "absorbed" ? MlaChoice::kAbsorbed
                                           : MlaChoice::kAuto;
   options.tensor_parallel = flags.tensor_parallel;
+  options.weights_from = flags.weights_from;
   options.engine.exchange.total_timeout = absl::Seconds(flags.unavailable_after_s);
   absl::StatusOr<std::unique_ptr<tokenizer::Tokenizer>> tokenizer =
       tokenizer::Tokenizer::Load(checkpoint.directory());

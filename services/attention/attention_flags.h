@@ -19,6 +19,7 @@ struct AttentionFlags {
   std::string microbatches = "auto";  // auto | 1 ... 8
   std::string mla = "auto";           // auto | absorbed | naive
   int tensor_parallel = 1;
+  std::string weights_from;         // host:port; empty: the checkpoint
   int64_t cache_mib = 1024;         // latent cache
   std::string prefix_cache = "on";  // on | off
   int64_t step_tokens = 512;

@@ -18,26 +18,49 @@ namespace minke::attention {
 
 namespace {
 
+constexpr absl::Duration kAskTimeout = absl::Seconds(10);
+
+// Whether the node's weights are on one GPU as another node wants them.
+bool HasWeightsToGive(const AttentionServiceOptions& o) {
+  return o.device == Device::kCuda && o.tensor_parallel == 1 && !o.whole;
+}
+
+WeightsIdentity IdentityOf(const Checkpoint& checkpoint, const AttentionServiceOptions& o) {
+  return {.model_fingerprint = absl::StrFormat("%016x", checkpoint.fingerprint()),
+          .precision = std::string(ToString(o.precision)),
+          .plan_checksum = HasWeightsToGive(o) ? WeightsChecksum(checkpoint.config()) : 0};
+}
+
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<const Checkpoint>& checkpoint,
                                                           const AttentionServiceOptions& o, ThreadPool& pool,
                                                           absl::FunctionRef<void(int32_t)> progress) {
+  if (!o.weights_from.empty() && !HasWeightsToGive(o)) {
+    return absl::InvalidArgumentError("--weights-from: expected with --device=cuda and one rank only");
+  }
   switch (o.device) {
     case Device::kCpu:
       if (o.tensor_parallel > 1) {
-        return TensorParallelModel::Load(MakeLocalGroup(o.tensor_parallel), o.threads,
-                                         [&](std::unique_ptr<Collective> group, ThreadPool& rank_pool) {
-                                           return CpuAttentionModel::Load(checkpoint, o.precision, o.mla,
-                                                                          rank_pool, progress,
-                                                                          std::move(group));
-                                         });
+        std::vector<std::unique_ptr<Collective>> group = MakeLocalGroup(o.tensor_parallel);
+        return TensorParallelModel::Load(o.tensor_parallel, o.threads, [&](int rank, ThreadPool& rank_pool) {
+          return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, rank_pool, progress,
+                                         std::move(group[rank]));
+        });
       }
       return CpuAttentionModel::Load(checkpoint, o.precision, o.mla, pool, progress);
     case Device::kCuda:
-      if (o.tensor_parallel > 1) {
-        return absl::UnimplementedError(
-            "--tensor-parallel: expected 1 on a GPU, whose ranks need a GPU each");
+      if (o.tensor_parallel > 1 && o.whole) {
+        return absl::InvalidArgumentError("--tensor-parallel: expected 1 for a whole model on one GPU");
       }
-      return LoadCudaModel(checkpoint, o.mla, o.whole, progress);
+      if (o.tensor_parallel > 1) {
+        return LoadCudaRanks(checkpoint, o.mla, o.tensor_parallel, o.threads, progress);
+      }
+      CudaModelOptions cuda{.mla = o.mla, .whole = o.whole, .fp8_experts = o.fp8_experts};
+      if (!o.weights_from.empty()) {
+        cuda.ask_for_weights = [&] {
+          return AskForWeights(o.weights_from, IdentityOf(*checkpoint, o), kAskTimeout);
+        };
+      }
+      return LoadCudaModel(checkpoint, std::move(cuda), progress);
   }
   return absl::InternalError("unknown device");
 }
@@ -77,11 +100,18 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->self_.set_node_id(transport->self().value);
   service->self_.set_role(cluster::v1::ROLE_ATTENTION);
   service->self_.set_data_address(transport->address());
+  service->giver_ = std::make_unique<WeightGiver>(
+      IdentityOf(*checkpoint, o), NewWeightsGroup,
+      [raw = model.get()](const std::string& group, const std::atomic<bool>& stop) {
+        return raw->GiveWeights(group, stop);
+      });
+  service->weights_api_.SetGiver(service->giver_.get());
   service->engine_ = std::make_unique<Engine>(
       std::move(model), std::move(transport), std::move(gate), *service->pool_, o.engine, o.allowed_tokens,
       [raw = service.get()](EngineOutput output) { raw->api_.Deliver(std::move(output)); });
   service->api_.SetEngine(service->engine_.get());
-  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {&service->api_}));
+  MK_ASSIGN_OR_RETURN(service->server_,
+                      rpc::GrpcServer::Start(o.listen, {&service->api_, &service->weights_api_}));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
   service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));
@@ -129,6 +159,7 @@ AttentionService::~AttentionService() {
   client_.reset();
   api_.Shutdown();
   if (server_ != nullptr) server_->Shutdown(absl::Seconds(1));
+  giver_.reset();  // it reads the engine's model
   if (engine_thread_.joinable()) {
     engine_->Stop();
     engine_thread_.join();

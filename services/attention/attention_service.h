@@ -12,6 +12,7 @@
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
 #include "services/attention/api/attention_api.h"
+#include "services/attention/api/weights_api.h"
 #include "services/attention/engine/engine.h"
 
 namespace minke::attention {
@@ -24,8 +25,11 @@ struct AttentionServiceOptions {
   MlaChoice mla = MlaChoice::kAuto;  // auto: naive for long chunks; absorbed for all in exact mode
   Device device = Device::kCpu;
   int tensor_parallel = 1;  // ranks that share out the heads and inner dimensions
-  bool whole =
-      false;  // on a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`)
+  // On a GPU: the routed experts here too, no expert servers (`minke serve --device=cuda`); with fp8 weights.
+  bool whole = false;
+  bool fp8_experts = false;
+  // On a GPU: host:port of a running attention node that gives its weights; or empty.
+  std::string weights_from;
   bool local_routing = false;
   int threads = 1;
   EngineOptions engine;
@@ -51,6 +55,8 @@ class AttentionService {
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Engine> engine_;
   AttentionApi api_;
+  std::unique_ptr<WeightGiver> giver_;
+  WeightsApi weights_api_;
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, watch_thread_;

@@ -19,6 +19,10 @@ int main(int argc, char** argv) {
   node::AddDataPlaneFlags(app, flags);
   attention::AddAttentionFlags(app, attention_flags);
   node::AddRegistryFlags(app, registry_flags);
+  app.add_option(
+      "--weights-from", attention_flags.weights_from,
+      "on a GPU: HOST:PORT of a running attention node of this model, whose weights are taken from "
+      "its GPU");
   if (const int code = node::ParseFlags(app, argc, argv, "attention", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("attention", status); };
 

@@ -20,6 +20,11 @@ constexpr absl::Duration kRetirePeriod = absl::Milliseconds(200);
 // Loading goes on beside serving, which comes first.
 constexpr int kLoaderNiceness = 10;
 
+// What the placement reckons with for a CPU's thread: the policy compares servers and weighs reading against
+// arithmetic, so orders of magnitude do. For GPUs it has its own.
+constexpr double kThreadBytesPerSecond = 15e9;
+constexpr double kThreadFlopsPerSecond = 200e9;
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
@@ -77,6 +82,11 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
   }
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint_->fingerprint()));
   report.set_precision(std::string(ToString(options_.precision)));
+  report.set_unit_slots(options_.slots);
+  if (options_.device == Device::kCpu) {
+    report.set_bytes_per_s(kThreadBytesPerSecond * options_.threads);
+    report.set_flops_per_s(kThreadFlopsPerSecond * options_.threads);
+  }
   for (const auto& [unit, bytes] : hosted_) {
     if (retiring_.contains(unit)) continue;
     cluster::v1::Unit* out = report.add_hosted();
@@ -88,12 +98,12 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
 
 void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   engine_->SetEpoch(cluster::EpochOf(update.view()));
-  const std::map<UnitId, std::vector<NodeId>> replicas = cluster::Replicas(update.view());
+  const std::map<UnitId, cluster::ReplicaSet> replicas = cluster::Replicas(update.view());
   const MutexLock lock(mutex_);
   const NodeId self{self_.node_id()};
   const auto published_for = [&](UnitId unit, auto&& who) {
     const auto it = replicas.find(unit);
-    return it != replicas.end() && std::any_of(it->second.begin(), it->second.end(), who);
+    return it != replicas.end() && std::any_of(it->second.servers.begin(), it->second.servers.end(), who);
   };
   assigned_.clear();
   for (const cluster::v1::Unit& unit : update.assigned()) assigned_.insert({unit.layer(), unit.group()});
@@ -117,7 +127,8 @@ void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
     retiring_[unit] = absl::Now() + kLateRows;
   }
   published_ = std::count_if(replicas.begin(), replicas.end(), [&](const auto& entry) {
-    return std::find(entry.second.begin(), entry.second.end(), self) != entry.second.end();
+    const std::vector<NodeId>& servers = entry.second.servers;
+    return std::find(servers.begin(), servers.end(), self) != servers.end();
   });
   const auto& members = update.view().members();
   successors_ = std::any_of(members.begin(), members.end(), [&](const cluster::v1::Member& member) {

@@ -33,6 +33,7 @@ struct ExpertServiceOptions {
   Device device = Device::kCpu;
   ExpertsFormat experts_format = ExpertsFormat::kBF16;
   int threads = 1;
+  uint32_t slots = 0;  // units that fit its memory; 0: as many as it is given
   ExpertEngineOptions engine;
   registry::Registry::OnRefused on_refused;
 };

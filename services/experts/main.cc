@@ -24,6 +24,9 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"bf16", "fp8"}))
       ->capture_default_str();
   node::AddRegistryFlags(app, registry_flags);
+  app.add_option("--slots", options.slots,
+                 "(layer, group) units that fit its memory; 0: as many as it is given")
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
 

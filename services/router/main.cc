@@ -25,6 +25,12 @@ int main(int argc, char** argv) {
   app.add_option("--replicas", options.replicas, "servers per (layer, group)")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  app.add_option("--spare-slots", options.spare_slots,
+                 "units that an expert server which does not say --slots may host beyond its part, as more "
+                 "replicas of "
+                 "those in demand")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "router", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("router", status); };
 

@@ -1,5 +1,7 @@
 #include "services/router/router_service.h"
 
+#include <cmath>
+
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
@@ -10,6 +12,53 @@
 #include "services/router/placement/placement_table.h"
 
 namespace minke::router {
+namespace {
+
+// Turns the engine's counters into loads, as means over some ten seconds, renewed every second.
+class LoadMeter {
+ public:
+  void Update(const RouterEngine& engine, const RouterStatus& status, absl::Time now,
+              cluster::v1::MemberReport& report) {
+    const double seconds = absl::ToDoubleSeconds(now - last_);
+    if (seconds < 1) return;
+    const std::vector<uint64_t> rows = engine.UnitRows();
+    const std::vector<int32_t> layers = engine.moe_layers();
+    const double newest = first_ ? 1 : 1 - std::exp(-seconds / kMemorySeconds);
+    if (first_) rows_per_s_.assign(rows.size(), 0);
+    if (rows_.size() == rows.size()) {
+      for (size_t i = 0; i < rows.size(); ++i)
+        rows_per_s_[i] += newest * (static_cast<double>(rows[i] - rows_[i]) / seconds - rows_per_s_[i]);
+      const double exchanges = static_cast<double>(status.dispatches - dispatches_) / seconds;
+      exchanges_per_s_ += newest * (exchanges / static_cast<double>(layers.size()) - exchanges_per_s_);
+      first_ = false;
+    }
+    rows_ = rows;
+    dispatches_ = status.dispatches;
+    last_ = now;
+    report.set_exchanges_per_s(exchanges_per_s_);
+    report.clear_loads();
+    const size_t groups = rows.size() / layers.size();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (rows_per_s_[i] < kRowsMin) continue;
+      cluster::v1::UnitLoad* load = report.add_loads();
+      load->mutable_unit()->set_layer(layers[i / groups]);
+      load->mutable_unit()->set_group(static_cast<uint32_t>(i % groups));
+      load->set_rows_per_s(rows_per_s_[i]);
+    }
+  }
+
+ private:
+  static constexpr double kMemorySeconds = 10;
+  static constexpr double kRowsMin = 1e-3;
+  absl::Time last_ = absl::InfinitePast();
+  bool first_ = true;
+  std::vector<uint64_t> rows_;
+  uint64_t dispatches_ = 0;
+  std::vector<double> rows_per_s_;
+  double exchanges_per_s_ = 0;
+};
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
@@ -34,7 +83,9 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
                                                     *service->pool_);
   const CoordinatorOptions coordinator{
       .units = options.expert_servers > 0 ? AllUnits(checkpoint->config()) : std::vector<UnitId>(),
+      .shape = ShapeOfUnits(checkpoint->config(), ActivationBytes(options.precision)),
       .replicas = options.replicas,
+      .spare_slots = options.spare_slots,
       .expert_servers = options.expert_servers};
   const bool etcd = !options.registry.etcd.empty();
   std::vector<grpc::Service*> services;
@@ -57,6 +108,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     service->JoinEtcd(options, coordinator, report);
   }
   service->watch_thread_ = std::thread([raw = service.get(), routes, report]() mutable {
+    LoadMeter meter;
     while (!raw->stop_.load()) {
       const RouterStatus status = raw->engine_->status();
       const bool ready = !routes || status.connected;
@@ -64,6 +116,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
       report.mutable_member()->set_detail(ready ? "" : "connecting to expert servers");
       report.clear_lost();
       for (const NodeId server : status.lost) report.add_lost(server.value);
+      if (routes) meter.Update(*raw->engine_, status, absl::Now(), report);
       if (raw->membership_ != nullptr) {
         raw->membership_->SetSelf(report);
       } else {

@@ -23,6 +23,7 @@ struct RouterServiceOptions {
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   Precision precision = Precision::kBF16;
   int replicas = 1;
+  int spare_slots = 0;  // CoordinatorOptions
   int expert_servers =
       1;  // 0: the attention node has the experts (`minke serve` on a GPU), and nothing is routed
   int threads = 1;

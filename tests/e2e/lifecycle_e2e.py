@@ -139,6 +139,7 @@ class BadFlags(unittest.TestCase):
         self.refused("up", path, "--precision=fp8", expect=["--precision"])
         self.refused("up", path, "--device=cuda", expect=["cuda"])
         self.refused("up", path, "--device=cpu", "--experts-format=fp8", expect=["--experts-format", "fp8"])
+        self.refused("serve", path, "--device=cpu", "--experts-format=fp8", expect=["--experts-format", "fp8"])
         self.refused("up", path, "--experts-format=int3", expect=["--experts-format"])
         self.refused("up", path, "--nonsense", expect=["--nonsense"])
         self.refused("up")

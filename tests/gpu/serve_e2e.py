@@ -60,6 +60,14 @@ class Gpu(unittest.TestCase):
                 t.join()
             self.assertEqual({i: len(a["token_ids"]) for i, a in answers.items()}, {i: 8 + i for i in range(40)})
 
+    def test_serve_with_fp8_experts(self):
+        """Weights of half the bytes: another text is right too, but the scores of a given one stay near."""
+        with harness.Cluster(MODEL, "--device=cuda", "--experts-format=fp8", verb="serve") as gpu:
+            for text, want in zip(self.texts, self.want_scores):
+                off = sorted(abs(a - b) for a, b in zip(scores(gpu, text), want))
+                self.assertLess(off[len(off) // 2], 0.1, "median difference of log-probabilities")
+            self.assertEqual(len(generate(gpu, PROMPTS[0])["token_ids"]), 48)
+
     def test_cluster_with_attention_on_the_gpu(self):
         for flags in (["--microbatches", "1"], ["--microbatches", "2", "--routing", "local"]):
             with harness.Cluster(MODEL, "--device=cuda", "--experts", "2", *flags) as gpu:

@@ -77,6 +77,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
       {.registry = {.router = router_->rpc_address()},
        .precision = options_.precision,
        .mla = options_.mla,
+       .device = options_.attention_device,
        .tensor_parallel = options_.tensor_parallel,
        .local_routing = options_.local_routing,
        .threads = options_.threads,

@@ -22,6 +22,7 @@ struct ClusterOptions {
   int experts = 2;
   Device experts_device = Device::kCpu;
   experts::ExpertsFormat experts_format = experts::ExpertsFormat::kBF16;
+  Device attention_device = Device::kCpu;
   int replicas = 1;
   bool local_routing = false;
   bool ucx = false;

@@ -59,6 +59,27 @@ absl::StatusOr<int64_t> FreeMemoryBytes() {
   return static_cast<int64_t>(free);
 }
 
+absl::StatusOr<int> CurrentDeviceIndex() {
+  int device = 0;
+  MK_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  return device;
+}
+
+absl::StatusOr<DeviceScope> DeviceScope::Enter(int device) {
+  int before = 0;
+  MK_CUDA_RETURN_IF_ERROR(cudaGetDevice(&before));
+  if (before == device) return DeviceScope(-1);
+  if (const cudaError_t code = cudaSetDevice(device); code != cudaSuccess) {
+    const absl::Status status = ToStatus(code, "cudaSetDevice(device)");
+    return code == cudaErrorInvalidDevice ? absl::InvalidArgumentError(status.message()) : status;
+  }
+  return DeviceScope(before);
+}
+
+DeviceScope::~DeviceScope() {
+  if (before_ >= 0) (void)cudaSetDevice(before_);
+}
+
 absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device) {
   if (device.major < 8) {
     return absl::FailedPreconditionError(absl::StrCat(device.name, " has compute capability ", device.major,
@@ -91,6 +112,16 @@ Stream::~Stream() {
 absl::Status Stream::Synchronize() const {
   MK_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(handle_));
   return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Stream::Done() const {
+  const cudaError_t code = cudaStreamQuery(handle_);
+  if (code == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // not an error; the next launch must not be blamed for it
+    return false;
+  }
+  MK_CUDA_RETURN_IF_ERROR(code);
+  return true;
 }
 
 absl::StatusOr<Event> Event::Create() {

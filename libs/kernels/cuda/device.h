@@ -34,6 +34,23 @@ absl::StatusOr<DeviceInfo> CurrentDevice();
 // Of the current device, now.
 absl::StatusOr<int64_t> FreeMemoryBytes();
 
+// The calling thread's current device.
+absl::StatusOr<int> CurrentDeviceIndex();
+
+// Makes a device the calling thread's current one while it lives. INVALID_ARGUMENT for a device that is not
+// there.
+class DeviceScope {
+ public:
+  static absl::StatusOr<DeviceScope> Enter(int device);
+  DeviceScope(DeviceScope&& other) noexcept : before_(std::exchange(other.before_, -1)) {}
+  DeviceScope& operator=(DeviceScope&&) = delete;
+  ~DeviceScope();
+
+ private:
+  explicit DeviceScope(int before) : before_(before) {}
+  int before_;
+};
+
 // Which implementation of a kernel runs. kAuto: kHopper on sm_90, else kPortable (sm_80 and newer).
 enum class Path : uint8_t { kAuto, kPortable, kHopper };
 absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device);
@@ -41,6 +58,8 @@ absl::StatusOr<Path> Resolve(Path path, const DeviceInfo& device);
 class Stream {
  public:
   static absl::StatusOr<Stream> Create();
+  // CUDA's default stream, which is there without being made.
+  static Stream Default() { return Stream(nullptr); }
   Stream(Stream&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Stream& operator=(Stream&& other) noexcept {
     std::swap(handle_, other.handle_);
@@ -48,6 +67,8 @@ class Stream {
   }
   ~Stream();
   absl::Status Synchronize() const;
+  // Whether everything so far is done, without waiting for it.
+  absl::StatusOr<bool> Done() const;
   CUstream_st* handle() const { return handle_; }
 
  private:

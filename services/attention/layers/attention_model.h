@@ -3,9 +3,11 @@
 // between are a cluster's (engine/), unless the model has them too (WholeSteps).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -93,6 +95,13 @@ class AttentionModel {
   virtual void AddRouted(const Microbatch& batch) = 0;
   // logits [selected, vocab] f32 of rows `selected` of the final x.
   virtual void Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits) = 0;
+
+  // Sends the weights to a new node's GPU as the first rank of the group (cuda_models.h); gives up when
+  // `stop` is set. After Prepare, on any thread, beside everything else. UNIMPLEMENTED: this model cannot.
+  virtual absl::Status GiveWeights(const std::string& group_id, const std::atomic<bool>& stop) {
+    (void)group_id, (void)stop;
+    return absl::UnimplementedError("this model's weights are not on one GPU");
+  }
 
   // Null: the routed experts are elsewhere.
   virtual WholeSteps* whole() { return nullptr; }

@@ -7,14 +7,13 @@
 
 namespace minke::attention {
 
-absl::StatusOr<std::unique_ptr<AttentionModel>> TensorParallelModel::Load(
-    std::vector<std::unique_ptr<Collective>> group, int threads, const LoadRank& load) {
+absl::StatusOr<std::unique_ptr<AttentionModel>> TensorParallelModel::Load(int ranks, int threads,
+                                                                          LoadRank load) {
   std::unique_ptr<TensorParallelModel> model(new TensorParallelModel);
-  const int ranks = static_cast<int>(group.size());
-  for (std::unique_ptr<Collective>& end : group) {
+  for (int index = 0; index < ranks; ++index) {
     Rank rank;
     rank.pool = std::make_unique<ThreadPool>(std::max(1, threads / ranks));
-    MK_ASSIGN_OR_RETURN(rank.model, load(std::move(end), *rank.pool));
+    MK_ASSIGN_OR_RETURN(rank.model, load(index, *rank.pool));
     model->ranks_.push_back(std::move(rank));
   }
   for (int rank = 1; rank < ranks; ++rank) {

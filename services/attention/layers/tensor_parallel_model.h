@@ -3,7 +3,6 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -11,19 +10,17 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "libs/base/thread_pool.h"
-#include "libs/collective/collective.h"
 #include "services/attention/layers/attention_model.h"
 
 namespace minke::attention {
 
 class TensorParallelModel final : public AttentionModel {
  public:
-  // Loads rank `group->rank()` of the model, computing with `pool`.
-  using LoadRank = std::function<absl::StatusOr<std::unique_ptr<AttentionModel>>(
-      std::unique_ptr<Collective> group, ThreadPool& pool)>;
-  // `group`: by rank. `threads`: of all ranks together.
-  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(std::vector<std::unique_ptr<Collective>> group,
-                                                              int threads, const LoadRank& load);
+  // Loads a rank of the model, with its end of the ranks' group, computing with `pool`.
+  using LoadRank =
+      absl::FunctionRef<absl::StatusOr<std::unique_ptr<AttentionModel>>(int rank, ThreadPool& pool)>;
+  // `threads`: of all ranks together. Ranks are loaded one after the other.
+  static absl::StatusOr<std::unique_ptr<AttentionModel>> Load(int ranks, int threads, LoadRank load);
   ~TensorParallelModel() override;
 
   const ModelConfig& config() const override { return First().config(); }

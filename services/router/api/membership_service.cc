@@ -6,6 +6,8 @@
 #include "google/protobuf/util/message_differencer.h"
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
+#include "services/router/placement/policy.h"
+#include "services/router/placement/step_time.h"
 
 namespace minke::router {
 

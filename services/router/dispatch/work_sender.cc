@@ -1,13 +1,21 @@
 #include "services/router/dispatch/work_sender.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cstring>
 
 #include "libs/base/status.h"
 
 namespace minke::router {
+namespace {
+
+// Shares rows out evenly, however few neighbours they are.
+float Draw(uint32_t row) {
+  constexpr uint32_t kGolden = 0x9e3779b9;
+  return static_cast<float>((row + 1) * kGolden >> 8) * 0x1p-24f;
+}
+
+}  // namespace
 
 uint64_t GroupMask(const ModelConfig& config, std::span<const uint16_t> experts) {
   uint64_t mask = 0;
@@ -20,49 +28,56 @@ void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& 
                       absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign) {
   uint64_t wanted = 0;
   for (const WorkItem& item : items) wanted |= item.groups;
-  std::array<NodeId, 64> server_of_group{};
+  servers_.clear();
+  const size_t groups = shape_.num_groups;
+  group_server_.assign(items.size() * groups, NodeId{});
   for (uint64_t rest = wanted; rest != 0; rest &= rest - 1) {
     const uint32_t group = std::countr_zero(rest);
-    server_of_group[group] = placement.Choose({exchange.layer, group}, usable).value_or(NodeId{});
+    const UnitId unit{exchange.layer, group};
+    const bool split = placement.Split(unit);
+    NodeId server{};
+    for (size_t i = 0, seen = 0; i < items.size(); ++i) {
+      if ((items[i].groups >> group & 1) == 0) continue;
+      if (seen++ == 0 || split) server = placement.Choose(unit, Draw(items[i].row), usable).value_or(NodeId{});
+      group_server_[i * groups + group] = server;
+      if (std::find(servers_.begin(), servers_.end(), server) == servers_.end()) servers_.push_back(server);
+    }
   }
   const size_t rows_max = MessageRowsMax(shape_);
-  for (uint64_t rest = wanted; rest != 0;) {
-    const NodeId server = server_of_group[std::countr_zero(rest)];
-    uint64_t server_groups = 0;
-    for (uint64_t g = rest; g != 0; g &= g - 1) {
-      if (server_of_group[std::countr_zero(g)] == server) server_groups |= g & -g;
-    }
-    rest &= ~server_groups;
+  for (const NodeId server : servers_) {
     const auto flush = [&] {
       if (selected_.empty()) return;
-      const bool sent = server != NodeId{} &&
-                        SendFrame(server, server_groups, exchange, placement.epoch(), items, selected_);
-      for (const uint32_t index : selected_) {
-        for (uint64_t g = items[index].groups & server_groups; g != 0; g &= g - 1) {
-          assign(index, std::countr_zero(g), sent ? server : NodeId{});
+      const bool sent = server != NodeId{} && SendFrame(server, exchange, placement.epoch(), items, selected_);
+      for (const Selected& row : selected_) {
+        for (uint64_t g = row.groups; g != 0; g &= g - 1) {
+          assign(row.item, std::countr_zero(g), sent ? server : NodeId{});
         }
       }
       selected_.clear();
     };
     for (uint32_t i = 0; i < items.size(); ++i) {
-      if ((items[i].groups & server_groups) == 0) continue;
-      selected_.push_back(i);
+      uint64_t here = 0;
+      for (uint64_t g = items[i].groups; g != 0; g &= g - 1) {
+        if (group_server_[i * groups + std::countr_zero(g)] == server) here |= g & -g;
+      }
+      if (here == 0) continue;
+      selected_.push_back({i, here});
       if (selected_.size() == rows_max) flush();
     }
     flush();
   }
 }
 
-bool WorkSender::SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange,
-                           Epoch epoch, std::span<const WorkItem> items, std::span<const uint32_t> selected) {
+bool WorkSender::SendFrame(NodeId server, const wire::FrameHeader& exchange, Epoch epoch,
+                           std::span<const WorkItem> items, std::span<const Selected> selected) {
   const uint32_t rows = static_cast<uint32_t>(selected.size());
   if (!transport_.TakeCredit(server, exchange.traffic_class, rows)) return false;
-  const auto goes = [&](const WorkItem& item, uint16_t expert) {
-    return (item.groups & server_groups) >> config_.GroupOfExpert(expert) & 1;
+  const auto goes = [&](const Selected& row, uint16_t expert) {
+    return row.groups >> config_.GroupOfExpert(expert) & 1;
   };
   uint32_t pairs = 0;
-  for (const uint32_t index : selected) {
-    for (int32_t i = 0; i < shape_.top_k; ++i) pairs += goes(items[index], items[index].experts[i]);
+  for (const Selected& row : selected) {
+    for (int32_t i = 0; i < shape_.top_k; ++i) pairs += goes(row, items[row.item].experts[i]);
   }
   transport::FrameRef frame = transport_.frames().Allocate(wire::WorkPayloadBytes(shape_, rows, pairs));
   wire::FrameHeader& header = frame.header();
@@ -78,10 +93,10 @@ bool WorkSender::SendFrame(NodeId server, uint64_t server_groups, const wire::Fr
   const wire::WorkSpans out = wire::LayOutWork(shape_, rows, pairs, frame.payload_span());
   uint32_t next_pair = 0;
   for (uint32_t i = 0; i < rows; ++i) {
-    const WorkItem& item = items[selected[i]];
+    const WorkItem& item = items[selected[i].item];
     const uint32_t begin = next_pair;
     for (int32_t e = 0; e < shape_.top_k; ++e) {
-      if (goes(item, item.experts[e])) out.pairs[next_pair++] = {item.weights[e], item.experts[e], 0};
+      if (goes(selected[i], item.experts[e])) out.pairs[next_pair++] = {item.weights[e], item.experts[e], 0};
     }
     out.rows[i].row = item.row;
     out.rows[i].set_pairs(begin, next_pair - begin);

@@ -39,13 +39,19 @@ class WorkSender {
             absl::FunctionRef<void(size_t, uint32_t, NodeId)> assign);
 
  private:
-  bool SendFrame(NodeId server, uint64_t server_groups, const wire::FrameHeader& exchange, Epoch epoch,
-                 std::span<const WorkItem> items, std::span<const uint32_t> selected);
+  struct Selected {
+    uint32_t item = 0;
+    uint64_t groups = 0;  // of it that go in this message
+  };
+  bool SendFrame(NodeId server, const wire::FrameHeader& exchange, Epoch epoch,
+                 std::span<const WorkItem> items, std::span<const Selected> selected);
 
   const ModelConfig config_;
   const wire::RowShape shape_;
   transport::Transport& transport_;
-  std::vector<uint32_t> selected_;
+  std::vector<NodeId> servers_;       // of one call, each once
+  std::vector<NodeId> group_server_;  // [items, groups]
+  std::vector<Selected> selected_;
 };
 
 // Groups of a row's experts as a bit mask.

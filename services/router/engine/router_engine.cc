@@ -1,6 +1,7 @@
 #include "services/router/engine/router_engine.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "libs/base/log.h"
 #include "libs/base/status.h"
@@ -32,7 +33,8 @@ RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<trans
       peers_(*transport_),
       placement_(std::make_shared<PlacementTable>()),
       index_of_layer_(config_.num_hidden_layers, -1),
-      expert_counts_(new std::atomic<uint64_t>[moe_layers_.size() * config_.n_routed_experts]()) {
+      expert_counts_(new std::atomic<uint64_t>[moe_layers_.size() * config_.n_routed_experts]()),
+      unit_rows_(new std::atomic<uint64_t>[moe_layers_.size() * shape_.num_groups]()) {
   for (size_t i = 0; i < moe_layers_.size(); ++i) index_of_layer_[moe_layers_[i]] = static_cast<int32_t>(i);
 }
 
@@ -69,6 +71,12 @@ std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
     }
   }
   return counts;
+}
+
+std::vector<uint64_t> RouterEngine::UnitRows() const {
+  std::vector<uint64_t> rows(moe_layers_.size() * shape_.num_groups);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = unit_rows_[i].load(std::memory_order_relaxed);
+  return rows;
 }
 
 void RouterEngine::TakeMail(bool publish) {
@@ -110,6 +118,7 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
   items_.clear();
   assigned_.assign(rows * groups, NodeId{});
   std::atomic<uint64_t>* counts = &expert_counts_[index_of_layer_[header.layer] * config_.n_routed_experts];
+  std::atomic<uint64_t>* unit_rows = &unit_rows_[index_of_layer_[header.layer] * groups];
   for (int64_t i = 0; i < rows; ++i) {
     uint16_t* experts = experts_scratch_.data() + i * k;
     if (results_[i] == GateResult::kRejected) {
@@ -122,9 +131,14 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
       std::atomic<uint64_t>& count = counts[experts[e]];
       count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     }
+    const uint64_t groups_of_row = GroupMask(config_, {experts, static_cast<size_t>(k)});
+    for (uint64_t g = groups_of_row; g != 0; g &= g - 1) {
+      std::atomic<uint64_t>& count = unit_rows[std::countr_zero(g)];
+      count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    }
     items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
                       weights_scratch_.data() + i * k,
-                      GroupMask(config_, {experts, static_cast<size_t>(k)})});
+                      groups_of_row});
   }
   sender_.Send(
       *placement_, header, items_, [&](NodeId server) { return peers_.IsUp(server); },

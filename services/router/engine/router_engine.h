@@ -40,6 +40,8 @@ class RouterEngine {
   RouterStatus status() const;
   // Rows each expert was chosen for, [moe layer index][expert], since the start.
   std::vector<std::vector<uint64_t>> ExpertCounts() const;
+  // (row, group) pairs since the start, [moe layer index, group].
+  std::vector<uint64_t> UnitRows() const;
   std::vector<int32_t> moe_layers() const { return moe_layers_; }
 
  private:
@@ -68,6 +70,7 @@ class RouterEngine {
 
   // Written by the engine thread only; relaxed reads elsewhere.
   std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;
+  std::unique_ptr<std::atomic<uint64_t>[]> unit_rows_;
 
   mutable Mutex mutex_;
   bool updated_ ABSL_GUARDED_BY(mutex_) = false;

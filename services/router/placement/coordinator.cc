@@ -1,10 +1,15 @@
 #include "services/router/placement/coordinator.h"
 
 #include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+#include <utility>
 
 #include "google/protobuf/util/message_differencer.h"
 #include "libs/base/strings.h"
-#include "services/router/placement/placement_table.h"
+#include "services/router/placement/moves.h"
+#include "services/router/placement/policy.h"
 
 namespace minke::router {
 namespace {
@@ -35,96 +40,147 @@ std::set<NodeId> Unreachable(const cluster::Members& members) {
   return unreachable;
 }
 
-// What the expert servers have and are to have.
-struct Pool {
-  std::vector<NodeId> targets;                      // may be given units, ascending
-  std::map<NodeId, std::set<UnitId>> loaded;        // of all that answer, leaving ones too
-  std::map<NodeId, std::vector<UnitId>> previous;   // of targets: what they were assigned, or came with
-  std::map<NodeId, std::vector<UnitId>> leaving;    // of draining ones: what they were assigned
-  int joined = 0;
-  bool placed = false;                              // something is hosted or assigned
+// Rows of a step from which an expert's rows, without loads, are guessed: any number does, as long as it is the
+// same for all, so that servers that join an idle cluster get their part.
+constexpr double kRowsUnobserved = 1;
+// Fewer exchanges are no load to place by.
+constexpr double kExchangesMin = 1;
+// Weights that differ by less are the same.
+constexpr double kWeightNoise = 1e-3;
 
-  Pool(const cluster::Members& members, const PlacementRecord& current) {
+// The expert servers that answer, as the policy wants them.
+struct Pool {
+  PlacementSnapshot snapshot;
+  std::map<NodeId, std::set<UnitId>> loaded;
+  int joined = 0;       // those that stay
+  bool placed = false;  // something is hosted or assigned
+
+  Pool(const CoordinatorOptions& options, const cluster::Members& members, const PlacementRecord& current) {
+    snapshot.shape = options.shape;
+    snapshot.replicas = options.replicas;
+    AddLoads(options, members);
     const std::set<NodeId> unreachable = Unreachable(members);
-    std::map<NodeId, std::vector<UnitId>> assigned;
+    std::map<NodeId, std::set<UnitId>> assigned;
     for (const auto& assignment : current.assigned()) {
-      std::vector<UnitId>& units = assigned[NodeId{assignment.node_id()}];
-      for (const auto& unit : assignment.units()) units.push_back(UnitOf(unit));
+      for (const auto& unit : assignment.units()) assigned[NodeId{assignment.node_id()}].insert(UnitOf(unit));
     }
+    std::map<std::pair<NodeId, UnitId>, double> weights;
+    for (const auto& unit : current.placement()) {
+      for (int i = 0; i < unit.weights_size(); ++i)
+        weights[{NodeId{unit.node_ids(i)}, UnitOf(unit.unit())}] = unit.weights(i);
+    }
+    const std::set<UnitId> known(options.units.begin(), options.units.end());
     for (const auto& [id, report] : members) {
       if (report.member().role() != cluster::v1::ROLE_EXPERT || unreachable.contains(id)) continue;
       std::set<UnitId>& hosts = loaded[id];
-      for (const auto& unit : report.hosted()) hosts.insert(UnitOf(unit));
-      const auto known = assigned.find(id);
-      std::vector<UnitId> before = known != assigned.end() ? known->second : std::vector<UnitId>();
-      // It joined a new record with what it had, or came back after others had taken over.
-      for (const UnitId unit : hosts) {
-        if (std::find(before.begin(), before.end(), unit) == before.end()) before.push_back(unit);
+      for (const auto& unit : report.hosted()) {
+        if (known.contains(UnitOf(unit))) hosts.insert(UnitOf(unit));
       }
-      placed |= !before.empty();
-      if (report.member().draining()) {
-        leaving[id] = std::move(before);
-      } else {
-        targets.push_back(id);
-        previous[id] = std::move(before);
-        ++joined;
+      ServerSnapshot& server = snapshot.servers.emplace_back();
+      server.id = id;
+      server.host = report.member().host();
+      server.draining = report.member().draining();
+      if (report.bytes_per_s() > 0) server.bytes_per_s = report.bytes_per_s();
+      if (report.flops_per_s() > 0) server.flops_per_s = report.flops_per_s();
+      if (report.unit_slots() > 0) server.slots = report.unit_slots();
+      // What it was assigned and is still loading, and what it has: also what it came with, after an outage or
+      // with a new registry.
+      std::set<UnitId> all = hosts;
+      if (const auto it = assigned.find(id); it != assigned.end()) all.insert(it->second.begin(), it->second.end());
+      for (const UnitId unit : all) {
+        const auto weight = weights.find({id, unit});
+        server.units.push_back(
+            {unit, hosts.contains(unit), weight == weights.end() ? 0 : weight->second});
       }
+      placed |= !all.empty();
+      joined += server.draining ? 0 : 1;
+    }
+    const int64_t copies = std::ssize(options.units) * std::min(options.replicas, std::max(joined, 1));
+    const int64_t part = (copies + std::max(joined, 1) - 1) / std::max(joined, 1);
+    for (ServerSnapshot& server : snapshot.servers) {
+      if (server.slots == ServerSnapshot::kUnlimited) server.slots = part + options.spare_slots;
+    }
+  }
+
+  void AddLoads(const CoordinatorOptions& options, const cluster::Members& members) {
+    std::map<UnitId, double> rows;
+    double exchanges = 0;
+    for (const auto& [id, report] : members) {
+      for (const auto& load : report.loads()) rows[UnitOf(load.unit())] += load.rows_per_s();
+      exchanges += report.exchanges_per_s();
+    }
+    for (const UnitId unit : options.units) {
+      const auto it = rows.find(unit);
+      const double seen = it == rows.end() ? 0 : it->second;
+      snapshot.units.push_back({unit, exchanges >= kExchangesMin ? seen / exchanges : kRowsUnobserved});
     }
   }
 };
+
+// The unit's loaded replicas and their weights; what is published already where it says the same.
+void Publish(const std::vector<Replica>& replicas, const cluster::v1::UnitReplicas* current,
+             cluster::v1::UnitReplicas& out) {
+  bool same = current != nullptr && current->node_ids_size() == static_cast<int>(replicas.size()) &&
+              current->weights_size() == current->node_ids_size();
+  for (size_t i = 0; same && i < replicas.size(); ++i) {
+    same = current->node_ids(static_cast<int>(i)) == replicas[i].server.value &&
+           std::abs(current->weights(static_cast<int>(i)) - replicas[i].weight) < kWeightNoise;
+  }
+  if (same) {
+    out = *current;
+    return;
+  }
+  for (const Replica& replica : replicas) {
+    out.add_node_ids(replica.server.value);
+    out.add_weights(static_cast<float>(replica.weight));
+  }
+}
 
 }  // namespace
 
 PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members& members,
                        const PlacementRecord& current, int64_t now_ms) {
-  const Pool pool(members, current);
+  const Pool pool(options, members, current);
   PlacementRecord next;
   *next.mutable_epoch() = current.epoch();
-  std::map<NodeId, std::vector<UnitId>> wanted;
-  if (!pool.placed && pool.joined < options.expert_servers) {
+  PlacementPlan plan;
+  const bool waits = !pool.placed && pool.joined < options.expert_servers;
+  // The others will be back in a moment, with what they have.
+  const bool settles = pool.joined < options.expert_servers && now_ms < options.settled_ms;
+  if (waits) {
     next.set_waiting_for(StrCat("expert servers: ", pool.joined, " of ", options.expert_servers, " joined"));
-  } else if (pool.joined < options.expert_servers && now_ms < options.settled_ms) {
-    wanted = pool.previous;  // the others will be back in a moment, with what they have
-  } else {
-    wanted = PlanAssignment(options.units, pool.targets, options.replicas, pool.previous);
+  } else if (!settles && !pool.snapshot.servers.empty()) {
+    plan = PlanPlacement(pool.snapshot, {});
   }
-
-  std::map<UnitId, std::vector<NodeId>> holders;  // that are to have the unit
-  for (const auto& [server, units] : wanted) {
-    for (const UnitId unit : units) holders[unit].push_back(server);
+  std::set<std::pair<UnitId, NodeId>> dropped;
+  for (const Move& move : plan.moves) {
+    if (move.kind == Move::Kind::kDrop) dropped.emplace(move.unit, move.server);
   }
-  const auto loaded = [&](NodeId server, UnitId unit) {
-    const auto it = pool.loaded.find(server);
-    return it != pool.loaded.end() && it->second.contains(unit);
-  };
-  // Whoever is to have a unit and has it is published. Others that have it are too, until all who are to have it
-  // do: so a unit that moves is never without a server, and the old one lets go after the new one is published.
-  std::map<NodeId, std::vector<UnitId>> kept;
+  std::map<UnitId, const cluster::v1::UnitReplicas*> published;
+  for (const auto& unit : current.placement()) published[UnitOf(unit.unit())] = &unit;
   for (const UnitId unit : options.units) {
-    const std::vector<NodeId>& to_have = holders[unit];
-    const bool arrived = !to_have.empty() && std::all_of(to_have.begin(), to_have.end(), [&](NodeId server) {
-      return loaded(server, unit);
-    });
-    cluster::v1::UnitReplicas* out = next.add_placement();
-    SetUnit(unit, *out->mutable_unit());
-    for (const auto& [server, hosts] : pool.loaded) {  // by id, so replicas ascend
-      if (!hosts.contains(unit)) continue;
-      const bool stays = std::find(to_have.begin(), to_have.end(), server) != to_have.end();
-      if (!stays && arrived) continue;
-      out->add_node_ids(server.value);
-      if (!stays) kept[server].push_back(unit);
+    std::map<NodeId, double> weights;
+    if (const auto it = plan.weights.find(unit); it != plan.weights.end()) {
+      for (const Replica& replica : it->second) weights[replica.server] = replica.weight;
     }
+    std::vector<Replica> replicas;  // by id, so they ascend
+    for (const auto& [server, hosts] : pool.loaded) {
+      if (!hosts.contains(unit) || dropped.contains({unit, server})) continue;
+      const auto weight = weights.find(server);
+      replicas.push_back({server, weight == weights.end() ? 0 : weight->second});
+    }
+    cluster::v1::UnitReplicas& out = *next.add_placement();
+    const auto before = published.find(unit);
+    Publish(replicas, before == published.end() ? nullptr : before->second, out);
+    SetUnit(unit, *out.mutable_unit());
   }
-  for (const auto& [server, units] : kept) {
-    std::vector<UnitId>& all = wanted[server];
-    all.insert(all.end(), units.begin(), units.end());
-  }
-  for (auto& [server, units] : wanted) {
-    if (units.empty()) continue;
-    std::sort(units.begin(), units.end());
-    cluster::v1::Assignment* out = next.add_assigned();
-    out->set_node_id(server.value);
-    for (const UnitId unit : units) SetUnit(unit, *out->add_units());
+  if (!waits) {
+    for (const auto& [server, units] : AssignmentAfter(pool.snapshot, plan.moves)) {
+      if (units.empty()) continue;
+      cluster::v1::Assignment* out = next.add_assigned();
+      out->set_node_id(server.value);
+      for (const UnitId unit : units) SetUnit(unit, *out->add_units());
+    }
   }
 
   const bool same = std::equal(

@@ -10,12 +10,17 @@
 #include "libs/cluster/make_view.h"
 #include "libs/model/config.h"
 #include "proto/cluster/cluster.pb.h"
+#include "services/router/placement/snapshot.h"
 
 namespace minke::router {
 
 struct CoordinatorOptions {
   std::vector<UnitId> units;  // AllUnits of the model; empty: nothing is to be placed
-  int replicas = 1;
+  UnitShape shape;            // of each
+  int replicas = 1;           // of every unit, at least
+  // More replicas than that, where loads ask for them, on servers that do not say how many units they have room
+  // for; those that do use all their room.
+  int spare_slots = 0;
   int expert_servers = 1;     // to wait for before the first placement
   uint32_t fresh_term = 1;    // term of a record that begins from nothing
   int64_t settled_ms = 0;     // until then members may be on their way back: nothing they had is given away

@@ -14,7 +14,10 @@ using cluster::v1::PlacementRecord;
 constexpr uint32_t kLayers = 3, kGroups = 8;
 
 CoordinatorOptions Options(int servers, int replicas = 1) {
-  CoordinatorOptions options{.replicas = replicas, .expert_servers = servers, .fresh_term = 7};
+  CoordinatorOptions options{.shape = {.unit_bytes = 1e6, .experts = 4, .experts_per_row = 2, .flops_per_row = 1e6},
+                             .replicas = replicas,
+                             .expert_servers = servers,
+                             .fresh_term = 7};
   for (uint32_t layer = 1; layer <= kLayers; ++layer) {
     for (uint32_t group = 0; group < kGroups; ++group) options.units.push_back({layer, group});
   }

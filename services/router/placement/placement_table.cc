@@ -1,7 +1,6 @@
 #include "services/router/placement/placement_table.h"
 
 #include <algorithm>
-#include <set>
 
 namespace minke::router {
 namespace {
@@ -21,12 +20,28 @@ uint64_t Rank(UnitId unit, NodeId server) {
 
 std::span<const NodeId> PlacementTable::Servers(UnitId unit) const {
   auto it = units_.find(unit);
-  return it == units_.end() ? std::span<const NodeId>() : std::span<const NodeId>(it->second);
+  return it == units_.end() ? std::span<const NodeId>() : std::span<const NodeId>(it->second.servers);
 }
 
-std::optional<NodeId> PlacementTable::Choose(UnitId unit, absl::FunctionRef<bool(NodeId)> usable) const {
+bool PlacementTable::Split(UnitId unit) const {
+  const auto it = units_.find(unit);
+  return it != units_.end() && std::count_if(it->second.weights.begin(), it->second.weights.end(),
+                                             [](float weight) { return weight > 0; }) > 1;
+}
+
+std::optional<NodeId> PlacementTable::Choose(UnitId unit, float draw,
+                                             absl::FunctionRef<bool(NodeId)> usable) const {
+  const auto it = units_.find(unit);
+  if (it == units_.end()) return std::nullopt;
+  const Replicas& replicas = it->second;
+  for (size_t i = 0; i < replicas.weights.size(); ++i) {
+    draw -= replicas.weights[i];
+    if (draw >= 0) continue;
+    if (usable(replicas.servers[i])) return replicas.servers[i];
+    break;
+  }
   std::optional<NodeId> best;
-  for (const NodeId server : Servers(unit)) {
+  for (const NodeId server : replicas.servers) {
     if (usable(server) && (!best || Rank(unit, server) > Rank(unit, *best))) best = server;
   }
   return best;
@@ -34,7 +49,7 @@ std::optional<NodeId> PlacementTable::Choose(UnitId unit, absl::FunctionRef<bool
 
 bool PlacementTable::Served(absl::FunctionRef<bool(NodeId)> usable) const {
   return !units_.empty() && std::all_of(units_.begin(), units_.end(), [&](const auto& unit) {
-    return std::any_of(unit.second.begin(), unit.second.end(), usable);
+    return std::any_of(unit.second.servers.begin(), unit.second.servers.end(), usable);
   });
 }
 
@@ -46,36 +61,6 @@ std::vector<UnitId> AllUnits(const ModelConfig& config) {
     }
   }
   return units;
-}
-
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
-                                                     std::span<const NodeId> servers, int replicas,
-                                                     const std::map<NodeId, std::vector<UnitId>>& previous) {
-  std::map<NodeId, std::set<UnitId>> hosted;
-  for (const NodeId server : servers) hosted[server];
-  const std::set<UnitId> known(units.begin(), units.end());
-  std::map<UnitId, int> copies;
-  for (const auto& [server, list] : previous) {
-    auto it = hosted.find(server);
-    if (it == hosted.end()) continue;
-    for (const UnitId unit : list) {
-      if (known.contains(unit) && copies[unit] < replicas && it->second.insert(unit).second) ++copies[unit];
-    }
-  }
-  const int wanted = std::min<int>(replicas, static_cast<int>(servers.size()));
-  for (const UnitId unit : units) {
-    while (copies[unit] < wanted) {
-      std::set<UnitId>* least = nullptr;
-      for (auto& [server, list] : hosted) {
-        if (!list.contains(unit) && (least == nullptr || list.size() < least->size())) least = &list;
-      }
-      least->insert(unit);
-      ++copies[unit];
-    }
-  }
-  std::map<NodeId, std::vector<UnitId>> assignment;
-  for (const auto& [server, list] : hosted) assignment[server] = {list.begin(), list.end()};
-  return assignment;
 }
 
 }  // namespace minke::router

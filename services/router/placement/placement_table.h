@@ -1,5 +1,5 @@
-// Which expert servers host which (layer, group): an immutable snapshot with its epoch, and the pure
-// functions that make the next one. No I/O, clock or lock.
+// Which expert servers host which (layer, group): an immutable snapshot with its epoch. No I/O, clock or
+// lock. What the next one should be is policy.h's business.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "libs/base/ids.h"
+#include "libs/cluster/replica_set.h"
 #include "libs/model/config.h"
 
 namespace minke::router {
@@ -18,7 +19,7 @@ namespace minke::router {
 // Immutable; shared between threads as shared_ptr<const PlacementTable>.
 class PlacementTable {
  public:
-  using Replicas = std::vector<NodeId>;  // ascending
+  using Replicas = cluster::ReplicaSet;
   PlacementTable() = default;
   PlacementTable(Epoch epoch, std::map<UnitId, Replicas> units) : epoch_(epoch), units_(std::move(units)) {}
 
@@ -27,10 +28,12 @@ class PlacementTable {
   // Servers that host the unit now; empty if none does.
   std::span<const NodeId> Servers(UnitId unit) const;
 
-  // The replica that serves a small load: all routers choose the same one, so that an expert's rows meet in
-  // one launch (rendezvous hash of layer, group and server). Only servers for which `usable` holds; nullopt
-  // if none.
-  std::optional<NodeId> Choose(UnitId unit, absl::FunctionRef<bool(NodeId)> usable) const;
+  // Whether the unit's rows go to several servers.
+  bool Split(UnitId unit) const;
+  // The server for a row of the unit, by the weights; `draw` [0, 1) tells rows apart. Where there are none, or
+  // the one drawn is not usable, all routers choose the same (rendezvous hash of layer, group and server), so
+  // that an expert's rows meet in one launch. Only servers for which `usable` holds; nullopt if none.
+  std::optional<NodeId> Choose(UnitId unit, float draw, absl::FunctionRef<bool(NodeId)> usable) const;
 
   // Whether there are units, and each has a server that is `usable`.
   bool Served(absl::FunctionRef<bool(NodeId)> usable) const;
@@ -42,12 +45,5 @@ class PlacementTable {
 
 // Every (layer, group) of the model.
 std::vector<UnitId> AllUnits(const ModelConfig& config);
-
-// What each server should host: `replicas` different servers per unit (fewer if there are not enough
-// servers). Keeps every valid earlier assignment, fills what is missing on the server with the fewest units
-// (ties: lowest id), so that nothing moves without need.
-std::map<NodeId, std::vector<UnitId>> PlanAssignment(std::span<const UnitId> units,
-                                                     std::span<const NodeId> servers, int replicas,
-                                                     const std::map<NodeId, std::vector<UnitId>>& previous);
 
 }  // namespace minke::router

@@ -1,7 +1,7 @@
 #include "services/router/placement/placement_table.h"
 
-#include <random>
-#include <set>
+#include <map>
+#include <vector>
 
 #include "gtest/gtest.h"
 
@@ -21,59 +21,36 @@ std::vector<NodeId> Servers(int n) {
   return servers;
 }
 
-TEST(PlanAssignment, PutsEveryUnitOnAsManyDifferentServersAsAsked) {
-  const auto units = Units(5, 8);
-  for (const int n : {1, 2, 3, 4, 8, 16, 64}) {
-    for (const int replicas : {1, 2, 3}) {
-      const auto assignment = PlanAssignment(units, Servers(n), replicas, {});
-      std::map<UnitId, int> copies;
-      size_t least = units.size() * replicas, most = 0;
-      for (const auto& [server, list] : assignment) {
-        EXPECT_EQ(std::set<UnitId>(list.begin(), list.end()).size(), list.size());
-        least = std::min(least, list.size());
-        most = std::max(most, list.size());
-        for (const UnitId unit : list) ++copies[unit];
-      }
-      EXPECT_EQ(copies.size(), units.size());
-      for (const auto& [unit, count] : copies) EXPECT_EQ(count, std::min(n, replicas));
-      EXPECT_LE(most - least, 1u) << n << " servers, " << replicas << " replicas";
-    }
-  }
-}
-
-TEST(PlanAssignment, LostServerMovesOnlyItsOwnUnits) {
-  const auto units = Units(7, 8);
-  const auto before = PlanAssignment(units, Servers(4), 1, {});
-  std::vector<NodeId> rest = {NodeId{1}, NodeId{2}, NodeId{4}, NodeId{9}};
-  const auto after = PlanAssignment(units, rest, 1, before);
-  for (const uint64_t kept : {1, 2, 4}) {
-    for (const UnitId unit : before.at(NodeId{kept})) {
-      EXPECT_EQ(std::count(after.at(NodeId{kept}).begin(), after.at(NodeId{kept}).end(), unit), 1);
-    }
-  }
-  EXPECT_EQ(after.at(NodeId{9}), before.at(NodeId{3}));  // the newcomer is the emptiest
-}
-
-TEST(PlanAssignment, NoServerHostsNothing) { EXPECT_TRUE(PlanAssignment(Units(1, 8), {}, 1, {}).empty()); }
-
 TEST(PlacementTable, AllRoutersChooseTheSameReplica) {
   std::map<UnitId, PlacementTable::Replicas> units;
-  for (const UnitId unit : Units(20, 8)) units[unit] = Servers(3);
+  for (const UnitId unit : Units(20, 8)) units[unit] = {Servers(3), {}};
   const PlacementTable a({1, 1}, units), b({1, 2}, units);
   std::map<NodeId, int> chosen;
   for (const UnitId unit : Units(20, 8)) {
     const auto all = [](NodeId) { return true; };
-    ASSERT_EQ(a.Choose(unit, all), b.Choose(unit, all));
-    ++chosen[*a.Choose(unit, all)];
-    const NodeId first = *a.Choose(unit, all);
-    EXPECT_NE(a.Choose(unit, [&](NodeId server) { return server != first; }), first);
-    EXPECT_EQ(a.Choose(unit, [](NodeId) { return false; }), std::nullopt);
+    ASSERT_EQ(a.Choose(unit, 0, all), b.Choose(unit, 0, all));
+    ++chosen[*a.Choose(unit, 0, all)];
+    const NodeId first = *a.Choose(unit, 0, all);
+    EXPECT_NE(a.Choose(unit, 0, [&](NodeId server) { return server != first; }), first);
+    EXPECT_EQ(a.Choose(unit, 0, [](NodeId) { return false; }), std::nullopt);
   }
   for (const auto& [server, count] : chosen) EXPECT_GT(count, 160 / 6) << "units should spread";
 }
 
-TEST(PlacementTable, CountsUnitsWithoutServer) {
-  const PlacementTable table({1, 1}, {{{0, 0}, {}}, {{0, 1}, {NodeId{3}}}});
+TEST(PlacementTable, SharesRowsOutByWeights) {
+  const PlacementTable table({1, 1}, {{{0, 0}, {Servers(3), {0.25f, 0, 0.75f}}}, {{0, 1}, {Servers(2), {0, 1}}}});
+  EXPECT_TRUE(table.Split({0, 0}));
+  EXPECT_FALSE(table.Split({0, 1}));
+  const auto all = [](NodeId) { return true; };
+  EXPECT_EQ(table.Choose({0, 0}, 0.2f, all), NodeId{1});
+  EXPECT_EQ(table.Choose({0, 0}, 0.3f, all), NodeId{3});
+  for (const float draw : {0.0f, 0.5f, 0.999f}) EXPECT_EQ(table.Choose({0, 1}, draw, all), NodeId{2});
+  // Who is not usable is stood in for, by one with weight zero too.
+  EXPECT_EQ(table.Choose({0, 1}, 0.5f, [](NodeId server) { return server != NodeId{2}; }), NodeId{1});
+}
+
+TEST(PlacementTable, KnowsWhetherEveryUnitIsServed) {
+  const PlacementTable table({1, 1}, {{{0, 0}, {}}, {{0, 1}, {{NodeId{3}}, {}}}});
   EXPECT_FALSE(table.Served([](NodeId) { return true; }));
   EXPECT_TRUE(table.Servers({5, 5}).empty());
 }
