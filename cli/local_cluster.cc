@@ -97,7 +97,6 @@ absl::StatusOr<Url> LocalCluster::Start(int stop_fd) {
     for (int i = 0; i < count && status.ok(); ++i) status = Add(role);
     return status;
   };
-  // Routers wait for so many expert servers, which are not there yet.
   for (int i = 0; i < flags_.routers; ++i) {
     MK_RETURN_IF_ERROR(Add(ROLE_ROUTER));
     MK_ASSIGN_OR_RETURN(const std::string address,
@@ -146,9 +145,11 @@ absl::Status LocalCluster::Add(Role role) {
 
 std::vector<std::string> LocalCluster::ArgumentsOf(const Member& member) const {
   switch (member.info.role()) {
-    case ROLE_ROUTER:
-      return RouterArguments(flags_, addresses_,
-                             named_[ROLE_EXPERT] == 0 ? flags_.experts : Staying(ROLE_EXPERT));
+    case ROLE_ROUTER: {
+      // The first routers are there before the expert servers for which they wait.
+      const int experts = named_[ROLE_EXPERT] == 0 ? flags_.experts : Staying(ROLE_EXPERT);
+      return RouterArguments(flags_, addresses_, std::max(experts, flags_.replicas));
+    }
     case ROLE_EXPERT:
       return ExpertArguments(flags_, addresses_, member.cpus);
     case ROLE_ATTENTION:
