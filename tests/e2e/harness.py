@@ -39,10 +39,10 @@ def golden(name):
 class Cluster:
     """`minke up` (or serve) as a child process; ready when constructed."""
 
-    def __init__(self, path, *flags, verb="up", timeout=60, wait=True):
+    def __init__(self, path, *flags, verb="up", timeout=60, wait=True, port=0):
         self.lines = []
         self.url = None
-        self.process = subprocess.Popen([MINKE, verb, path, "--port", "0", *flags], stderr=subprocess.PIPE,
+        self.process = subprocess.Popen([MINKE, verb, path, "--port", str(port), *flags], stderr=subprocess.PIPE,
                                         stdout=subprocess.DEVNULL, text=True, errors="replace")
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
