@@ -9,6 +9,7 @@
 #include "cli/checkpoint_command.h"
 #include "cli/demo_command.h"
 #include "cli/plan_command.h"
+#include "cli/scale_command.h"
 #include "cli/up_command.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
@@ -43,6 +44,14 @@ int main(int argc, char** argv) {
   CLI::App* serve = app.add_subcommand("serve", "all roles in one process");
   cli::AddServeFlags(*serve, serve_flags);
   serve->callback([&] { exit_code = Finish(cli::RunServe(serve_flags, nullptr)); });
+
+  cli::ScaleFlags scale_flags;
+  CLI::App* scale = app.add_subcommand("scale", "more or fewer processes of a running minke up");
+  cli::AddScaleFlags(*scale, scale_flags);
+  scale->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::RunScale(scale_flags, std::cout));
+  });
 
   cli::DemoFlags demo_flags;
   CLI::App* demo = app.add_subcommand("demo", "start a cluster on a small model and stream a completion");

@@ -46,52 +46,60 @@ absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
   return Child{name, pid, reports ? report[0] : -1};
 }
 
+absl::StatusOr<std::optional<std::string>> TakeReport(Child& child) {
+  while (child.report.empty() || child.report.back() != '\n') {
+    pollfd fd{child.report_fd, POLLIN, 0};
+    if (::poll(&fd, 1, 0) <= 0) return std::nullopt;
+    char buffer[256];
+    const ssize_t n = ::read(child.report_fd, buffer, sizeof buffer);
+    if (n <= 0) return absl::UnavailableError(StrCat(child.name, " ended before it could serve"));
+    child.report.append(buffer, n);
+  }
+  child.report.pop_back();
+  ::close(child.report_fd);
+  child.report_fd = -1;
+  return child.report;
+}
+
 absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd) {
   const absl::Time limit = absl::Now() + timeout;
-  std::string line;
-  while (line.empty() || line.back() != '\n') {
-    pollfd fds[] = {{child.report_fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
+  while (true) {
+    MK_ASSIGN_OR_RETURN(const std::optional<std::string> report, TakeReport(child));
+    if (report.has_value()) return *report;
     const int64_t left_ms = absl::ToInt64Milliseconds(limit - absl::Now());
     if (left_ms <= 0)
       return absl::DeadlineExceededError(
           StrCat(child.name, ": expected it to listen by now, found it silent"));
-    if (::poll(fds, 2, static_cast<int>(left_ms)) < 0 && errno != EINTR) break;
-    if (fds[1].revents != 0) return absl::CancelledError("stopped");
-    if (fds[0].revents == 0) continue;
-    char buffer[256];
-    const ssize_t n = ::read(child.report_fd, buffer, sizeof buffer);
-    if (n <= 0) return absl::UnavailableError(StrCat(child.name, " ended before it could serve"));
-    line.append(buffer, n);
+    pollfd fds[] = {{child.report_fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
+    if (::poll(fds, 2, static_cast<int>(left_ms)) > 0 && fds[1].revents != 0)
+      return absl::CancelledError("stopped");
   }
-  line.pop_back();
-  ::close(child.report_fd);
-  child.report_fd = -1;
-  return line;
 }
 
-void StopAll(std::vector<Child>& children, absl::Duration grace) {
-  for (const Child& child : children) {
-    if (!child.ended) ::kill(child.pid, SIGINT);
+void StopAll(std::span<Child* const> children, absl::Duration grace) {
+  for (const Child* child : children) {
+    if (!child->ended) ::kill(child->pid, SIGINT);
   }
   const absl::Time limit = absl::Now() + grace;
   bool killed = false;
   while (true) {
     bool left = false;
-    for (Child& child : children) {
-      if (!child.ended && ::waitpid(child.pid, nullptr, WNOHANG) != 0) child.ended = true;
-      left |= !child.ended;
+    for (Child* child : children) {
+      if (!child->ended && ::waitpid(child->pid, nullptr, WNOHANG) != 0) child->ended = true;
+      left |= !child->ended;
     }
     if (!left) break;
     if (absl::Now() > limit && !killed) {
-      for (const Child& child : children) {
-        if (!child.ended) ::kill(child.pid, SIGKILL);  // also ends a stopped one
+      for (const Child* child : children) {
+        if (!child->ended) ::kill(child->pid, SIGKILL);  // also ends a stopped one
       }
       killed = true;
     }
     absl::SleepFor(absl::Milliseconds(10));
   }
-  for (Child& child : children) {
-    if (child.report_fd >= 0) ::close(child.report_fd);
+  for (Child* child : children) {
+    if (child->report_fd >= 0) ::close(child->report_fd);
+    child->report_fd = -1;
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <sys/types.h>
 
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,21 +17,26 @@ struct Child {
   std::string name;  // "expert 1"
   pid_t pid = -1;
   int report_fd = -1;  // read end; the child writes one line once it listens
+  std::string report;  // what of the line has come
   bool ended = false;
 };
 
-// Starts `program` with `arguments` and "--report-fd N". The child gets SIGKILL when this thread's process
-// dies, however it dies, and signals of the terminal do not reach it directly. reports: false for a program
-// that is not ours, which gets no such flag and whose report_fd is -1.
+// Starts `program` with `arguments` and "--report-fd N". The child gets SIGKILL when the calling thread ends,
+// as with its process, however that dies (so a process that goes on starts children on its main thread only),
+// and signals of the terminal do not reach it directly. reports: false for a program that is not ours, which
+// gets no such flag and whose report_fd is -1.
 absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
                             std::vector<std::string> arguments, bool reports = true);
 
-// The line the child reports. UNAVAILABLE if it ends or says nothing before `timeout`, or `stop_fd` becomes
-// readable.
+// The line the child reports, if it has by now; then its report_fd is closed. UNAVAILABLE if it ends without.
+absl::StatusOr<std::optional<std::string>> TakeReport(Child& child);
+
+// The same, waiting. UNAVAILABLE if it ends, DEADLINE_EXCEEDED if it says nothing before `timeout`, CANCELLED
+// if `stop_fd` becomes readable.
 absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd);
 
 // SIGINT to all (stop without draining), SIGKILL to those left after `grace`; reaps them.
-void StopAll(std::vector<Child>& children, absl::Duration grace);
+void StopAll(std::span<Child* const> children, absl::Duration grace);
 
 // Folder of the running program.
 std::string ProgramDirectory();

@@ -96,12 +96,14 @@ class Gateway::Impl {
     });
     const GenerateContext context{&model_, pool_.get(), &counters_, options_.silence_max};
     const auto not_ready_reason = [this] { return NotReadyReason(); };
-    handler_ = std::make_unique<OpenAiHandler>(OpenAiHandler::Options{
-        context, &admission_, keys, not_ready_reason, static_cast<int64_t>(std::time(nullptr))});
+    const auto refusal_reason = [this] { return RefusalReason(); };
+    handler_ = std::make_unique<OpenAiHandler>(
+        OpenAiHandler::Options{context, &admission_, keys, not_ready_reason, refusal_reason,
+                               static_cast<int64_t>(std::time(nullptr))});
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
-      MK_ASSIGN_OR_RETURN(
-          grpc, GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, not_ready_reason}));
+      MK_ASSIGN_OR_RETURN(grpc,
+                          GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, refusal_reason}));
     }
     MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, handler_.get()));
     {
@@ -132,6 +134,17 @@ class Gateway::Impl {
     return ready_ ? "" : reason_;
   }
 
+  // Why a new request is not taken; empty: it is. While a router is started again, or the units of a lost
+  // expert server are loaded, the cluster is not ready, but will be in a moment.
+  std::string RefusalReason() const {
+    const std::lock_guard lock(mutex_);
+    if (ready_) return "";
+    const bool cluster_is_missing = !view_ready_ || !pool_connected_;
+    const bool waits =
+        was_ready_ && std::chrono::steady_clock::now() - unready_since_ < options_.unready_wait;
+    return cluster_is_missing && waits ? "" : reason_;
+  }
+
   void Shutdown(std::chrono::milliseconds grace) {
     const auto deadline = std::chrono::steady_clock::now() + grace;
     if (http_ != nullptr) http_->Shutdown(grace);
@@ -155,6 +168,8 @@ class Gateway::Impl {
     reason_ = view_ready_ ? "no connection to a ready attention node" : view_reason_;
     if (grpc_ != nullptr) grpc_->SetServing(ready);
     if (std::exchange(ready_, ready) == ready) return;
+    was_ready_ = true;
+    unready_since_ = std::chrono::steady_clock::now();
     if (ready) {
       log::Info(kTag, StrCat("ready http://", HostOf(options_.http.listen), ":",
                              http_ == nullptr ? 0 : http_->port()));
@@ -171,10 +186,12 @@ class Gateway::Impl {
   Admission admission_;
   std::atomic<bool> pool_connected_{false};
   mutable std::mutex mutex_;
-  bool view_ready_ = false;                             // guarded by mutex_
-  std::string view_reason_ = "waiting for the router";  // guarded by mutex_
-  bool ready_ = false;                                  // guarded by mutex_
-  std::string reason_ = "waiting for the router";       // guarded by mutex_
+  bool view_ready_ = false;                              // guarded by mutex_
+  std::string view_reason_ = "waiting for the router";   // guarded by mutex_
+  bool ready_ = false;                                   // guarded by mutex_
+  bool was_ready_ = false;                               // guarded by mutex_
+  std::chrono::steady_clock::time_point unready_since_;  // guarded by mutex_; while !ready_ && was_ready_
+  std::string reason_ = "waiting for the router";        // guarded by mutex_
   // Destroyed bottom up: the servers first, then the pool they use.
   std::unique_ptr<AttentionPool> pool_;
   std::unique_ptr<OpenAiHandler> handler_;

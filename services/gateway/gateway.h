@@ -26,6 +26,9 @@ struct GatewayOptions {
   std::string api_key_file;                        // one key per line, # comments; empty: everybody may call
   int64_t sequences_max = 4096;                    // running and waiting at once (choices count); above: 429
   std::chrono::milliseconds silence_max{600'000};  // a request none of whose sequences moves for so long: 503
+  // New requests wait as long for a cluster that was ready and no longer is, as those aboard do; then 503. 0:
+  // not at all.
+  std::chrono::milliseconds unready_wait{0};
   AttentionPoolOptions attention;
 };
 

@@ -138,6 +138,32 @@ TEST_F(GatewayFailover, NodeThatDoesNotComeBackFailsWith503) {
   EXPECT_EQ(Get("/health").status, 503);
 }
 
+// A router that starts again knows nobody at first.
+TEST_F(GatewayFailover, RequestsWaitForAClusterThatWasReady) {
+  options_.unready_wait = std::chrono::minutes(1);
+  Start(1, "0123456789");
+  gateway_->UpdateView({});
+  ASSERT_TRUE(Eventually([this] { return Get("/health").status == 503; }));
+  TestClient client(gateway_->port());
+  client.Request("POST", kCompletions,
+                 json({{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}, {"stream", true}}).dump());
+  ASSERT_TRUE(Eventually([this] { return gateway_->active_sequences() == 1; }));
+  EXPECT_EQ(nodes_[0]->submits(), 0);
+  SendView();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+}
+
+TEST_F(GatewayFailover, RequestsAreRefusedWhenTheClusterWasAwayForLong) {
+  options_.unready_wait = std::chrono::milliseconds(50);
+  Start(1);
+  SendView(false);
+  EXPECT_TRUE(Eventually([this] {
+    const auto answer = Post(kCompletions, {{"prompt", "x"}});
+    return answer.status == 503 && answer.code() == "not_ready";
+  }));
+}
+
 TEST_F(GatewayFailover, NodeThatLeftTheViewHandsItsSequencesOver) {
   options_.attention.absent_grace = std::chrono::milliseconds(10);
   Start(2, "0123456789");

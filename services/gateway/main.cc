@@ -28,6 +28,11 @@ int main(int argc, char** argv) {
   app.add_option("--requests-max", options.sequences_max, "sequences held at once; above: 429")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  int unavailable_after_s = 60;
+  app.add_option("--unavailable-after-s", unavailable_after_s,
+                 "how long a request waits for attention nodes, or for a cluster that was ready and is not")
+      ->check(CLI::Range(1, 3600))
+      ->capture_default_str();
   app.add_option("--model-name", model_name, "name in the API (default: the checkpoint folder's)");
   app.add_option("--chat-template", chat_template)
       ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
@@ -43,6 +48,7 @@ int main(int argc, char** argv) {
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
+  options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
   auto gateway = gateway::Gateway::Create(options, *std::move(model));
   if (!gateway.ok()) return fail(gateway.status());
   cluster::v1::MemberReport report;

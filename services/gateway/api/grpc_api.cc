@@ -114,7 +114,7 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
       return refuse(
           {404, StrCat("the model does not exist; this server has \"", model.name, "\""), "model", "", 0});
     }
-    if (const std::string reason = options_.not_ready_reason(); !reason.empty()) {
+    if (const std::string reason = options_.refusal_reason(); !reason.empty()) {
       return refuse({503, StrCat("not ready: ", reason), "", "", 0});
     }
     GenerateReactor::Request generate;

@@ -20,7 +20,7 @@ class GrpcApi {
     GenerateContext context;
     Admission* admission = nullptr;
     ApiKeys keys;
-    std::function<std::string()> not_ready_reason;  // empty: ready
+    std::function<std::string()> refusal_reason;  // why a new request is not taken; empty: it is
   };
   // FAILED_PRECONDITION: the address cannot be listened on.
   static absl::StatusOr<std::unique_ptr<GrpcApi>> Start(Options options);

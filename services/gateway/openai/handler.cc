@@ -51,7 +51,7 @@ std::unique_ptr<Exchange> OpenAiHandler::HandleHead(const HttpRequest& head) {
                  "invalid_api_key");
   }
   if (IsGenerate(head.path) && head.method == "POST") {
-    const std::string reason = options_.not_ready_reason();
+    const std::string reason = options_.refusal_reason();
     if (reason.empty()) return nullptr;
     return std::make_unique<ImmediateExchange>(
         ApiError{503, StrCat("not ready: ", reason), "", "not_ready", 1});

@@ -18,9 +18,9 @@ class OpenAiHandler final : public HttpHandler {
     GenerateContext context;
     Admission* admission = nullptr;
     ApiKeys keys;
-    // Why requests cannot be served now; empty: they can.
-    std::function<std::string()> not_ready_reason;
-    int64_t started_at = 0;  // Unix seconds, the model's "created"
+    std::function<std::string()> not_ready_reason;  // what /health says; empty: ready
+    std::function<std::string()> refusal_reason;    // why a new request is not taken; empty: it is
+    int64_t started_at = 0;                         // Unix seconds, the model's "created"
   };
   explicit OpenAiHandler(Options options) : options_(std::move(options)) {}
 

@@ -1,0 +1,87 @@
+#include "cli/role_arguments.h"
+
+#include "libs/base/strings.h"
+
+namespace minke::cli {
+namespace {
+
+using Arguments = std::vector<std::string>;
+
+Arguments Join(std::initializer_list<Arguments> parts) {
+  Arguments all;
+  for (const Arguments& part : parts) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+Arguments Common(const UpFlags& flags) {
+  return {"--checkpoint=" + flags.checkpoint, "--precision=" + flags.precision,
+          "--log-level=" + flags.log_level};
+}
+
+Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses) {
+  return {"--cluster-secret-file=" + addresses.secret_file, "--transport=" + flags.transport,
+          "--poll=" + flags.poll, StrCat("--heartbeat-ms=", flags.heartbeat_ms), "--device=" + flags.device};
+}
+
+Arguments EtcdRegistry(const UpFlags& flags, const LocalAddresses& addresses) {
+  return {"--registry=etcd", "--etcd=" + addresses.etcd, "--cluster=" + flags.cluster};
+}
+
+// Of all but routers.
+Arguments Registry(const UpFlags& flags, const LocalAddresses& addresses) {
+  return addresses.etcd.empty() ? Arguments{"--router=" + addresses.router} : EtcdRegistry(flags, addresses);
+}
+
+// Not `--cpus=`: an empty value would be taken from the next argument. So below.
+Arguments Unless(const std::string& value, const std::string& flag) {
+  return value.empty() ? Arguments{} : Arguments{flag + value};
+}
+
+}  // namespace
+
+Arguments RouterArguments(const UpFlags& flags, const LocalAddresses& addresses, int experts) {
+  return Join({Common(flags),
+               DataPlane(flags, addresses),
+               addresses.etcd.empty() ? Arguments{} : EtcdRegistry(flags, addresses),
+               Unless(addresses.router, "--listen="),
+               {StrCat("--threads=", flags.threads), StrCat("--experts=", experts),
+                StrCat("--replicas=", flags.replicas)}});
+}
+
+Arguments ExpertArguments(const UpFlags& flags, const LocalAddresses& addresses, const std::string& cpus) {
+  return Join({Common(flags),
+               DataPlane(flags, addresses),
+               Registry(flags, addresses),
+               Unless(cpus, "--cpus="),
+               {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format}});
+}
+
+Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& addresses, const std::string& cpus,
+                             bool trace) {
+  const int threads = flags.attention_threads > 0 ? flags.attention_threads : flags.threads;
+  return Join(
+      {Common(flags),
+       DataPlane(flags, addresses),
+       Registry(flags, addresses),
+       Unless(cpus, "--cpus="),
+       {StrCat("--threads=", threads), "--routing=" + flags.routing, "--microbatches=" + flags.microbatches,
+        "--mla=" + flags.mla, StrCat("--cache-mib=", flags.cache_mib), "--prefix-cache=" + flags.prefix_cache,
+        StrCat("--step-tokens=", flags.step_tokens), StrCat("--sequences=", flags.sequences),
+        StrCat("--decode-stretch=", flags.decode_stretch), StrCat("--waiting=", flags.waiting),
+        StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
+       trace && !flags.trace_file.empty()
+           ? Arguments{"--trace-file=" + flags.trace_file, StrCat("--trace-steps=", flags.trace_steps)}
+           : Arguments{}});
+}
+
+Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses) {
+  return Join({Common(flags),
+               Registry(flags, addresses),
+               {"--http-listen=" + addresses.http, StrCat("--body-max-bytes=", flags.body_max_bytes),
+                "--chat-template=" + flags.chat_template,
+                StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
+               Unless(flags.model_name, "--model-name="),
+               Unless(flags.api_key_file, "--api-key-file=")});
+}
+
+}  // namespace minke::cli

@@ -1,0 +1,162 @@
+#include "cli/up_flags.h"
+
+#include <CLI/CLI.hpp>
+
+#include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/etcd/server_command.h"
+#include "libs/model/checkpoint.h"
+#include "libs/node/node.h"
+#include "services/experts/expert_service.h"
+
+namespace minke::cli {
+namespace {
+
+void AddSharedFlags(CLI::App& app, UpFlags& f) {
+  app.add_option("CHECKPOINT", f.checkpoint, "checkpoint folder")->required();
+  app.add_option("--host", f.host, "address of the HTTP API")->capture_default_str();
+  app.add_option("--port", f.port, "port of the HTTP API; 0: a free one")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  app.add_option("--precision", f.precision)->check(CLI::IsMember({"exact", "bf16"}))->capture_default_str();
+  app.add_option("--device", f.device)->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
+  app.add_option("--routing", f.routing, "who gates rows")
+      ->check(CLI::IsMember({"remote", "local"}))
+      ->capture_default_str();
+  app.add_option("--microbatches", f.microbatches)
+      ->check(CLI::IsMember({"auto", "1", "2", "3", "4", "5", "6", "7", "8"}))
+      ->capture_default_str();
+  app.add_option("--mla", f.mla)->check(CLI::IsMember({"auto", "absorbed", "naive"}))->capture_default_str();
+  app.add_option("--threads", f.threads, "compute threads of each service; 0: all cores")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option("--model-name", f.model_name, "name in the API (default: the checkpoint folder's)");
+  app.add_option("--chat-template", f.chat_template)
+      ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
+      ->capture_default_str();
+  app.add_option("--api-key-file", f.api_key_file, "keys that may call the API, one per line");
+  app.add_option("--body-max-bytes", f.body_max_bytes, "largest request body")
+      ->check(CLI::Range(int64_t{1024}, int64_t{1} << 32))
+      ->capture_default_str();
+  app.add_option("--cache-mib", f.cache_mib, "latent cache of each attention node")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--prefix-cache", f.prefix_cache,
+                 "reuse of latent cache pages by requests that begin the same")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
+  app.add_option("--step-tokens", f.step_tokens, "rows of one step")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--decode-stretch", f.decode_stretch,
+                 "while others decode, a lone prompt may make a step take so many times as long; 0: no limit")
+      ->check(CLI::Range(0.0, 1000.0))
+      ->capture_default_str();
+  app.add_option("--sequences", f.sequences, "sequences running at once, per attention node")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--experts-format", f.experts_format,
+                 "routed experts in GPU memory; fp8: half the bytes, each weight rounded")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
+  app.add_option("--waiting", f.waiting, "requests waiting, per attention node")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--trace-file", f.trace_file,
+                 "write where the time of the first steps goes, for ui.perfetto.dev (first attention node)");
+  app.add_option("--trace-steps", f.trace_steps, "steps of the trace")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  app.add_option("--unavailable-after-s", f.unavailable_after_s,
+                 "how long a request waits for unreachable experts")
+      ->check(CLI::Range(1, 3600))
+      ->capture_default_str();
+  app.add_option("--log-level", f.log_level)
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
+}
+
+}  // namespace
+
+void AddUpFlags(CLI::App& app, UpFlags& f) {
+  AddSharedFlags(app, f);
+  app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
+  app.add_option("--attention", f.attention, "attention nodes")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  app.add_option("--routers", f.routers, "routers")->check(CLI::Range(1, 64))->capture_default_str();
+  app.add_option("--replicas", f.replicas, "servers per (layer, group)")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_flag("--supervise", f.supervise, "start what dies again");
+  app.add_option("--attention-threads", f.attention_threads,
+                 "compute threads of an attention node; 0: as --threads")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option(
+         "--numa", f.numa,
+         "auto: where the host has several NUMA nodes, servers take turns on them; off: they run anywhere")
+      ->check(CLI::IsMember({"auto", "off"}))
+      ->capture_default_str();
+  app.add_option("--registry", f.registry,
+                 "where membership lives: in the router, or in etcd (default: etcd with several routers, "
+                 "else static)")
+      ->check(CLI::IsMember({"static", "etcd"}));
+  app.add_option("--etcd", f.etcd, "HOST:PORT[,HOST:PORT...] of a running etcd (default: one of its own)");
+  app.add_option("--cluster", f.cluster, "name of the cluster in that etcd")->capture_default_str();
+  app.add_option("--transport", f.transport)
+      ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))
+      ->capture_default_str();
+  app.add_option("--poll", f.poll)
+      ->check(CLI::IsMember({"adaptive", "spin", "block"}))
+      ->capture_default_str();
+  app.add_option("--heartbeat-ms", f.heartbeat_ms)->check(CLI::Range(10, 60000))->capture_default_str();
+}
+
+void AddServeFlags(CLI::App& app, UpFlags& flags) { AddSharedFlags(app, flags); }
+
+Precision PrecisionOf(const UpFlags& flags) {
+  return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
+}
+
+bool UsesEtcd(const UpFlags& flags) {
+  return flags.registry == "etcd" || (flags.registry.empty() && (flags.routers > 1 || !flags.etcd.empty()));
+}
+
+bool FP8Experts(const UpFlags& flags) { return flags.experts_format == "fp8"; }
+
+// What --device comes to, if it can have the precision and the experts' format.
+absl::StatusOr<Device> DeviceOf(const UpFlags& flags) {
+  MK_ASSIGN_OR_RETURN(const Device device, node::ChooseDevice(flags.device, PrecisionOf(flags)));
+  MK_RETURN_IF_ERROR(experts::CheckBackendOptions(
+      {.device = device,
+       .format = FP8Experts(flags) ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16,
+       .precision = PrecisionOf(flags)}));
+  return device;
+}
+
+absl::Status Validate(const UpFlags& flags) {
+  if (flags.routers > 1 && flags.registry == "static") {
+    return absl::InvalidArgumentError(StrCat("--routers: expected 1 with --registry=static, found ",
+                                             flags.routers, ": several routers need --registry=etcd"));
+  }
+  if (UsesEtcd(flags)) {
+    if (flags.etcd.empty()) {
+      MK_RETURN_IF_ERROR(etcd::FindServer().status());
+    } else {
+      MK_RETURN_IF_ERROR(
+          node::ToRegistryAddress({.registry = "etcd", .etcd = flags.etcd, .cluster = flags.cluster})
+              .status());
+    }
+  } else if (!flags.etcd.empty()) {
+    return absl::InvalidArgumentError("--etcd: expected --registry=etcd beside it, found --registry=static");
+  }
+  if (flags.replicas > flags.experts) {
+    return absl::InvalidArgumentError(
+        StrCat("--replicas: expected at most --experts (", flags.experts, "), found ", flags.replicas));
+  }
+  MK_RETURN_IF_ERROR(DeviceOf(flags).status());
+  return Checkpoint::Open(flags.checkpoint).status();
+}
+
+}  // namespace minke::cli
