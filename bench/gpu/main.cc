@@ -252,7 +252,7 @@ void RunAll(Bench& bench) {
     std::snprintf(name, sizeof(name), "MLA decode, %d heads, B=%d, context %d%s%s", c.heads, c.batch,
                   c.context, c.ragged ? " ragged" : "",
                   c.queries > 1 ? (", " + std::to_string(c.queries) + " queries").c_str() : "");
-    each(name, {1, 2, 3}, [&](int variant, cuda::Path path, const std::string& work) {
+    each(name, {1}, [&](int variant, cuda::Path path, const std::string& work) {
       return RunDecode(bench, c, variant, path, work);
     });
   }

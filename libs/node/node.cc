@@ -156,7 +156,7 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
 }
 
 absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precision) {
-  if (device != "cuda") return Device::kCpu;
+  if (device == "cpu" || (device == "auto" && precision == Precision::kExact)) return Device::kCpu;
   if (precision == Precision::kExact) {
     return absl::InvalidArgumentError("--device: expected cpu with --precision=exact, found cuda");
   }
@@ -167,6 +167,7 @@ absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precisi
 #else
   const std::string reason = "this build has no CUDA backend";
 #endif
+  if (device == "auto") return Device::kCpu;
   return absl::FailedPreconditionError(StrCat("--device: expected cpu or auto, found cuda: ", reason));
 }
 

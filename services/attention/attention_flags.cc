@@ -105,6 +105,7 @@ std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
       counter("attention_split_steps_total", "Steps computed in more than one microbatch", s.split_steps),
       counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
       counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
+      counter("attention_hedged_rows_total", "(row, group) pairs asked of a second replica", s.hedged_rows),
       counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),
       counter("attention_duplicate_rows_total", "(row, group) answers that were there already",
               s.duplicate_rows),

@@ -19,6 +19,9 @@ namespace minke::attention {
 namespace {
 
 constexpr absl::Duration kAskTimeout = absl::Seconds(10);
+// A node that drains stays so long after its last work: gateways may not know yet that it leaves, and a node
+// that has just been given one of its sequences asks for the pages next.
+constexpr absl::Duration kDrainLinger = absl::Seconds(1);
 
 // Whether the node's weights are on one GPU as another node wants them.
 bool HasWeightsToGive(const AttentionServiceOptions& o) {
@@ -29,6 +32,16 @@ WeightsIdentity IdentityOf(const Checkpoint& checkpoint, const AttentionServiceO
   return {.model_fingerprint = absl::StrFormat("%016x", checkpoint.fingerprint()),
           .precision = std::string(ToString(o.precision)),
           .plan_checksum = HasWeightsToGive(o) ? WeightsChecksum(checkpoint.config()) : 0};
+}
+
+// Those that stay, if there are any.
+std::map<NodeId, std::string> RoutersOf(const cluster::v1::ClusterView& view) {
+  std::map<NodeId, std::string> staying, all = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER);
+  for (const cluster::v1::Member& member : view.members()) {
+    const auto router = all.find(NodeId{member.node_id()});
+    if (router != all.end() && !member.draining()) staying.insert(*router);
+  }
+  return staying.empty() ? all : staying;
 }
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<const Checkpoint>& checkpoint,
@@ -131,7 +144,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
       return member.role() == cluster::v1::ROLE_EXPERT &&
              rpc::HostOf(member.rpc_address()) != rpc::HostOf(raw->self_.rpc_address());
     });
-    raw->engine_->UpdateCluster({.routers = cluster::DataAddresses(view, cluster::v1::ROLE_ROUTER),
+    raw->engine_->UpdateCluster({.routers = RoutersOf(view),
                                  .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
                                  .experts_elsewhere = elsewhere,
                                  .placement = std::make_shared<router::PlacementTable>(
@@ -140,17 +153,36 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->client_ = registry::Join(o.registry, report, on_update, o.on_refused);
   service->watch_thread_ = std::thread([raw = service.get(), report]() mutable {
     while (!raw->stop_.load()) {
-      const bool ready = raw->engine_->status().connected;
+      const bool ready = raw->engine_->status().connected, draining = raw->draining_.load();
       report.mutable_member()->set_ready(ready);
+      report.mutable_member()->set_draining(draining);
       report.mutable_member()->set_detail(ready ? "" : "connecting to the data plane");
       raw->client_->SetReport(report);
-      raw->server_->SetServing(ready);
+      raw->server_->SetServing(ready && !draining);
       absl::SleepFor(absl::Milliseconds(20));
     }
   });
   log::Info("attention", StrCat("serving rpc=", service->self_.rpc_address(),
                                 " cache_pages=", service->engine_->status().pages_total));
   return service;
+}
+
+absl::Status AttentionService::Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up) {
+  draining_.store(true);
+  absl::Time busy = absl::Now();
+  const absl::Time end = busy + limit;
+  while (true) {
+    absl::SleepFor(absl::Milliseconds(20));
+    if (give_up()) return absl::CancelledError("asked to stop at once");
+    const absl::Time now = absl::Now();
+    const EngineStatus status = engine_->status();
+    if (status.running + status.waiting > 0) busy = now;
+    if (now - busy >= kDrainLinger) return absl::OkStatus();
+    if (now > end) {
+      return absl::DeadlineExceededError(StrCat("after ", absl::FormatDuration(limit),
+                                                " running=", status.running, " waiting=", status.waiting));
+    }
+  }
 }
 
 AttentionService::~AttentionService() {

@@ -7,7 +7,9 @@
 #include <string>
 #include <thread>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "libs/base/device.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
@@ -44,6 +46,10 @@ class AttentionService {
       std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<transport::Transport> transport,
       AttentionServiceOptions options);
   ~AttentionService();
+  // Reports that it is about to leave, so that gateways give it nothing new and move what it has to other
+  // nodes, and waits until nothing is left and nobody takes pages from here. DEADLINE_EXCEEDED after `limit`;
+  // CANCELLED when `give_up` is true. Destruction comes next.
+  absl::Status Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
   Engine& engine() { return *engine_; }
   const std::string& rpc_address() const { return self_.rpc_address(); }
 
@@ -60,7 +66,7 @@ class AttentionService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, watch_thread_;
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, draining_{false};
 };
 
 }  // namespace minke::attention

@@ -2,8 +2,10 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <csignal>
 
 #include "libs/base/log.h"
+#include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "services/attention/attention_flags.h"
 #include "services/attention/attention_service.h"
@@ -52,7 +54,11 @@ int main(int argc, char** argv) {
   auto metrics = node::ServeMetrics(flags, [&] { return attention::CollectMetrics((*service)->engine()); });
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, (*service)->rpc_address());
-  node::WaitForSignal();
+  if (node::WaitForSignal() == SIGTERM) {
+    log::Info("attention", "draining");
+    const absl::Status drained = (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);
+    if (!drained.ok()) log::Warning("attention", StrCat("left before it was drained: ", drained.message()));
+  }
   log::Info("attention", "stopping");
   metrics->reset();
   service->reset();

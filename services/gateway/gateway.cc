@@ -5,6 +5,7 @@
 #include <ctime>
 #include <filesystem>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,7 @@ namespace minke::gateway {
 namespace {
 
 constexpr char kTag[] = "gateway";
+constexpr std::chrono::milliseconds kDrainPeriod{20};
 
 std::string FolderName(const std::string& directory) {
   std::filesystem::path path = std::filesystem::absolute(directory).lexically_normal();
@@ -118,7 +120,7 @@ class Gateway::Impl {
     std::vector<AttentionNode> nodes;
     for (const cluster::v1::Member& member : view.members()) {
       if (member.role() == cluster::v1::ROLE_ATTENTION)
-        nodes.push_back({member.node_id(), member.rpc_address(), member.ready()});
+        nodes.push_back({member.node_id(), member.rpc_address(), member.ready(), member.draining()});
     }
     {
       const std::lock_guard lock(mutex_);
@@ -139,10 +141,19 @@ class Gateway::Impl {
   std::string RefusalReason() const {
     const std::lock_guard lock(mutex_);
     if (ready_) return "";
-    const bool cluster_is_missing = !view_ready_ || !pool_connected_;
+    const bool cluster_is_missing = !draining_ && (!view_ready_ || !pool_connected_);
     const bool waits =
         was_ready_ && std::chrono::steady_clock::now() - unready_since_ < options_.unready_wait;
     return cluster_is_missing && waits ? "" : reason_;
+  }
+
+  bool Drain(std::chrono::milliseconds limit, const std::function<bool()>& give_up) {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    draining_ = true;
+    Refresh();
+    while (admission_.active() > 0 && std::chrono::steady_clock::now() < deadline && !give_up())
+      std::this_thread::sleep_for(kDrainPeriod);
+    return admission_.active() == 0;
   }
 
   void Shutdown(std::chrono::milliseconds grace) {
@@ -164,8 +175,10 @@ class Gateway::Impl {
   // Recomputes readiness; says so when it changes.
   void Refresh() {
     const std::lock_guard lock(mutex_);
-    const bool ready = view_ready_ && pool_connected_;
-    reason_ = view_ready_ ? "no connection to a ready attention node" : view_reason_;
+    const bool ready = view_ready_ && pool_connected_ && !draining_;
+    reason_ = draining_     ? "the gateway is draining"
+              : view_ready_ ? "no connection to a ready attention node"
+                            : view_reason_;
     if (grpc_ != nullptr) grpc_->SetServing(ready);
     if (std::exchange(ready_, ready) == ready) return;
     was_ready_ = true;
@@ -184,7 +197,7 @@ class Gateway::Impl {
   const GatewayModel model_;
   GatewayCounters counters_;
   Admission admission_;
-  std::atomic<bool> pool_connected_{false};
+  std::atomic<bool> pool_connected_{false}, draining_{false};
   mutable std::mutex mutex_;
   bool view_ready_ = false;                              // guarded by mutex_
   std::string view_reason_ = "waiting for the router";   // guarded by mutex_
@@ -208,6 +221,9 @@ std::string Gateway::not_ready_reason() const { return impl_->NotReadyReason(); 
 const GatewayCounters& Gateway::counters() const { return impl_->counters(); }
 int64_t Gateway::active_sequences() const { return impl_->admission().active(); }
 int Gateway::connections() const { return impl_->http().connections(); }
+bool Gateway::Drain(std::chrono::milliseconds limit, const std::function<bool()>& give_up) {
+  return impl_->Drain(limit, give_up);
+}
 void Gateway::Shutdown(std::chrono::milliseconds grace) { impl_->Shutdown(grace); }
 
 absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options, GatewayModel model) {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -55,6 +56,9 @@ class Gateway {
   const GatewayCounters& counters() const;
   int64_t active_sequences() const;
   int connections() const;
+  // Refuses new requests with 503, as /health then says, and waits until the open ones have finished, `limit`
+  // has passed or `give_up` is true. Whether they finished; Shutdown comes next.
+  bool Drain(std::chrono::milliseconds limit, const std::function<bool()>& give_up);
   // Stops accepting, lets open requests finish until `grace` has passed, drops the rest. Idempotent.
   void Shutdown(std::chrono::milliseconds grace);
 

@@ -184,6 +184,77 @@ TEST_F(GatewayFailover, NodeThatLeftTheViewHandsItsSequencesOver) {
   EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
 }
 
+TEST_F(GatewayFailover, DrainingNodeHandsItsSequencesOverAtOnce) {
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(client, 7, {{"prompt", "x"}, {"max_tokens", 25}, {"seed", 3}});
+  EXPECT_EQ(client.ReadHead().status, 200);
+  std::string text;
+  for (int i = 0; i < 7; ++i)
+    text += json::parse(*client.ReadEvent())["choices"][0]["text"].get<std::string>();
+  SendView(true, static_cast<int>(first));
+  ASSERT_TRUE(Eventually([&] { return nodes_[1 - first]->active() == 1; }));
+  EXPECT_TRUE(Eventually([&] { return nodes_[first]->cancels() == 1; }));
+  const auto submit = nodes_[1 - first]->last_submit();
+  EXPECT_EQ(submit.generation(), 1u);
+  EXPECT_EQ(submit.generated_token_ids_size(), 7);
+  EXPECT_EQ(submit.pages_from(), first + 1);
+  EXPECT_EQ(gateway_->not_ready_reason(), "");
+  Release();
+  EXPECT_EQ(text + JoinText(ReadEvents(client)), "3456789012345678901234567");
+  EXPECT_EQ(gateway_->counters().migrations.load(), 1u);
+  EXPECT_EQ(gateway_->counters().resubmissions.load(), 0u);
+
+  const int before = nodes_[first]->submits();
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(Post(kCompletions, {{"prompt", "x"}}).status, 200);
+  EXPECT_EQ(nodes_[first]->submits(), before);  // nothing new for it
+}
+
+TEST_F(GatewayFailover, MigrationsAreNotLostSessions) {
+  options_.attention.lost_sessions_max = 1;
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  size_t on = StartHeld(client, 2, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  for (int i = 0; i < 4; ++i, on = 1 - on) {
+    SendView(true, static_cast<int>(on));
+    ASSERT_TRUE(Eventually([&] { return nodes_[1 - on]->active() == 1 && nodes_[on]->active() == 0; }));
+  }
+  EXPECT_EQ(nodes_[on]->last_submit().generation(), 4u);
+  Release();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+}
+
+TEST_F(GatewayFailover, SequencesOfTheOnlyNodeFinishWhileItDrains) {
+  Start(1, "0123456789");
+  TestClient client(gateway_->port());
+  StartHeld(client, 3, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  SendView(true, 0);
+  ASSERT_TRUE(Eventually([this] { return !gateway_->not_ready_reason().empty(); }));
+  EXPECT_EQ(Post(kCompletions, {{"prompt", "x"}}).status, 503);
+  EXPECT_EQ(nodes_[0]->cancels(), 0);
+  Release();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+  EXPECT_EQ(nodes_[0]->submits(), 1);
+}
+
+TEST_F(GatewayFailover, DrainingGatewayRefusesNewRequestsAndFinishesOpenOnes) {
+  Start(1, "0123456789");
+  TestClient client(gateway_->port());
+  StartHeld(client, 3, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  EXPECT_FALSE(gateway_->Drain(std::chrono::milliseconds(1), [] { return false; }));  // not in that time
+  EXPECT_FALSE(gateway_->Drain(std::chrono::minutes(1), [] { return true; }));        // told to stop
+  EXPECT_EQ(Get("/health").status, 503);
+  const auto refused = Post(kCompletions, {{"prompt", "x"}});
+  EXPECT_EQ(refused.status, 503);
+  EXPECT_THAT(refused.json()["error"]["message"].get<std::string>(), HasSubstr("draining"));
+  Release();
+  EXPECT_TRUE(gateway_->Drain(std::chrono::minutes(1), [] { return false; }));
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+}
+
 TEST_F(GatewayFailover, SilenceEndsARequest) {
   options_.silence_max = std::chrono::milliseconds(100);
   Start(1);

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <csignal>
 
 #include "absl/strings/str_format.h"
 #include "libs/base/log.h"
@@ -65,7 +66,14 @@ int main(int argc, char** argv) {
         ::_exit(1);  // refused for good: nothing here is worth an orderly end
       });
   node::ReportAddress(flags, StrCat((*gateway)->port()));
-  node::WaitForSignal();
+  if (node::WaitForSignal() == SIGTERM) {
+    log::Info("gateway", "draining");
+    report.mutable_member()->set_draining(true);
+    client->SetReport(report);
+    if (!(*gateway)->Drain(std::chrono::seconds(flags.drain_timeout_s), node::SignalPending))
+      log::Warning("gateway",
+                   StrCat("left before it was drained: open sequences=", (*gateway)->active_sequences()));
+  }
   log::Info("gateway", "stopping");
   (*gateway)->Shutdown(std::chrono::seconds(2));
   client.reset();

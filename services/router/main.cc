@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <csignal>
 
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
@@ -61,7 +62,10 @@ int main(int argc, char** argv) {
   auto metrics = node::ServeMetrics(flags, [&] { return router::CollectMetrics(**service); });
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, (*service)->rpc_address());
-  node::WaitForSignal();
+  if (node::WaitForSignal() == SIGTERM) {
+    log::Info("router", "draining");
+    (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);
+  }
   log::Info("router", "stopping");
   metrics->reset();
   service->reset();

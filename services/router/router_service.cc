@@ -1,5 +1,6 @@
 #include "services/router/router_service.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/str_format.h"
@@ -13,6 +14,9 @@
 
 namespace minke::router {
 namespace {
+
+// For the news that this router leaves to reach the attention nodes, and for what they sent before.
+constexpr absl::Duration kDrainGrace = absl::Seconds(1);
 
 // Turns the engine's counters into loads, as means over some ten seconds, renewed every second.
 class LoadMeter {
@@ -113,6 +117,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
       const RouterStatus status = raw->engine_->status();
       const bool ready = !routes || status.connected;
       report.mutable_member()->set_ready(ready);
+      report.mutable_member()->set_draining(raw->draining_.load());
       report.mutable_member()->set_detail(ready ? "" : "connecting to expert servers");
       report.clear_lost();
       for (const NodeId server : status.lost) report.add_lost(server.value);
@@ -122,7 +127,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
       } else {
         raw->registry_->SetReport(report);
       }
-      raw->server_->SetServing(ready);
+      raw->server_->SetServing(ready && !raw->draining_.load());
       absl::SleepFor(absl::Milliseconds(20));
     }
   });
@@ -151,6 +156,13 @@ void RouterService::JoinEtcd(const RouterServiceOptions& options, CoordinatorOpt
 void RouterService::OnView(const cluster::v1::ClusterView& view) {
   engine_->UpdateCluster(cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
                          std::make_shared<PlacementTable>(cluster::EpochOf(view), cluster::Replicas(view)));
+}
+
+void RouterService::Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up) {
+  if (registry_ == nullptr) return;
+  draining_.store(true);
+  const absl::Time end = absl::Now() + std::min(limit, kDrainGrace);
+  while (absl::Now() < end && !give_up()) absl::SleepFor(absl::Milliseconds(20));
 }
 
 RouterService::~RouterService() {

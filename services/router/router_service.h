@@ -2,11 +2,14 @@
 // serve`.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
@@ -38,6 +41,9 @@ class RouterService {
                                                               std::unique_ptr<transport::Transport> transport,
                                                               RouterServiceOptions options);
   ~RouterService();
+  // Tells the others to go to another router, and gives them a moment to finish what is here. Nothing with a
+  // static registry: there is no other router.
+  void Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
   const std::string& rpc_address() const { return rpc_address_; }
   RouterEngine& engine() { return *engine_; }
   MembershipService& membership() { return *membership_; }  // REQUIRES: no etcd
@@ -58,7 +64,7 @@ class RouterService {
   std::unique_ptr<ElectedCoordinator> coordinator_;   // who decides
   std::unique_ptr<rpc::GrpcServer> server_;
   std::thread engine_thread_, watch_thread_;
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, draining_{false};
 };
 
 }  // namespace minke::router

@@ -211,6 +211,24 @@ TEST_P(Determinism, SameBitsOverAFaultyTransport) {
   }
 }
 
+TEST(Failover, ReplicaAnswersForASlowServerWithTheSameBits) {
+  const Golden& golden = Golden::Get("v2");
+  ClusterOptions options{.checkpoint = golden.checkpoint};
+  options.experts = 2;
+  options.replicas = 2;
+  const Bits want = BitsOf(LocalCluster(options).Run(Greedy(golden.input_ids, 40, true)));
+  // One message in fifty of one server is late; nothing is ever lost.
+  options.expert_faults = transport::FaultOptions{.seed = 3, .delay_probability = 0.02, .delay_max = absl::Seconds(2)};
+  for (const double factor : {0.0, 1.0}) {
+    options.exchange.hedge_factor = factor;
+    LocalCluster cluster(options);
+    const Generation result = cluster.Run(Greedy(golden.input_ids, 40, true));
+    EXPECT_EQ(BitsOf(result), want);
+    const attention::EngineStatus status = cluster.engine().status();
+    EXPECT_EQ(status.hedged_rows > 0, factor > 0) << status.hedged_rows;
+  }
+}
+
 TEST(Failover, ReplicaTakesOverWithTheSameBits) {
   const Golden& golden = Golden::Get("v2");
   ClusterOptions options{.checkpoint = golden.checkpoint};

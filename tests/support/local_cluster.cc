@@ -28,8 +28,10 @@ std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) 
   } else {
     made = transport::CreateInproc(hub_, identity, options);
   }
-  if (!options_.faults) return made;
-  transport::FaultOptions faults = *options_.faults;
+  const bool first_expert = role == cluster::v1::ROLE_EXPERT && experts_.empty();
+  const auto& wanted = first_expert && options_.expert_faults ? options_.expert_faults : options_.faults;
+  if (!wanted) return made;
+  transport::FaultOptions faults = *wanted;
   faults.seed += faulty_.size();
   auto faulty = transport::CreateFaulty(std::move(made), faults);
   faulty_.push_back(faulty.get());

@@ -17,9 +17,16 @@ int64_t HeadBlocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockC
 void HeadMatMul(const PackedMatrix& w, int64_t head, int64_t width, const std::byte* a, int64_t lda,
                 int64_t m, float* c, int64_t ldc) {
   const TileKernels& tiles = Tiles();
-  const int64_t blocks = HeadBlocks(width);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t n = std::min(kBlockColumns, width - b * kBlockColumns), block = head * blocks + b;
+  const int64_t blocks = HeadBlocks(width), first = head * blocks;
+  int64_t b = 0;
+  // Few rows read a head's blocks in streams, as MatMulBlocks does.
+  if (w.precision() == Precision::kBF16 && width / kBlockColumns > 1 && tiles.streams_bf16(m) > 1) {
+    b = width / kBlockColumns;
+    tiles.gemm_streams_bf16(w.block_bf16(first), w.block_bf16(first + 1) - w.block_bf16(first), b,
+                            reinterpret_cast<const bf16*>(a), lda, c, kBlockColumns, ldc, m, w.k());
+  }
+  for (; b < blocks; ++b) {
+    const int64_t n = std::min(kBlockColumns, width - b * kBlockColumns), block = first + b;
     float* out = c + b * kBlockColumns;
     if (w.precision() == Precision::kExact) {
       tiles.gemm_f32(w.block_f32(block), kBlockColumns, reinterpret_cast<const float*>(a), lda, out, ldc, m,

@@ -48,7 +48,7 @@ absl::StatusOr<MlaDecode> MlaDecode::Create(const Options& options) {
   if (options.segment_cost > 0) limits.segment_cost = options.segment_cost;
   if (decode.path_ == Path::kHopper) {
     // Both halves of 128 heads read the same pages: two blocks share every load.
-    decode.blocks_per_worker_ = options.heads == 128 && options.variant % 2 == 0 ? 2 : 1;
+    decode.blocks_per_worker_ = options.heads == 128 && options.variant == 0 ? 2 : 1;
     limits.item_rows = kTileRows * decode.blocks_per_worker_;
     limits.workers = device->multiprocessors / decode.blocks_per_worker_;
   } else {
@@ -125,7 +125,7 @@ absl::Status MlaDecode::Run(const MlaDecodeArgs& args, const Stream& stream) {
     absl::StatusOr<CUtensorMap> page_map = MakeTensorMap(args.cache, page_dims, row_bytes, page_box);
     if (!page_map.ok()) return page_map.status();
     MK_CUDA_RETURN_IF_ERROR(LaunchDecodeSm90(params, *q_map, *page_map, limits_.workers, blocks_per_worker_,
-                                             options_.variant, stream.handle()));
+                                             stream.handle()));
   } else {
     MK_CUDA_RETURN_IF_ERROR(LaunchDecodePortable(params, limits_.workers, stream.handle()));
   }

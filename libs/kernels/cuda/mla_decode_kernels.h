@@ -39,7 +39,7 @@ struct CombineParams {
 
 // Blocks of one worker in the Hopper variant: 2 read each page together, for 128 rows, else 1.
 cudaError_t LaunchDecodeSm90(const DecodeParams& params, const CUtensorMap& q_map,
-                             const CUtensorMap& page_map, int workers, int blocks_per_worker, int variant,
+                             const CUtensorMap& page_map, int workers, int blocks_per_worker,
                              cudaStream_t stream);
 cudaError_t LaunchDecodePortable(const DecodeParams& params, int workers, cudaStream_t stream);
 // `overlapped`: the kernel before it in the stream lets it start early.

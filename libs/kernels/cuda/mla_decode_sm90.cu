@@ -116,7 +116,7 @@ struct PageReader {
 };
 
 // One thread: fetches pairs kFrom ... kTo - 1 of all pages of this worker.
-template <int kCluster, bool kPrefetch, int kFrom, int kTo>
+template <int kCluster, int kFrom, int kTo>
 __device__ __forceinline__ void ProducePairs(const DecodeParams& p, const CUtensorMap* map, uint32_t base, int begin,
                                              int end, uint32_t rank) {
   int page = 0;
@@ -132,17 +132,12 @@ __device__ __forceinline__ void ProducePairs(const DecodeParams& p, const CUtens
         BarrierExpect(slot.full, kPair);
         LoadTile<kCluster>(slot.tiles, map, pair * 128, reader.now, slot.full, rank);
         LoadTile<kCluster>(slot.tiles + kTile, map, pair * 128 + 64, reader.now, slot.full, rank);
-        if (kPrefetch && t + 2 < pages) {
-          const int y = reader.ahead * 64 + (kCluster == 2 ? rank * 32 : 0);
-          Prefetch2D(map, pair * 128, y);
-          Prefetch2D(map, pair * 128 + 64, y);
-        }
       }
     }
   }
 }
 
-template <int kCluster, bool kPrefetch>
+template <int kCluster>
 __device__ __forceinline__ void ProduceQueriesAndRope(const DecodeParams& p, const CUtensorMap* q_map,
                                                       const CUtensorMap* map, uint32_t base, int begin, int end,
                                                       uint32_t rank) {
@@ -164,9 +159,6 @@ __device__ __forceinline__ void ProduceQueriesAndRope(const DecodeParams& p, con
       BarrierWait(slot.empty, slot.parity ^ 1);
       BarrierExpect(slot.full, kTile);
       LoadTile<kCluster>(slot.tiles, map, kRank, reader.now, slot.full, rank);
-      if (kPrefetch && t + 2 < pages) {
-        Prefetch2D(map, kRank, reader.ahead * 64 + (kCluster == 2 ? rank * 32 : 0));
-      }
     }
   }
 }
@@ -560,7 +552,7 @@ struct Consumer {
   }
 };
 
-template <int kCluster, bool kPrefetch>
+template <int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     DecodeKernel(const DecodeParams p, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap page_map) {
@@ -601,13 +593,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     RegistersDown<24>();
     if (lane == 0) {
       if (warp == 8) {
-        ProducePairs<kCluster, kPrefetch, 0, 1>(p, &page_map, base, begin, end, rank);
+        ProducePairs<kCluster, 0, 1>(p, &page_map, base, begin, end, rank);
       } else if (warp == 9) {
-        ProducePairs<kCluster, kPrefetch, 1, 2>(p, &page_map, base, begin, end, rank);
+        ProducePairs<kCluster, 1, 2>(p, &page_map, base, begin, end, rank);
       } else if (warp == 10) {
-        ProduceQueriesAndRope<kCluster, kPrefetch>(p, &q_map, &page_map, base, begin, end, rank);
+        ProduceQueriesAndRope<kCluster>(p, &q_map, &page_map, base, begin, end, rank);
       } else {
-        ProducePairs<kCluster, kPrefetch, 2, 4>(p, &page_map, base, begin, end, rank);
+        ProducePairs<kCluster, 2, 4>(p, &page_map, base, begin, end, rank);
       }
     }
     __syncwarp();
@@ -627,10 +619,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <int kCluster, bool kPrefetch>
+template <int kCluster>
 cudaError_t Launch(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& page_map, int workers,
                    cudaStream_t stream) {
-  const auto kernel = DecodeKernel<kCluster, kPrefetch>;
+  const auto kernel = DecodeKernel<kCluster>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -650,12 +642,9 @@ cudaError_t Launch(const DecodeParams& params, const CUtensorMap& q_map, const C
 
 }  // namespace
 
-// variant: 0 the one to use; 1 blocks of 64 rows alone; 2 and 3 the same without prefetch into L2.
 cudaError_t LaunchDecodeSm90(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& page_map,
-                             int workers, int blocks_per_worker, int variant, cudaStream_t stream) {
-  const bool pair = blocks_per_worker == 2, prefetch = variant < 2;
-  const auto launch = pair ? (prefetch ? Launch<2, true> : Launch<2, false>) : prefetch ? Launch<1, true> : Launch<1, false>;
-  return launch(params, q_map, page_map, workers, stream);
+                             int workers, int blocks_per_worker, cudaStream_t stream) {
+  return (blocks_per_worker == 2 ? Launch<2> : Launch<1>)(params, q_map, page_map, workers, stream);
 }
 
 }  // namespace minke::cuda

@@ -124,6 +124,7 @@ void Engine::PublishStatus() {
   status.steps = step_;
   status.preemptions = scheduler_.preemptions();
   status.redispatched_rows = counters.redispatched_rows;
+  status.hedged_rows = counters.hedged_rows;
   status.stale_frames = counters.stale_frames;
   status.duplicate_rows = counters.duplicate_rows;
   status.bad_frames = counters.bad_frames;

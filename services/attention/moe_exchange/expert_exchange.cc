@@ -17,6 +17,10 @@ namespace {
 
 constexpr int kDoublingsMax = 4;         // of a deadline: 16 times the first
 constexpr size_t kEarlyFramesMax = 256;  // partials that overtook their plan, per piece
+// The percentile is followed by small steps: up by this share when results take longer, down by a 99th of it
+// when they do not, so that one in a hundred is longer.
+constexpr double kPercentileStep = 0.1;
+constexpr absl::Duration kPercentileFirst = absl::Milliseconds(100);
 
 }  // namespace
 
@@ -37,8 +41,10 @@ struct ExpertExchange::Piece {
   bool dispatched = false;  // a router has it
   bool planned = false;
   bool unsent = false;  // some slot is kUnsent
+  bool hedged = false;
   NodeId router;
   absl::Time deadline, retry_at;
+  absl::Time planned_at, hedge_at;
   int doublings = 0;
   int64_t open = 0;  // slots not kDone
   std::vector<FrameRef> early;
@@ -80,6 +86,7 @@ ExpertExchange::ExpertExchange(const ModelConfig& config, Precision precision,
     exchanges_.push_back(std::make_unique<Exchange>());
     exchanges_.back()->microbatch = i;
   }
+  for (absl::Duration& slow : slow_) slow = kPercentileFirst;
 }
 
 ExpertExchange::~ExpertExchange() = default;
@@ -178,7 +185,9 @@ void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::T
 void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time now) {
   std::vector<NodeId>::const_iterator router = routers_.end();
   for (size_t i = 0; i < routers_.size() && router == routers_.end(); ++i) {
-    const auto candidate = routers_.begin() + (piece.attempt + i) % routers_.size();
+    // Nodes and microbatches begin with different ones.
+    const size_t first = transport_.self().value % routers_.size() + exchange.microbatch + piece.attempt;
+    const auto candidate = routers_.begin() + (first + i) % routers_.size();
     if (IsUp(*candidate)) router = candidate;
   }
   if (router == routers_.end()) {
@@ -221,12 +230,12 @@ void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now)
   for (uint32_t i = 0; i < piece.rows; ++i) {
     if (gate_results_[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
   }
-  AdoptPlan(piece, now);
+  AdoptPlan(piece, exchange.traffic_class, now);
   SendAgain(exchange, piece, now);
 }
 
 // Makes a slot of every (row, group) of piece.experts, unsent.
-void ExpertExchange::AdoptPlan(Piece& piece, absl::Time now) {
+void ExpertExchange::AdoptPlan(Piece& piece, wire::TrafficClass traffic_class, absl::Time now) {
   const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
   piece.slots.assign(piece.rows * fan_out, Slot{});
   piece.slot_count.assign(piece.rows, 0);
@@ -237,6 +246,13 @@ void ExpertExchange::AdoptPlan(Piece& piece, absl::Time now) {
   piece.doublings = 0;
   piece.deadline = now + options_.result_timeout;
   piece.retry_at = now;
+  piece.planned_at = now;
+  piece.hedged = false;
+  piece.hedge_at = absl::InfiniteFuture();
+  if (options_.hedge_factor > 0) {
+    const absl::Duration slow = slow_[static_cast<int>(traffic_class)];
+    piece.hedge_at = now + std::max(options_.hedge_min, slow * options_.hedge_factor);
+  }
   for (uint32_t i = 0; i < piece.rows; ++i) {
     if (piece.weights[i * k] == wire::kRejectedRowWeight) {
       piece.outcomes[i] = RowOutcome::kRejected;
@@ -249,6 +265,37 @@ void ExpertExchange::AdoptPlan(Piece& piece, absl::Time now) {
       ++piece.open;
     }
   }
+}
+
+void ExpertExchange::ResultsTook(Exchange& exchange, absl::Duration time) {
+  absl::Duration& slow = slow_[static_cast<int>(exchange.traffic_class)];
+  slow *= time > slow ? 1 + kPercentileStep : 1 - kPercentileStep / 99;
+}
+
+// Asks other replicas for what the slow ones have not answered. The slots stay with their first servers: should
+// those be lost, or the second ones, everything goes on as without the hedge.
+void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
+  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  piece.hedged = true;
+  std::vector<NodeId> slow;
+  std::vector<router::WorkItem> items;
+  for (uint32_t i = 0; i < piece.rows; ++i) {
+    uint64_t groups = 0;
+    for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+      const Slot& slot = piece.slots[i * fan_out + s];
+      if (slot.state != Slot::State::kSent) continue;
+      groups |= uint64_t{1} << slot.group;
+      if (std::find(slow.begin(), slow.end(), slot.server) == slow.end()) slow.push_back(slot.server);
+    }
+    if (groups == 0) continue;
+    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(),
+                     &piece.experts[i * k], &piece.weights[i * k], groups});
+  }
+  if (items.empty()) return;
+  sender_.Send(
+      *placement_, ExchangeHeader(exchange, piece), items,
+      [&](NodeId server) { return IsUp(server) && std::find(slow.begin(), slow.end(), server) == slow.end(); },
+      [&](size_t, uint32_t, NodeId server) { counters_.hedged_rows += server != NodeId{}; });
 }
 
 void ExpertExchange::SendAgain(Exchange& exchange, Piece& piece, absl::Time now) {
@@ -343,7 +390,7 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
   }
   piece->experts.assign(plan->experts.begin(), plan->experts.end());
   piece->weights.assign(plan->weights.begin(), plan->weights.end());
-  AdoptPlan(*piece, now);
+  AdoptPlan(*piece, exchange.traffic_class, now);
   piece->unsent = false;
   for (uint32_t i = 0; i < piece->rows; ++i) {
     for (int64_t s = 0; s < piece->slot_count[i]; ++s) {
@@ -400,7 +447,7 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
     } else {
       found->state = Slot::State::kDone;
       found->data = view->data + r * shape_.row_bytes();
-      --piece->open;
+      if (--piece->open == 0) ResultsTook(exchange, absl::Now() - piece->planned_at);
       used = true;
     }
   }
@@ -512,6 +559,7 @@ void ExpertExchange::Tick(absl::Time now) {
         }
         piece.retry_at = now;
       }
+      if (!piece.hedged && now >= piece.hedge_at) Hedge(*exchange, piece);
       if (piece.unsent && now >= piece.retry_at) SendAgain(*exchange, piece, now);
     }
   }

@@ -31,6 +31,10 @@ struct ExchangeOptions {
   absl::Duration result_timeout = absl::Seconds(5);
   absl::Duration retry_pause = absl::Milliseconds(5);  // before asking again where nobody could take rows
   absl::Duration total_timeout = absl::Seconds(60);    // then the rows' requests fail as unavailable
+  // Results that take more than this many times the 99th percentile are asked of another replica too; the first
+  // answer counts. 0: never.
+  double hedge_factor = 2;
+  absl::Duration hedge_min = absl::Milliseconds(20);
 };
 
 enum class RowOutcome : uint8_t {
@@ -41,6 +45,7 @@ enum class RowOutcome : uint8_t {
 
 struct ExchangeCounters {
   uint64_t dispatched_rows = 0, redispatched_rows = 0, plan_retries = 0;
+  uint64_t hedged_rows = 0;     // (row, group) pairs asked of a second replica
   uint64_t stale_frames = 0;    // of an unknown step or attempt
   uint64_t duplicate_rows = 0;  // their bit was already set
   uint64_t bad_frames = 0;
@@ -89,8 +94,10 @@ class ExpertExchange {
   Piece* FindPiece(Exchange& exchange, uint32_t row);
   void SendDispatch(Exchange& exchange, Piece& piece, absl::Time now);
   void RouteHere(Exchange& exchange, Piece& piece, absl::Time now);
-  void AdoptPlan(Piece& piece, absl::Time now);
+  void AdoptPlan(Piece& piece, wire::TrafficClass traffic_class, absl::Time now);
   void SendAgain(Exchange& exchange, Piece& piece, absl::Time now);
+  void Hedge(Exchange& exchange, Piece& piece);
+  void ResultsTook(Exchange& exchange, absl::Duration time);
   void OnRoutePlan(Exchange& exchange, const transport::FrameRef& frame);
   void OnPartial(Exchange& exchange, const transport::FrameRef& frame, bool again);
   void OnNack(Exchange& exchange, const transport::FrameRef& frame);
@@ -115,6 +122,7 @@ class ExpertExchange {
       overtook_;  // partials that came before their plan, while they are looked at
   std::vector<router::GateResult> gate_results_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;  // by microbatch
+  absl::Duration slow_[wire::kNumTrafficClasses];     // 99th percentile of what results take, followed
   ExchangeCounters counters_;
 };
 

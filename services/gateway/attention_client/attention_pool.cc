@@ -86,13 +86,17 @@ class AttentionPool::Impl final : public SessionOwner {
     Node* node = nullptr;            // null: waits for one
     Clock::time_point wait_until{};
     int lost_sessions = 0;
+    uint64_t pages_from = 0;  // node whose latents the next one may take over; 0: none
   };
   // Sinks are called after the lock is released.
   using Deliveries = std::vector<std::pair<std::shared_ptr<SequenceSink>, SequenceEvent>>;
 
   Node* PickLocked(const std::vector<uint64_t>& prefixes) const;
   void PlaceLocked(uint64_t id, Sequence* sequence, Node* node);
+  // Tells the node to forget the sequence.
+  void LeaveNodeLocked(uint64_t id, Sequence* sequence);
   void PlaceWaitingLocked(Deliveries* deliveries);
+  void MoveFromDrainingLocked();
   void ConnectLocked(Node* node);
   void FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries);
   bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event,
@@ -166,7 +170,9 @@ AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked(const std::vector<uin
   Node* nearest = nullptr;  // holds the longest prefix
   int64_t nearest_pages = 0;
   for (const auto& [id, node] : nodes_) {
-    if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready) continue;
+    if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready ||
+        node->info.draining)
+      continue;
     if (idlest == nullptr || node->sequences < idlest->sequences) idlest = node.get();
     const auto miss =
         std::find_if(prefixes.begin(), prefixes.end(),
@@ -211,9 +217,20 @@ void AttentionPool::Impl::PlaceLocked(uint64_t id, Sequence* sequence, Node* nod
     submit->mutable_sampling()->set_want_prompt_logprobs(false);  // the client has them all
   }
   submit->set_waiting_ms_max(options_.waiting_ms_max);
+  submit->set_pages_from(std::exchange(sequence->pages_from, 0));
   sequence->node = node;
   sequence->prompt_logprobs_now = 0;
   ++node->sequences;
+  node->session->Send(std::move(message));
+}
+
+void AttentionPool::Impl::LeaveNodeLocked(uint64_t id, Sequence* sequence) {
+  Node* node = std::exchange(sequence->node, nullptr);
+  --node->sequences;
+  if (node->session == nullptr) return;
+  v1::GatewayMessage message;
+  message.mutable_cancel()->set_request_id(id);
+  message.mutable_cancel()->set_generation(sequence->generation);
   node->session->Send(std::move(message));
 }
 
@@ -223,15 +240,7 @@ void AttentionPool::Impl::Cancel(uint64_t id) {
   const auto found = sequences_.find(id);
   if (found == sequences_.end()) return;
   Sequence& sequence = found->second;
-  if (Node* node = sequence.node; node != nullptr) {
-    --node->sequences;
-    if (node->session != nullptr) {
-      v1::GatewayMessage message;
-      message.mutable_cancel()->set_request_id(id);
-      message.mutable_cancel()->set_generation(sequence.generation);
-      node->session->Send(std::move(message));
-    }
-  }
+  if (sequence.node != nullptr) LeaveNodeLocked(id, &sequence);
   sink = std::move(sequence.sink);
   sequences_.erase(found);
 }
@@ -332,7 +341,8 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
         if (sequence.node != node) continue;
         sequence.node = nullptr;
         ++sequence.generation;  // late events of the old one are dropped
-        if (++sequence.lost_sessions >= options_.lost_sessions_max) {
+        // A node that ran out of time to drain left in order: it was not this request that ended it.
+        if (!node->info.draining && ++sequence.lost_sessions >= options_.lost_sessions_max) {
           quarantined.push_back(id);
           continue;
         }
@@ -376,6 +386,29 @@ void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
   waiting_ = std::move(still_waiting);
 }
 
+// What a draining node generates from here on is dropped, and generated again by the next one: the draw is a
+// function of seed and position. Where there is no other node the sequences finish where they are.
+void AttentionPool::Impl::MoveFromDrainingLocked() {
+  if (std::none_of(nodes_.begin(), nodes_.end(), [](const auto& entry) {
+        return entry.second->info.draining && entry.second->sequences > 0;
+      }))
+    return;
+  size_t moved = 0;
+  for (auto& [id, sequence] : sequences_) {
+    if (sequence.node == nullptr || !sequence.node->info.draining) continue;
+    Node* next = PickLocked(sequence.prefixes);
+    if (next == nullptr) break;
+    sequence.pages_from = sequence.node->info.node_id;
+    LeaveNodeLocked(id, &sequence);
+    ++sequence.generation;  // late events of the old one are dropped
+    PlaceLocked(id, &sequence, next);
+    ++moved;
+  }
+  if (moved == 0) return;
+  counters_.migrations.fetch_add(moved);
+  log::Info(kTag, StrCat("sequences moved away from draining nodes: ", moved));
+}
+
 void AttentionPool::Impl::ConnectLocked(Node* node) {
   if (node->session != nullptr || !node->in_view || Clock::now() < node->connect_at) return;
   if (node->channel->GetState(/*try_to_connect=*/true) != GRPC_CHANNEL_READY) return;
@@ -402,6 +435,7 @@ void AttentionPool::Impl::Maintain() {
       entry = gone && node.session == nullptr ? nodes_.erase(entry) : std::next(entry);
     }
     PlaceWaitingLocked(&deliveries);
+    MoveFromDrainingLocked();
     const bool is_connected = PickLocked({}) != nullptr;
     const bool flipped = std::exchange(was_connected, is_connected) != is_connected;
     poke_ = false;

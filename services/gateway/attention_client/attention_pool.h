@@ -2,8 +2,9 @@
 // sequences. A sequence goes to the ready node whose latent cache holds most of its prompt, unless that node
 // has far more to do than others; else to the one with the fewest sequences. When a node's session is lost
 // its sequences go on elsewhere under a new generation, with the tokens the client already has, so that the
-// client's stream does not notice. Thread-safe. One thread of its own (reconnecting, waiting sequences)
-// beside gRPC's callbacks.
+// client's stream does not notice. So do those of a node that drains, as soon as another one is ready; the
+// new node is told whose latents it can take over. Thread-safe. One thread of its own (reconnecting, waiting
+// sequences) beside gRPC's callbacks.
 #pragma once
 
 #include <chrono>
@@ -20,8 +21,9 @@ namespace minke::gateway {
 
 struct AttentionNode {
   uint64_t node_id = 0;
-  std::string address;  // host:port of its gRPC server
-  bool ready = false;   // takes new sequences
+  std::string address;    // host:port of its gRPC server
+  bool ready = false;     // takes new sequences
+  bool draining = false;  // about to leave: gets nothing new, and what it has goes elsewhere
 };
 
 struct AttentionPoolOptions {
@@ -31,7 +33,8 @@ struct AttentionPoolOptions {
   std::chrono::milliseconds reconnect_min{50};    // pause after a lost session; doubles
   std::chrono::milliseconds reconnect_max{2'000};
   uint32_t waiting_ms_max = 0;  // in a node's admission queue; 0: no limit
-  int lost_sessions_max = 2;    // a sequence that was aboard so many fails: INTERNAL
+  // A sequence that was aboard so many nodes that went without draining fails: INTERNAL.
+  int lost_sessions_max = 2;
 };
 
 class AttentionPool final : public SequencePool {

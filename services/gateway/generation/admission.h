@@ -15,7 +15,8 @@ struct GatewayCounters {
   std::atomic<uint64_t> generations_abandoned{0};  // the client left
   std::atomic<uint64_t> prompt_tokens{0};
   std::atomic<uint64_t> completion_tokens{0};
-  std::atomic<uint64_t> resubmissions{0};
+  std::atomic<uint64_t> resubmissions{0};  // sequences whose node was lost
+  std::atomic<uint64_t> migrations{0};     // sequences whose node drained
 };
 
 class Admission {

@@ -90,7 +90,8 @@ class GatewayFixture : public ::testing::Test {
     ASSERT_TRUE(Eventually([this] { return gateway_->not_ready_reason().empty(); }))
         << gateway_->not_ready_reason();
   }
-  void SendView(bool ready = true) {
+  // `draining`: index of a node that is; -1: none.
+  void SendView(bool ready = true, int draining = -1) {
     cluster::v1::ClusterView view;
     view.set_ready(ready);
     if (!ready) view.set_not_ready_reason("layer 1 group 2 has no server");
@@ -100,6 +101,7 @@ class GatewayFixture : public ::testing::Test {
       member->set_role(cluster::v1::ROLE_ATTENTION);
       member->set_rpc_address(nodes_[i]->address());
       member->set_ready(true);
+      member->set_draining(static_cast<int>(i) == draining);
     }
     gateway_->UpdateView(view);
   }

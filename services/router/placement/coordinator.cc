@@ -24,7 +24,8 @@ void SetUnit(UnitId unit, cluster::v1::Unit& out) {
   out.set_group(unit.group);
 }
 
-// Expert servers that no router can reach. One that has no router to say so counts as reachable.
+// Expert servers that half of the routers or more cannot reach: a router that has died meanwhile says nothing new
+// until its lease ends. One that has no router to say so counts as reachable.
 std::set<NodeId> Unreachable(const cluster::Members& members) {
   std::map<NodeId, int> lost;
   int routers = 0;
@@ -35,7 +36,7 @@ std::set<NodeId> Unreachable(const cluster::Members& members) {
   }
   std::set<NodeId> unreachable;
   for (const auto& [server, count] : lost) {
-    if (count == routers) unreachable.insert(server);
+    if (2 * count >= routers) unreachable.insert(server);
   }
   return unreachable;
 }
@@ -117,6 +118,38 @@ struct Pool {
   }
 };
 
+// Servers that host more than their part, since others have joined, let go of what they get no rows of and enough
+// others have loaded.
+void DropIdleExtras(const CoordinatorOptions& options, const PlacementSnapshot& snapshot, PlacementPlan& plan) {
+  std::set<std::pair<UnitId, NodeId>> dropped;
+  for (const Move& move : plan.moves) {
+    if (move.kind == Move::Kind::kDrop) dropped.emplace(move.unit, move.server);
+  }
+  std::map<UnitId, int> copies;
+  for (const ServerSnapshot& server : snapshot.servers) {
+    for (const HostedUnit& unit : server.units)
+      copies[unit.unit] += unit.loaded && !server.draining && !dropped.contains({unit.unit, server.id});
+  }
+  for (const ServerSnapshot& server : snapshot.servers) {
+    if (server.draining) continue;
+    int64_t over = std::ssize(server.units) - server.slots;
+    for (const HostedUnit& unit : server.units) over -= dropped.contains({unit.unit, server.id});
+    for (const HostedUnit& unit : server.units) {
+      if (over <= 0) break;
+      if (!unit.loaded || copies[unit.unit] <= options.replicas || dropped.contains({unit.unit, server.id}))
+        continue;
+      std::vector<Replica>& weights = plan.weights[unit.unit];
+      const auto it = std::find_if(weights.begin(), weights.end(),
+                                   [&](const Replica& replica) { return replica.server == server.id; });
+      if (it != weights.end() && it->weight > 0) continue;
+      if (it != weights.end()) weights.erase(it);
+      plan.moves.push_back({Move::Kind::kDrop, unit.unit, server.id});
+      --copies[unit.unit];
+      --over;
+    }
+  }
+}
+
 // The unit's loaded replicas and their weights; what is published already where it says the same.
 void Publish(const std::vector<Replica>& replicas, const cluster::v1::UnitReplicas* current,
              cluster::v1::UnitReplicas& out) {
@@ -151,6 +184,7 @@ PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members
     next.set_waiting_for(StrCat("expert servers: ", pool.joined, " of ", options.expert_servers, " joined"));
   } else if (!settles && !pool.snapshot.servers.empty()) {
     plan = PlanPlacement(pool.snapshot, {});
+    DropIdleExtras(options, pool.snapshot, plan);
   }
   std::set<std::pair<UnitId, NodeId>> dropped;
   for (const Move& move : plan.moves) {

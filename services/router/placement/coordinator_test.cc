@@ -181,6 +181,23 @@ TEST(Decide, TheLastServerKeepsWhatItHasWhileItDrains) {
   EXPECT_EQ(world.Hosted(1).size(), kLayers * kGroups);
 }
 
+TEST(Decide, ServersThatJoinGetTheirPartAndOthersLetGoOfIt) {
+  World world(Options(2));
+  world.Join(1);
+  world.Join(2);
+  world.Settle(false);
+  world.Join(3);
+  world.Join(4);
+  world.Settle(/*whole=*/true);
+  size_t all = 0;
+  for (const uint64_t id : {1, 2, 3, 4}) {
+    EXPECT_GE(world.Hosted(id).size(), 3u) << id;
+    EXPECT_LE(world.Hosted(id).size(), 9u) << id;
+    all += world.Hosted(id).size();
+  }
+  EXPECT_LE(all, kLayers * kGroups * 5 / 4) << "copies that nobody needs";
+}
+
 TEST(Decide, ReplicasKeepServingWhenOneServerIsGone) {
   World world(Options(3, 2));
   for (const uint64_t id : {1, 2, 3}) world.Join(id);
