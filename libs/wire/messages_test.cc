@@ -468,9 +468,9 @@ TEST(PageMessages, LargestAndSmallestAreRead) {
   EXPECT_TRUE(over->empty());
   const PageShape shape{.layers = 60, .layer_bytes = 64 * 576 * 2};
   EXPECT_EQ(shape.LayersMax(), 3);
-  EXPECT_TRUE(ReadPageTransfer(shape, PageHeader(Kind::kPageTransfer, 3, 1024, 1023, 57),
-                               bytes(3 * 64 * 576 * 2))
-                  .ok());
+  EXPECT_TRUE(
+      ReadPageTransfer(shape, PageHeader(Kind::kPageTransfer, 3, 1024, 1023, 57), bytes(3 * 64 * 576 * 2))
+          .ok());
   EXPECT_TRUE(CheckPageEnd(PageHeader(Kind::kPageEnd, 0, 1024, 0), {}).ok());
   EXPECT_TRUE(CheckPageAck(PageHeader(Kind::kPageAck, 0, 0, 7), {}).ok());
 }
