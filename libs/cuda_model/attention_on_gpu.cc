@@ -91,6 +91,20 @@ int64_t AttentionOnGpu::bytes_per_page() const {
   return int64_t{config().num_hidden_layers} * kPageTokens * config().latent_dim() * 2;
 }
 
+absl::Status AttentionOnGpu::ReadPage(int32_t layer, uint32_t page, void* latents) const {
+  const int64_t bytes = bytes_per_page() / config().num_hidden_layers;
+  const int64_t offset = (layer * (options_.cache_pages + 1) + page) * bytes;
+  MK_RETURN_IF_ERROR(cache_.Download(latents, bytes, stream_, offset));
+  return Synchronize();
+}
+
+absl::Status AttentionOnGpu::WritePage(int32_t layer, uint32_t page, const void* latents) {
+  const int64_t bytes = bytes_per_page() / config().num_hidden_layers;
+  const int64_t offset = (layer * (options_.cache_pages + 1) + page) * bytes;
+  MK_RETURN_IF_ERROR(cache_.Upload(latents, bytes, stream_, offset));
+  return Synchronize();
+}
+
 bf16* AttentionOnGpu::cache(int32_t layer) const {
   return cache_.as<bf16>() + layer * (options_.cache_pages + 1) * kPageTokens * config().latent_dim();
 }

@@ -92,6 +92,10 @@ class AttentionOnGpu {
   // be captured into a graph, which then reads the memory as it is at its launch.
   absl::Status AddSums(GpuBatch& batch, const float* sums);
 
+  // One page of one layer [64, latent_dim], from and to ordinary memory; both wait for the stream.
+  absl::Status ReadPage(int32_t layer, uint32_t page, void* latents) const;
+  absl::Status WritePage(int32_t layer, uint32_t page, const void* latents);
+
   bf16* cache(int32_t layer) const;  // [cache_pages + 1, 64, latent_dim]
   uint32_t scratch_page() const {
     return static_cast<uint32_t>(options_.cache_pages);

@@ -35,6 +35,14 @@ std::string_view NameOrEmpty(Kind kind) {
       return "Busy";
     case Kind::kReject:
       return "Reject";
+    case Kind::kPageRequest:
+      return "PageRequest";
+    case Kind::kPageTransfer:
+      return "PageTransfer";
+    case Kind::kPageEnd:
+      return "PageEnd";
+    case Kind::kPageAck:
+      return "PageAck";
   }
   return {};
 }
@@ -53,7 +61,7 @@ absl::Status ValidateHeader(const FrameHeader& header, size_t payload_bytes_rece
   }
   if (NameOrEmpty(header.kind).empty()) {
     return absl::InvalidArgumentError(
-        StrCat("frame kind: expected 1..6 or 16..22, found ", static_cast<int>(header.kind)));
+        StrCat("frame kind: expected 1..6 or 16..26, found ", static_cast<int>(header.kind)));
   }
   const uint8_t oldest = IsHandshakeKind(header.kind) ? kHandshakeVersion : kVersionOldest;
   const uint8_t newest = IsHandshakeKind(header.kind) ? kHandshakeVersion : kVersion;

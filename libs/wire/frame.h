@@ -40,6 +40,11 @@ enum class Kind : uint8_t {
   kNack = 20,        // expert server -> attention: units it does not host
   kBusy = 21,        // router -> attention: rows it could not take now
   kReject = 22,      // expert server -> attention: (row, group) whose sum is not finite
+  // Attention to attention; fetcher: the node that gets the pages, and the frames' origin.
+  kPageRequest = 23,   // fetcher -> giver: the pages of a prefix, or no more of them
+  kPageTransfer = 24,  // giver -> fetcher: some layers of a page
+  kPageEnd = 25,       // giver -> fetcher: all it has was sent
+  kPageAck = 26,       // fetcher -> giver: transfers taken so far
 };
 
 // Decode comes before prefill everywhere; the two have separate lanes and credits.

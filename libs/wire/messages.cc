@@ -306,4 +306,62 @@ absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHe
   return view;
 }
 
+absl::StatusOr<std::span<const uint32_t>> ReadPageRequest(const FrameHeader& header,
+                                                          std::span<const std::byte> payload) {
+  if (header.rows % kPageTokens != 0 || header.rows > kPagesMax * kPageTokens) {
+    return absl::InvalidArgumentError(StrCat("PageRequest: expected whole pages of ", kPageTokens,
+                                             " tokens, at most ", kPagesMax, ", found ", header.rows,
+                                             " tokens"));
+  }
+  if (payload.size() != size_t{header.rows} * sizeof(uint32_t)) {
+    return absl::InvalidArgumentError(StrCat("PageRequest of ", header.rows, " tokens: expected ",
+                                             size_t{header.rows} * sizeof(uint32_t), " bytes, found ",
+                                             payload.size()));
+  }
+  const uint32_t pages = header.rows / kPageTokens;
+  if (header.pairs != 0 || header.row_begin > (pages == 0 ? 0 : pages - 1)) {
+    return absl::InvalidArgumentError(StrCat("PageRequest of ", pages,
+                                             " pages: expected one of them as the first, found ",
+                                             header.row_begin, " and pairs=", header.pairs));
+  }
+  return std::span(reinterpret_cast<const uint32_t*>(payload.data()), header.rows);
+}
+
+absl::StatusOr<const std::byte*> ReadPageTransfer(const PageShape& shape, const FrameHeader& header,
+                                                  std::span<const std::byte> payload) {
+  if (header.pairs > kPagesMax || header.row_begin >= header.pairs) {
+    return absl::InvalidArgumentError(StrCat("PageTransfer: expected a page below pairs, and pairs at most ",
+                                             kPagesMax, ", found page=", header.row_begin,
+                                             " pairs=", header.pairs));
+  }
+  const auto layers = static_cast<uint32_t>(shape.layers);
+  if (header.rows == 0 || header.layer >= layers || header.rows > layers - header.layer) {
+    return absl::InvalidArgumentError(StrCat("PageTransfer: expected layers below ", shape.layers, ", found ",
+                                             header.rows, " from ", header.layer));
+  }
+  if (payload.size() != header.rows * static_cast<uint64_t>(shape.layer_bytes)) {
+    return absl::InvalidArgumentError(StrCat("PageTransfer of ", header.rows, " layers: expected ",
+                                             header.rows * static_cast<uint64_t>(shape.layer_bytes),
+                                             " bytes, found ", payload.size()));
+  }
+  return payload.data();
+}
+
+absl::Status CheckPageEnd(const FrameHeader& header, std::span<const std::byte> payload) {
+  if (header.pairs > kPagesMax || header.rows != 0 || header.row_begin != 0 || !payload.empty()) {
+    return absl::InvalidArgumentError(
+        StrCat("PageEnd: expected at most ", kPagesMax, " pages and no payload, found pairs=", header.pairs,
+               " rows=", header.rows, " row_begin=", header.row_begin, " bytes=", payload.size()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPageAck(const FrameHeader& header, std::span<const std::byte> payload) {
+  if (header.pairs != 0 || header.rows != 0 || !payload.empty()) {
+    return absl::InvalidArgumentError(StrCat("PageAck: expected a number only, found pairs=", header.pairs,
+                                             " rows=", header.rows, " bytes=", payload.size()));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace minke::wire

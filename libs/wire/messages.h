@@ -79,6 +79,27 @@ static_assert(sizeof(PartialRow) == 8);
 // one the server knows. Busy comes from routers; its group is kWholeRow when the row was not routed at all.
 inline constexpr uint16_t kWholeRow = 0xffff;
 
+// ---- PageRequest, PageTransfer, PageEnd, PageAck
+// -------------------------------------------------------------- Pages of the latent cache on their way
+// between attention nodes. header.step: number of the fetch, the fetcher's; header.origin: the fetcher.
+//   PageRequest   row_begin: first page wanted; rows: tokens; payload = uint32 tokens[rows], of the whole
+//   prefix,
+//                 whole pages. rows 0: the fetch is over, nothing more is wanted.
+//   PageTransfer  row_begin: page of the prefix; layer: first layer; rows: layers; pairs: pages of the prefix
+//   that
+//                 the giver has; payload = [rows, 64, latent_dim] in the activation dtype.
+//   PageEnd       pairs: pages of the prefix that the giver has. No payload.
+//   PageAck       row_begin: PageTransfers taken so far. No payload.
+inline constexpr uint32_t kPageTokens = 64;
+inline constexpr uint32_t kPagesMax = 1024;  // of a prefix: 1,024 x 64 tokens x 4 B = one payload
+static_assert(kPagesMax * kPageTokens * sizeof(uint32_t) == kPayloadBytesMax);
+struct PageShape {
+  int32_t layers = 0;
+  int64_t layer_bytes = 0;  // of one page in one layer
+  bool Fits() const { return layer_bytes > 0 && layer_bytes <= kPayloadBytesMax; }  // otherwise pages stay
+  int32_t LayersMax() const { return static_cast<int32_t>(kPayloadBytesMax / layer_bytes); }  // of a transfer
+};
+
 // Byte offset of the row data behind `descriptor_bytes` of descriptors.
 inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
   return (descriptor_bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
@@ -149,5 +170,13 @@ absl::StatusOr<PartialView> ReadRowList(const RowShape& shape, const FrameHeader
                                         std::span<const std::byte> payload);  // Nack, Busy, Reject
 absl::StatusOr<RoutePlanView> ReadRoutePlan(const RowShape& shape, const FrameHeader& header,
                                             std::span<const std::byte> payload);
+// The prefix's tokens; empty: the fetch is over.
+absl::StatusOr<std::span<const uint32_t>> ReadPageRequest(const FrameHeader& header,
+                                                          std::span<const std::byte> payload);
+// The latents.
+absl::StatusOr<const std::byte*> ReadPageTransfer(const PageShape& shape, const FrameHeader& header,
+                                                  std::span<const std::byte> payload);
+absl::Status CheckPageEnd(const FrameHeader& header, std::span<const std::byte> payload);
+absl::Status CheckPageAck(const FrameHeader& header, std::span<const std::byte> payload);
 
 }  // namespace minke::wire

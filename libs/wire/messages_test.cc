@@ -444,5 +444,68 @@ TEST(LayOutWork, PaddingIsZero) {
   EXPECT_EQ(spans.data, message.payload().data() + 64);
 }
 
+// ---- pages
+
+FrameHeader PageHeader(Kind kind, uint32_t rows, uint32_t pairs, uint32_t row_begin, uint16_t layer = 0) {
+  FrameHeader header;
+  header.kind = kind;
+  header.rows = rows;
+  header.pairs = pairs;
+  header.row_begin = row_begin;
+  header.layer = layer;
+  return header;
+}
+
+TEST(PageMessages, LargestAndSmallestAreRead) {
+  alignas(8) static std::byte payload[kPayloadBytesMax];
+  const auto bytes = [&](size_t count) { return std::span<const std::byte>(payload, count); };
+  const auto all = ReadPageRequest(PageHeader(Kind::kPageRequest, 65536, 0, 1023), bytes(kPayloadBytesMax));
+  ASSERT_TRUE(all.ok()) << all.status();
+  EXPECT_EQ(all->size(), 65536u);
+  EXPECT_TRUE(ReadPageRequest(PageHeader(Kind::kPageRequest, 64, 0, 0), bytes(256)).ok());
+  const auto over = ReadPageRequest(PageHeader(Kind::kPageRequest, 0, 0, 0), {});
+  ASSERT_TRUE(over.ok());
+  EXPECT_TRUE(over->empty());
+  const PageShape shape{.layers = 60, .layer_bytes = 64 * 576 * 2};
+  EXPECT_EQ(shape.LayersMax(), 3);
+  EXPECT_TRUE(
+      ReadPageTransfer(shape, PageHeader(Kind::kPageTransfer, 3, 1024, 1023, 57), bytes(3 * 64 * 576 * 2))
+          .ok());
+  EXPECT_TRUE(CheckPageEnd(PageHeader(Kind::kPageEnd, 0, 1024, 0), {}).ok());
+  EXPECT_TRUE(CheckPageAck(PageHeader(Kind::kPageAck, 0, 0, 7), {}).ok());
+}
+
+TEST(PageMessages, LengthsAndIndicesThatDoNotFitAreRefused) {
+  alignas(8) static std::byte payload[kPayloadBytesMax];
+  const auto bytes = [&](size_t count) { return std::span<const std::byte>(payload, count); };
+  const auto request = [&](uint32_t rows, uint32_t pairs, uint32_t first, size_t count) {
+    return ReadPageRequest(PageHeader(Kind::kPageRequest, rows, pairs, first), bytes(count)).ok();
+  };
+  EXPECT_FALSE(request(63, 0, 0, 252));
+  EXPECT_FALSE(request(64, 0, 0, 252));
+  EXPECT_FALSE(request(64, 0, 1, 256));
+  EXPECT_FALSE(request(64, 1, 0, 256));
+  EXPECT_FALSE(request(0, 0, 1, 0));
+  EXPECT_FALSE(request(65600, 0, 0, kPayloadBytesMax));
+  EXPECT_FALSE(request(0x40000000, 0, 0, 0));  // 4 B x this is 0 in 32 bits
+  const PageShape shape{.layers = 4, .layer_bytes = 1024};
+  const auto transfer = [&](uint32_t rows, uint32_t pairs, uint32_t page, uint16_t layer, size_t count) {
+    return ReadPageTransfer(shape, PageHeader(Kind::kPageTransfer, rows, pairs, page, layer), bytes(count))
+        .ok();
+  };
+  EXPECT_TRUE(transfer(4, 1, 0, 0, 4096));
+  EXPECT_FALSE(transfer(4, 1, 0, 1, 4096));
+  EXPECT_FALSE(transfer(0xffffffff, 1, 0, 1, 0));
+  EXPECT_FALSE(transfer(1, 1, 0, 4, 1024));
+  EXPECT_FALSE(transfer(0, 1, 0, 0, 0));
+  EXPECT_FALSE(transfer(1, 1, 1, 0, 1024));
+  EXPECT_FALSE(transfer(1, 1025, 0, 0, 1024));
+  EXPECT_FALSE(transfer(1, 1, 0, 0, 1023));
+  EXPECT_FALSE(CheckPageEnd(PageHeader(Kind::kPageEnd, 0, 1025, 0), {}).ok());
+  EXPECT_FALSE(CheckPageEnd(PageHeader(Kind::kPageEnd, 0, 3, 0), bytes(1)).ok());
+  EXPECT_FALSE(CheckPageAck(PageHeader(Kind::kPageAck, 1, 0, 0), {}).ok());
+  EXPECT_FALSE(CheckPageAck(PageHeader(Kind::kPageAck, 0, 0, 0), bytes(8)).ok());
+}
+
 }  // namespace
 }  // namespace minke::wire

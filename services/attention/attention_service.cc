@@ -20,8 +20,8 @@ namespace {
 
 constexpr absl::Duration kAskTimeout = absl::Seconds(10);
 // A node that drains stays so long after its last work: gateways may not know yet that it leaves, and a node
-// that has just been given one of its sequences asks for the pages next.
-constexpr absl::Duration kDrainLinger = absl::Seconds(1);
+// that has just been given one of its sequences asks for the pages after the step it is in.
+constexpr absl::Duration kDrainLinger = absl::Seconds(2);
 
 // Whether the node's weights are on one GPU as another node wants them.
 bool HasWeightsToGive(const AttentionServiceOptions& o) {
@@ -146,6 +146,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
     });
     raw->engine_->UpdateCluster({.routers = RoutersOf(view),
                                  .experts = cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
+                                 .attention = cluster::DataAddresses(view, cluster::v1::ROLE_ATTENTION),
                                  .experts_elsewhere = elsewhere,
                                  .placement = std::make_shared<router::PlacementTable>(
                                      cluster::EpochOf(view), cluster::Replicas(view))});
@@ -176,7 +177,7 @@ absl::Status AttentionService::Drain(absl::Duration limit, absl::FunctionRef<boo
     if (give_up()) return absl::CancelledError("asked to stop at once");
     const absl::Time now = absl::Now();
     const EngineStatus status = engine_->status();
-    if (status.running + status.waiting > 0) busy = now;
+    if (status.running + status.waiting + status.giving > 0) busy = now;
     if (now - busy >= kDrainLinger) return absl::OkStatus();
     if (now > end) {
       return absl::DeadlineExceededError(StrCat("after ", absl::FormatDuration(limit),

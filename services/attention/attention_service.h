@@ -51,6 +51,7 @@ class AttentionService {
   // CANCELLED when `give_up` is true. Destruction comes next.
   absl::Status Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
   Engine& engine() { return *engine_; }
+  NodeId node_id() const { return NodeId{self_.node_id()}; }
   const std::string& rpc_address() const { return self_.rpc_address(); }
 
  private:

@@ -2,6 +2,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <map>
 
 #include "absl/time/clock.h"
@@ -74,23 +75,33 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   engine.cache_bytes = options_.cache_bytes;
   engine.microbatches = options_.microbatches;
   engine.exchange = options_.exchange;
-  auto attention = attention::AttentionService::Start(
-      checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
-      {.registry = {.router = router_->rpc_address()},
-       .precision = options_.precision,
-       .mla = options_.mla,
-       .device = options_.attention_device,
-       .tensor_parallel = options_.tensor_parallel,
-       .local_routing = options_.local_routing,
-       .threads = options_.threads,
-       .engine = engine,
-       .gate_override = options_.local_routing ? options_.gate_override : nullptr,
-       .on_refused = refused});
-  if (!attention.ok()) log::Error("test", attention.status().ToString());
-  MK_CHECK(attention.ok());
-  attention_ = *std::move(attention);
+  engine.page_exchange = options_.page_exchange;
+  for (int i = 0; i < options_.attentions; ++i) {
+    auto attention = attention::AttentionService::Start(
+        checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
+        {.registry = {.router = router_->rpc_address()},
+         .precision = options_.precision,
+         .mla = options_.mla,
+         .device = options_.attention_device,
+         .tensor_parallel = options_.tensor_parallel,
+         .local_routing = options_.local_routing,
+         .threads = options_.threads,
+         .engine = engine,
+         .gate_override = options_.local_routing ? options_.gate_override : nullptr,
+         .on_refused = refused});
+    if (!attention.ok()) log::Error("test", attention.status().ToString());
+    MK_CHECK(attention.ok());
+    attentions_.push_back(*std::move(attention));
+  }
   const absl::Time limit = absl::Now() + absl::Seconds(30);
-  while (!router_->membership().view().ready()) {
+  const auto ready = [&] {
+    const cluster::v1::ClusterView view = router_->membership().view();
+    return view.ready() &&
+           std::count_if(view.members().begin(), view.members().end(), [](const auto& member) {
+             return member.role() == cluster::v1::ROLE_ATTENTION && member.ready();
+           }) == options_.attentions;
+  };
+  while (!ready()) {
     if (absl::Now() > limit)
       log::Error("test", "not ready: " + router_->membership().view().not_ready_reason());
     MK_CHECK(absl::Now() < limit);
@@ -99,7 +110,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
 }
 
 LocalCluster::~LocalCluster() {
-  attention_.reset();
+  attentions_.clear();
   experts_.clear();
   router_.reset();
 }
@@ -119,7 +130,7 @@ transport::FaultCounts LocalCluster::fault_counts() const {
 
 std::vector<Generation> LocalCluster::Run(const std::vector<inference::v1::Submit>& requests) {
   auto stub = inference::v1::Attention::NewStub(
-      grpc::CreateChannel(attention_->rpc_address(), grpc::InsecureChannelCredentials()));
+      grpc::CreateChannel(attention_address(), grpc::InsecureChannelCredentials()));
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(60)));
   auto stream = stub->Session(&context);

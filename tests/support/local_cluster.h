@@ -1,5 +1,5 @@
-// Router, expert servers and an attention node inside the test's process, over inproc or UCX, each transport
-// optionally faulty; and a client that speaks the gateway's protocol to the attention node.
+// Router, expert servers and attention nodes inside the test's process, over inproc or UCX, each transport
+// optionally faulty; and a client that speaks the gateway's protocol to an attention node.
 #pragma once
 
 #include <functional>
@@ -20,6 +20,7 @@ struct ClusterOptions {
   std::string checkpoint;
   Precision precision = Precision::kExact;
   int experts = 2;
+  int attentions = 1;
   Device experts_device = Device::kCpu;
   experts::ExpertsFormat experts_format = experts::ExpertsFormat::kBF16;
   Device attention_device = Device::kCpu;
@@ -36,6 +37,7 @@ struct ClusterOptions {
   std::optional<transport::FaultOptions> faults;        // around every transport
   std::optional<transport::FaultOptions> expert_faults;  // around that of the first expert server
   attention::ExchangeOptions exchange;
+  attention::PageExchangeOptions page_exchange;
   router::Gate::Override gate_override;
 };
 
@@ -54,15 +56,19 @@ class LocalCluster {
   explicit LocalCluster(ClusterOptions options);
   ~LocalCluster();
 
-  // Submits all at once on one session and waits for every end (60 s, then the rest have DEADLINE_EXCEEDED).
+  // Submits all at once on one session of the first attention node and waits for every end (60 s, then the
+  // rest have DEADLINE_EXCEEDED).
   std::vector<Generation> Run(const std::vector<inference::v1::Submit>& requests);
   Generation Run(const inference::v1::Submit& request) { return Run(std::vector{request}).front(); }
 
-  attention::Engine& engine() { return attention_->engine(); }
+  attention::Engine& engine(int i = 0) { return attentions_[i]->engine(); }
+  attention::AttentionService& attention(int i) { return *attentions_[i]; }
+  void StopAttention(int i) { attentions_[i].reset(); }
   router::RouterEngine& router_engine() { return router_->engine(); }
   experts::ExpertService& expert(int i) { return *experts_[i]; }
   void StopExpert(int i) { experts_[i].reset(); }
-  const std::string& attention_address() const { return attention_->rpc_address(); }
+  const std::string& attention_address() const { return attentions_.front()->rpc_address(); }
+  cluster::v1::ClusterView view() const { return router_->membership().view(); }
   const std::string& router_address() const { return router_->rpc_address(); }
   transport::FaultCounts fault_counts() const;
 
@@ -75,7 +81,7 @@ class LocalCluster {
   std::vector<transport::FaultyTransport*> faulty_;
   std::unique_ptr<router::RouterService> router_;
   std::vector<std::unique_ptr<experts::ExpertService>> experts_;
-  std::unique_ptr<attention::AttentionService> attention_;
+  std::vector<std::unique_ptr<attention::AttentionService>> attentions_;
 };
 
 // A greedy request for `max_tokens`, with the prompt's log-probabilities if `score`.

@@ -42,6 +42,7 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   request.key = {session, submit.request_id(), submit.generation()};
   request.prompt.assign(submit.prompt_token_ids().begin(), submit.prompt_token_ids().end());
   request.generated.assign(submit.generated_token_ids().begin(), submit.generated_token_ids().end());
+  request.pages_from = NodeId{submit.pages_from()};
   SamplingParams& p = request.sampling;
   p.temperature = s.temperature();
   p.top_p = s.top_p() == 0 ? 1 : s.top_p();

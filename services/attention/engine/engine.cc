@@ -27,6 +27,12 @@ absl::Status OutcomeError(RowOutcome outcome) {
              : absl::UnavailableError("the experts of this request could not be reached in time");
 }
 
+PageExchangeOptions PageOptions(const EngineOptions& options) {
+  PageExchangeOptions pages = options.page_exchange;
+  pages.enabled &= options.limits.reuse_prefixes;  // fetched pages would not be found
+  return pages;
+}
+
 }  // namespace
 
 int MicrobatchesMax(const EngineOptions& options) {
@@ -54,6 +60,7 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
       scheduler_(options.limits, pages_),
       exchange_(model_->config(), model_->precision(), *transport_, options.exchange,
                 MicrobatchesMax(options), local_gate_.get(), pool),
+      page_exchange_(PageOptions(options_), *model_, pages_, *transport_),
       peers_(*transport_),
       lanes_(MicrobatchesMax(options)),
       profile_(options_.trace_file, options_.trace_steps) {
@@ -112,7 +119,7 @@ void Engine::PublishStatus() {
   const ExchangeCounters& counters = exchange_.counters();
   EngineStatus status;
   status.running = scheduler_.running();
-  status.waiting = scheduler_.waiting();
+  status.waiting = scheduler_.waiting() + page_exchange_.fetching();
   status.pages_total = pages_.total();
   status.pages_used = pages_.used();
   status.phase_seconds = profile_.seconds();
@@ -127,7 +134,12 @@ void Engine::PublishStatus() {
   status.hedged_rows = counters.hedged_rows;
   status.stale_frames = counters.stale_frames;
   status.duplicate_rows = counters.duplicate_rows;
-  status.bad_frames = counters.bad_frames;
+  const PageExchangeCounters& moved = page_exchange_.counters();
+  status.bad_frames = counters.bad_frames + moved.bad_frames;
+  status.pages_fetched = moved.pages_fetched;
+  status.pages_given = moved.pages_given;
+  status.fetches_failed = moved.fetches_failed;
+  status.giving = page_exchange_.giving();
   status.generated_tokens = generated_tokens_;
   status.prompt_tokens = prompt_tokens_;
   if (std::exchange(reach_changed_, false)) connected_ = Connected();
@@ -150,15 +162,38 @@ bool Engine::Connected() const {
   return cluster_.placement->Served([&](NodeId server) { return peers_.IsUp(server); });
 }
 
-void Engine::ApplyCluster() {
-  reach_changed_ = true;
+void Engine::ConnectToPeers() {
   std::map<NodeId, std::string> wanted = cluster_.experts;
   wanted.insert(cluster_.routers.begin(), cluster_.routers.end());
+  wanted.merge(page_exchange_.WantedPeers());
   peers_.SetWanted(std::move(wanted));
+}
+
+void Engine::ApplyCluster() {
+  reach_changed_ = true;
+  page_exchange_.SetNodes(cluster_.attention);
+  ConnectToPeers();
   std::vector<NodeId> routers;
   for (const auto& [router, address] : cluster_.routers) routers.push_back(router);
   exchange_.SetRouters(std::move(routers));
   if (cluster_.placement != nullptr) exchange_.SetPlacement(cluster_.placement);
+}
+
+void Engine::Admit(Request request, std::vector<RequestEvent>& refused) {
+  const RequestKey key = request.key;
+  if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(request))); !status.ok()) {
+    refused.push_back({.key = key, .finish = FinishReason::kError, .error = status});
+  }
+}
+
+// Between steps: a bounded piece of work.
+void Engine::ExchangePages() {
+  std::vector<RequestEvent> refused;
+  // A page for each running sequence, which would otherwise be preempted for want of it.
+  for (Request& request : page_exchange_.Tick(absl::Now(), scheduler_.running()))
+    Admit(std::move(request), refused);
+  if (page_exchange_.TakePeersChanged()) ConnectToPeers();
+  if (!refused.empty()) Emit(std::move(refused));
 }
 
 void Engine::TakeMail() {
@@ -172,15 +207,17 @@ void Engine::TakeMail() {
   std::vector<RequestEvent> refused;
   for (Command& command : mail) {
     if (auto* request = std::get_if<Request>(&command.body)) {
-      const RequestKey key = request->key;
       prompt_tokens_ += request->prompt.size();
-      if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(*request)));
-          !status.ok()) {
-        refused.push_back({.key = key, .finish = FinishReason::kError, .error = status});
+      if (request->pages_from != NodeId{}) {
+        page_exchange_.Fetch(std::move(*request));
+      } else {
+        Admit(std::move(*request), refused);
       }
     } else if (auto* key = std::get_if<RequestKey>(&command.body)) {
+      page_exchange_.Cancel(*key);
       scheduler_.Cancel(*key);
     } else if (auto* session = std::get_if<Command::CancelSessionCommand>(&command.body)) {
+      page_exchange_.CancelSession(session->session);
       scheduler_.CancelSession(session->session);
     } else if (auto* snapshot = std::get_if<ClusterSnapshot>(&command.body)) {
       cluster_ = std::move(*snapshot);
@@ -199,20 +236,25 @@ void Engine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
       case transport::Event::Kind::kFrame:
+        if (PageExchange::IsPageKind(event.frame.header().kind))
+          return page_exchange_.OnFrame(event.peer, event.frame);
         return exchange_.OnFrame(event.frame);
       case transport::Event::Kind::kPeerUp:
         peers_.OnPeerUp(event.peer);
         reach_changed_ = true;
+        page_exchange_.OnPeerUp(event.peer);
         return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
         log::Warning("attention",
                      StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         peers_.OnPeerLost(event.peer);
         reach_changed_ = true;
+        page_exchange_.OnPeerLost(event.peer);
         return exchange_.OnPeerLost(event.peer);
     }
   });
   for (const NodeId dropped : peers_.Tick(absl::Now())) {
+    page_exchange_.OnPeerLost(dropped);
     exchange_.OnPeerLost(dropped);
     reach_changed_ = true;
   }
@@ -223,6 +265,7 @@ void Engine::Run() {
     profile_.Enter(StepPhase::kPlan);
     TakeMail();
     PollTransport();
+    ExchangePages();
     std::vector<RequestEvent> refused;
     std::vector<StepChunk> chunks = scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence) {
       refused.push_back(
@@ -234,7 +277,8 @@ void Engine::Run() {
     PublishStatus();
     if (chunks.empty()) {
       profile_.Enter(StepPhase::kIdle);
-      transport_->Wait(scheduler_.HasWork() ? kExchangeWait : kIdleWait);
+      if (page_exchange_.Due()) continue;
+      transport_->Wait(scheduler_.HasWork() || !page_exchange_.Idle() ? kExchangeWait : kIdleWait);
       continue;
     }
     int64_t decode_rows = 0, prompt_rows = 0;

@@ -19,6 +19,7 @@
 #include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
 #include "services/attention/engine/step_profile.h"
+#include "services/attention/latent_cache/page_exchange.h"
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/layers/attention_model.h"
 #include "services/attention/moe_exchange/expert_exchange.h"
@@ -31,7 +32,8 @@ struct EngineOptions {
   int64_t cache_bytes = int64_t{1} << 30;  // of the latent cache; untouched memory costs nothing
   int microbatches = 0;                    // 0: auto, 1 or 2 by step
   ExchangeOptions exchange;
-  std::string trace_file;  // of the first trace_steps steps; empty: none
+  PageExchangeOptions page_exchange;  // not without limits.reuse_prefixes
+  std::string trace_file;             // of the first trace_steps steps; empty: none
   int64_t trace_steps = 200;
   int64_t mailbox_max = 4096;  // submissions not yet seen by the engine
 };
@@ -41,9 +43,9 @@ int MicrobatchesMax(const EngineOptions& options);
 
 // The part of the cluster this node talks to.
 struct ClusterSnapshot {
-  std::map<NodeId, std::string> routers, experts;           // data-plane addresses
-  bool experts_elsewhere = false;                           // some expert server is on another host
-  std::shared_ptr<const router::PlacementTable> placement;  // shared with other readers of the same view
+  std::map<NodeId, std::string> routers, experts, attention;  // data-plane addresses
+  bool experts_elsewhere = false;                             // some expert server is on another host
+  std::shared_ptr<const router::PlacementTable> placement;    // shared with other readers of the same view
 };
 
 struct EngineOutput {
@@ -52,13 +54,17 @@ struct EngineOutput {
 };
 
 struct EngineStatus {
-  int64_t running = 0, waiting = 0, pages_total = 0, pages_used = 0, pages_cached = 0;
+  int64_t running = 0, waiting = 0;  // those whose pages are being fetched wait
+  int64_t pages_total = 0, pages_used = 0, pages_cached = 0;
   uint64_t split_steps = 0;  // in more than one microbatch
   uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, hedged_rows = 0, stale_frames = 0, duplicate_rows = 0,
            bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
-  uint64_t computed_tokens = 0;                // rows of all steps
-  uint64_t reuse_queries = 0, reuse_hits = 0;  // prompt tokens looked up in, and taken from, earlier pages
+  uint64_t computed_tokens = 0;                 // rows of all steps
+  uint64_t reuse_queries = 0, reuse_hits = 0;   // prompt tokens looked up in, and taken from, earlier pages
+  uint64_t pages_fetched = 0, pages_given = 0;  // from and to other nodes
+  uint64_t fetches_failed = 0;                  // of a sequence's pages, in part at least
+  int64_t giving = 0;                           // nodes' fetches that are under way from here
   std::array<double, kStepPhases> phase_seconds{};
   bool connected = false;  // to a router (if one is needed) and a server of every unit
 };
@@ -112,6 +118,9 @@ class Engine {
   struct Command;
 
   void TakeMail();
+  void Admit(Request request, std::vector<RequestEvent>& refused);
+  void ExchangePages();
+  void ConnectToPeers();
   void PollTransport();
   void ApplyCluster();
   void RunStep(std::vector<StepChunk> chunks);
@@ -139,6 +148,7 @@ class Engine {
   PagePool pages_;
   Scheduler scheduler_;
   ExpertExchange exchange_;
+  PageExchange page_exchange_;
   cluster::PeerKeeper peers_;
   std::vector<Lane> lanes_;
   std::vector<OutputRow> outputs_;             // of the lane whose outputs are being collected

@@ -91,6 +91,8 @@ class FakeWholeModel final : public AttentionModel, public WholeSteps {
   }
 
   // Never called.
+  void ReadPage(int32_t, uint32_t, std::byte*) override { FAIL(); }
+  void WritePage(int32_t, uint32_t, const std::byte*) override { FAIL(); }
   void Embed(const Microbatch&) override { FAIL(); }
   void Attention(int32_t, const Microbatch&, std::byte*) override { FAIL(); }
   void FeedForward(int32_t, const Microbatch&) override { FAIL(); }

@@ -14,6 +14,7 @@
 #include "libs/base/dtype.h"
 #include "libs/kernels/cpu/mla.h"
 #include "libs/model/config.h"
+#include "services/attention/latent_cache/page_memory.h"
 #include "services/attention/sampling/sampler.h"
 
 namespace minke::attention {
@@ -67,10 +68,8 @@ class WholeSteps {
 };
 
 // Engine thread only. A device that fails ends the process: its streams go on elsewhere.
-class AttentionModel {
+class AttentionModel : public PageMemory {
  public:
-  virtual ~AttentionModel() = default;
-
   virtual const ModelConfig& config() const = 0;
   virtual Precision precision() const = 0;
   virtual int64_t CacheBytesPerToken() const = 0;  // of all layers
@@ -78,6 +77,10 @@ class AttentionModel {
   // RESOURCE_EXHAUSTED if the device has not enough.
   virtual absl::Status Prepare(const ModelLimits& limits) = 0;
   virtual int64_t cache_pages() const = 0;
+  int32_t page_layers() const override { return config().num_hidden_layers; }
+  int64_t page_layer_bytes() const override {
+    return kernels::kPageTokens * config().latent_dim() * ActivationBytes(precision());
+  }
 
   virtual kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const = 0;
 

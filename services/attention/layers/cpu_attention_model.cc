@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "libs/base/log.h"
 #include "libs/base/status.h"
@@ -157,6 +158,14 @@ absl::Status CpuAttentionModel::Prepare(const ModelLimits& limits) {
   cache_.emplace(config(), precision_, limits.cache_pages);
   memory_.resize(limits.microbatches);
   return absl::OkStatus();
+}
+
+void CpuAttentionModel::ReadPage(int32_t layer, uint32_t page, std::byte* latents) {
+  std::memcpy(latents, cache_->layer(layer) + page * page_layer_bytes(), page_layer_bytes());
+}
+
+void CpuAttentionModel::WritePage(int32_t layer, uint32_t page, const std::byte* latents) {
+  std::memcpy(cache_->layer(layer) + page * page_layer_bytes(), latents, page_layer_bytes());
 }
 
 kernels::MlaForm CpuAttentionModel::FormOf(int64_t rows, int64_t position_begin) const {

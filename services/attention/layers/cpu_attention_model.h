@@ -38,6 +38,8 @@ class CpuAttentionModel final : public AttentionModel {
   int64_t CacheBytesPerToken() const override;
   absl::Status Prepare(const ModelLimits& limits) override;
   int64_t cache_pages() const override { return cache_pages_; }
+  void ReadPage(int32_t layer, uint32_t page, std::byte* latents) override;
+  void WritePage(int32_t layer, uint32_t page, const std::byte* latents) override;
   kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const override;
   void Embed(const Microbatch& batch) override;
   void Attention(int32_t layer, const Microbatch& batch, std::byte* rows) override;

@@ -62,6 +62,15 @@ class CudaAttentionModel final : public AttentionModel {
     return absl::OkStatus();
   }
 
+  void ReadPage(int32_t layer, uint32_t page, std::byte* latents) override {
+    const cuda::DeviceScope scope = Enter();
+    OrExit(gpu_->ReadPage(layer, page, latents));
+  }
+  void WritePage(int32_t layer, uint32_t page, const std::byte* latents) override {
+    const cuda::DeviceScope scope = Enter();
+    OrExit(gpu_->WritePage(layer, page, latents));
+  }
+
   kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const override {
     return gpu_->Absorbed(rows, position_begin) ? kernels::MlaForm::kAbsorbed : kernels::MlaForm::kNaive;
   }

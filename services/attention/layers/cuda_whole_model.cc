@@ -48,6 +48,13 @@ class CudaWholeModel final : public AttentionModel, public WholeSteps {
     return absl::OkStatus();
   }
 
+  void ReadPage(int32_t layer, uint32_t page, std::byte* latents) override {
+    OrExit(model_->attention().ReadPage(layer, page, latents));
+  }
+  void WritePage(int32_t layer, uint32_t page, const std::byte* latents) override {
+    OrExit(model_->attention().WritePage(layer, page, latents));
+  }
+
   kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const override {
     return model_->attention().Absorbed(rows, position_begin) ? kernels::MlaForm::kAbsorbed
                                                               : kernels::MlaForm::kNaive;

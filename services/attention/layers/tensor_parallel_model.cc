@@ -66,6 +66,10 @@ absl::Status TensorParallelModel::Prepare(const ModelLimits& limits) {
   return absl::OkStatus();
 }
 
+void TensorParallelModel::WritePage(int32_t layer, uint32_t page, const std::byte* latents) {
+  OnRanks([&](AttentionModel& model) { model.WritePage(layer, page, latents); });
+}
+
 void TensorParallelModel::Embed(const Microbatch& batch) {
   OnRanks([&](AttentionModel& model) { model.Embed(batch); });
 }

@@ -28,6 +28,10 @@ class TensorParallelModel final : public AttentionModel {
   int64_t CacheBytesPerToken() const override;  // of all ranks
   absl::Status Prepare(const ModelLimits& limits) override;
   int64_t cache_pages() const override { return First().cache_pages(); }
+  void ReadPage(int32_t layer, uint32_t page, std::byte* latents) override {
+    First().ReadPage(layer, page, latents);
+  }
+  void WritePage(int32_t layer, uint32_t page, const std::byte* latents) override;
   kernels::MlaForm FormOf(int64_t rows, int64_t position_begin) const override {
     return First().FormOf(rows, position_begin);
   }

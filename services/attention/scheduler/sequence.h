@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "libs/base/ids.h"
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/sampling/sampler.h"
 
@@ -27,6 +28,7 @@ struct Request {
   std::vector<uint32_t> generated;  // streamed before the request came here
   SamplingParams sampling;
   absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
+  NodeId pages_from;                                  // whose latents may be taken over; zero: nobody's
 };
 
 enum class FinishReason { kNone, kStop, kLength, kError };
