@@ -98,6 +98,7 @@ class Members:
         self.last_members = {}   # as the registry said last
         self.scratch = tempfile.mkdtemp(prefix="minke-fault-")
         self.prefix = "mf%d" % (os.getpid() % 100000)   # interface names have at most 15 characters
+        self.net = "10.%d.%d" % (214 + os.getpid() // 256 % 32, os.getpid() % 256)   # clusters side by side
         self.hosts = [role + str(i) for role, n in self.size.items()
                       for i in range(n + (SPARES if role in ("router", "expert", "attention") else 0))]
         self.ports = {}
@@ -122,7 +123,7 @@ class Members:
     # Hosts.
 
     def address(self, host):
-        return "10.214.7.%d" % (self.hosts.index(host) + 1) if self.namespaces else "127.0.0.1"
+        return "%s.%d" % (self.net, self.hosts.index(host) + 1) if self.namespaces else "127.0.0.1"
 
     def port(self, host, what, fixed):
         if self.namespaces:
@@ -138,7 +139,7 @@ class Members:
         bridge = self.prefix + "br"
         ip("link", "add", bridge, "type", "bridge")
         ip("link", "set", bridge, "up")
-        ip("addr", "add", "10.214.7.254/24", "dev", bridge)
+        ip("addr", "add", self.net + ".254/24", "dev", bridge)
         for host in self.hosts:
             ns, outer = self.prefix + host, self._outer(host)
             ip("netns", "add", ns)
