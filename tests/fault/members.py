@@ -89,9 +89,10 @@ class Member:
 class Members:
     """etcd, routers, expert servers, attention nodes and a gateway; ready when constructed."""
 
-    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250):
+    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250, keep_logs=""):
         self.namespaces = can_have_namespaces() if namespaces is None else namespaces
         self.heartbeat_ms = heartbeat_ms
+        self.keep_logs = keep_logs   # folder for the logs of all hosts
         self.size = dict(etcd=1, router=routers, expert=experts, attention=attention, gateway=1)
         self.lock = threading.RLock()
         self.members = []
@@ -138,6 +139,8 @@ class Members:
     def _make_hosts(self):
         bridge = self.prefix + "br"
         ip("link", "add", bridge, "type", "bridge")
+        # Its own address: else it takes its lowest port's, and whoever cuts that port off cuts the clients off too.
+        ip("link", "set", bridge, "address", "02:6d:6b:00:00:fe")
         ip("link", "set", bridge, "up")
         ip("addr", "add", self.net + ".254/24", "dev", bridge)
         for host in self.hosts:
@@ -316,6 +319,10 @@ class Members:
                 ip("link", "del", self._outer(host), check=False)
                 ip("netns", "del", self.prefix + host, check=False)
             ip("link", "del", self.prefix + "br", check=False)
+        if self.keep_logs:
+            for name in os.listdir(self.scratch):
+                if name.endswith(".log"):
+                    shutil.copy(os.path.join(self.scratch, name), self.keep_logs)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __enter__(self):
