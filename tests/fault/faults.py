@@ -1,5 +1,5 @@
 """The seeded script: which fault hits whom and when, how it is taken back, and what the streams saw of it."""
-import random, signal, subprocess, time
+import bisect, signal, subprocess, time
 from collections import namedtuple
 
 Fault = namedtuple("Fault", "role action")   # role "leader" and "router": the router that decides, another one
@@ -13,6 +13,7 @@ ACTIONS = {
     "gateway": ("kill", "freeze", "cut", "drain"),
 }
 KINDS = [Fault(role, action) for role, actions in ACTIONS.items() for action in actions]
+GAP_SLACK = 0.1   # seconds
 SECONDS = (1, 2, 5)   # of freezes and cuts: shorter and longer than a lease
 
 
@@ -149,16 +150,20 @@ class Injector:
 
     def judge(self):
         """Gives every record what the streams saw of it: call when all streams have ended."""
-        faults = sorted(self.records, key=lambda r: r.begin)
-        for n, record in enumerate(faults):
-            end = record.end + 1.0
-            if n + 1 < len(faults):
-                end = min(end, max(faults[n + 1].begin, record.end))
-            for s in self.load.streams:
-                gap = s.longest_gap(record.begin, end)
-                if gap is not None:
-                    record.stalls.append(gap[0])
-                    record.worst = max(record.worst, (gap[0], gap[1] - record.begin))
+        faults = sorted((r for r in self.records if r.begin is not None), key=lambda r: r.begin)
+        for r in faults:
+            r.end = r.end or time.monotonic()   # the run was broken off
+        begins = [r.begin for r in faults]
+        for s in self.load.streams:
+            longest = {}
+            for a, b in s.gaps():
+                # A gap belongs to the last fault before it: the last event may have come just before that.
+                n = bisect.bisect(begins, a + GAP_SLACK) - 1
+                if n >= 0:
+                    longest[n] = max(longest.get(n, (0, 0)), (b - a, a))
+            for n, (gap, a) in longest.items():
+                faults[n].stalls.append(gap)
+                faults[n].worst = max(faults[n].worst, (gap, a - faults[n].begin))
         for s in self.load.streams:
             if s.outcome == "ok":
                 continue

@@ -89,15 +89,17 @@ class Member:
 class Members:
     """etcd, routers, expert servers, attention nodes and a gateway; ready when constructed."""
 
-    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250):
+    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250, keep_logs=""):
         self.namespaces = can_have_namespaces() if namespaces is None else namespaces
         self.heartbeat_ms = heartbeat_ms
+        self.keep_logs = keep_logs   # folder for the logs of all hosts
         self.size = dict(etcd=1, router=routers, expert=experts, attention=attention, gateway=1)
         self.lock = threading.RLock()
         self.members = []
         self.last_members = {}   # as the registry said last
         self.scratch = tempfile.mkdtemp(prefix="minke-fault-")
         self.prefix = "mf%d" % (os.getpid() % 100000)   # interface names have at most 15 characters
+        self.net = "10.%d.%d" % (214 + os.getpid() // 256 % 32, os.getpid() % 256)   # clusters side by side
         self.hosts = [role + str(i) for role, n in self.size.items()
                       for i in range(n + (SPARES if role in ("router", "expert", "attention") else 0))]
         self.ports = {}
@@ -122,7 +124,7 @@ class Members:
     # Hosts.
 
     def address(self, host):
-        return "10.214.7.%d" % (self.hosts.index(host) + 1) if self.namespaces else "127.0.0.1"
+        return "%s.%d" % (self.net, self.hosts.index(host) + 1) if self.namespaces else "127.0.0.1"
 
     def port(self, host, what, fixed):
         if self.namespaces:
@@ -137,8 +139,10 @@ class Members:
     def _make_hosts(self):
         bridge = self.prefix + "br"
         ip("link", "add", bridge, "type", "bridge")
+        # Its own address: else it takes its lowest port's, and whoever cuts that port off cuts the clients off too.
+        ip("link", "set", bridge, "address", "02:6d:6b:00:00:fe")
         ip("link", "set", bridge, "up")
-        ip("addr", "add", "10.214.7.254/24", "dev", bridge)
+        ip("addr", "add", self.net + ".254/24", "dev", bridge)
         for host in self.hosts:
             ns, outer = self.prefix + host, self._outer(host)
             ip("netns", "add", ns)
@@ -315,6 +319,10 @@ class Members:
                 ip("link", "del", self._outer(host), check=False)
                 ip("netns", "del", self.prefix + host, check=False)
             ip("link", "del", self.prefix + "br", check=False)
+        if self.keep_logs:
+            for name in os.listdir(self.scratch):
+                if name.endswith(".log"):
+                    shutil.copy(os.path.join(self.scratch, name), self.keep_logs)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __enter__(self):

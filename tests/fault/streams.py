@@ -27,13 +27,10 @@ class Stream:
         self.outcome = None          # "ok", "wrong", "failed", "broken" (its connection)
         self.detail = ""
 
-    def longest_gap(self, begin, end):
-        """(longest time without an event among gaps that touch the window, when it began); None if the stream does not."""
-        if self.begin >= end or (self.end is not None and self.end <= begin):
-            return None
+    def gaps(self):
+        """(begin, end) of the times without an event, the wait for the first one among them."""
         points = [self.begin, *self.times, self.end if self.end is not None else time.monotonic()]
-        gaps = [(b - a, a) for a, b in zip(points, points[1:]) if b > begin and a < end]
-        return max(gaps) if gaps else None
+        return zip(points, points[1:])
 
 
 def run_stream(address, body, stream, timeout):
@@ -118,14 +115,18 @@ class Load:
                 self.streams.append(stream)
             got = run_stream(self.address, self.bodies[i], stream, self.timeout)
             if got is not None:
-                stream.outcome = "ok" if got == self.want[i] else "wrong"
-                if got != self.want[i]:
-                    at = next((k for k, (a, b) in enumerate(zip(got[0], self.want[i][0])) if a != b), min(len(got[0]), len(self.want[i][0])))
-                    stream.detail = "body %d: from token %d on; %d tokens, expected %d; %s %s, expected %s %s" % (
-                        i, at, len(got[0]), len(self.want[i][0]), got[2], got[3], self.want[i][2], self.want[i][3])
+                self.check(stream, got)
             stream.end = time.monotonic()
             if stream.outcome != "ok":
                 time.sleep(0.2)
+
+    def check(self, stream, got):
+        want = self.want[stream.body]
+        stream.outcome = "ok" if got == want else "wrong"
+        if got != want:
+            at = next((k for k, (a, b) in enumerate(zip(got[0], want[0])) if a != b), min(len(got[0]), len(want[0])))
+            stream.detail = "body %d: differs from token %d on; %d tokens, expected %d; %s %s, expected %s %s" % (
+                stream.body, at, len(got[0]), len(want[0]), *got[2:], *want[2:])
 
     def in_flight(self):
         with self.lock:
