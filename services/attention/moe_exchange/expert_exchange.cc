@@ -111,7 +111,9 @@ void ExpertExchange::OnPeerLost(NodeId peer) {
         piece.retry_at = now;
       }
       for (Slot& slot : piece.slots) {
-        if (slot.state == Slot::State::kSent && slot.server == peer) {
+        // A router that told the plan may have died before it sent the rows.
+        const bool from_lost = slot.server == peer || (piece.planned && piece.router == peer);
+        if (slot.state == Slot::State::kSent && from_lost) {
           slot.state = Slot::State::kUnsent;
           piece.unsent = true;
           piece.retry_at = now;
