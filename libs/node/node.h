@@ -63,9 +63,9 @@ void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
 // level and process name.
 int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_name, const NodeFlags& flags);
 
-// What --device and --precision come to. auto: the GPU where there is one and it can compute so, else the CPU.
-// FAILED_PRECONDITION for a GPU that this build or this machine has not, INVALID_ARGUMENT for one that should
-// compute exactly.
+// What --device and --precision come to. auto: the GPU where there is one and it can compute so, else the
+// CPU. FAILED_PRECONDITION for a GPU that this build or this machine has not, INVALID_ARGUMENT for one that
+// should compute exactly.
 absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precision);
 absl::StatusOr<std::string> ReadSecret(const std::string& file);
 // A UCX transport by the flags, for a node with a fresh id.

@@ -1,9 +1,10 @@
 // A process's place in the cluster: it says what it is and hears who else is there and which expert server
 // hosts what. Two ways, one behaviour (registry_test.cc):
 //   static  one router keeps members and placement in its memory; every other process holds a stream to it.
-//   etcd    members and placement lie in etcd (3.4 or later); several routers, of which one at a time decides.
-// An outage of either stops changes, not serving: the last view stays in force, and members that are absent when
-// the registry is back are kept for a lease.
+//   etcd    members and placement lie in etcd (3.4 or later); several routers, of which one at a time
+//   decides.
+// An outage of either stops changes, not serving: the last view stays in force, and members that are absent
+// when the registry is back are kept for a lease.
 #pragma once
 
 #include <functional>

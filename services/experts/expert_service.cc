@@ -107,12 +107,10 @@ void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   };
   assigned_.clear();
   for (const cluster::v1::Unit& unit : update.assigned()) assigned_.insert({unit.layer(), unit.group()});
-  std::erase_if(to_load_, [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return !assigned_.contains(unit);
-  });
-  std::erase_if(failed_, [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return !assigned_.contains(unit);
-  });
+  std::erase_if(to_load_,
+                [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !assigned_.contains(unit); });
+  std::erase_if(failed_,
+                [&](UnitId unit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !assigned_.contains(unit); });
   for (const UnitId unit : assigned_) {
     const bool here = hosted_.contains(unit);
     if (here) retiring_.erase(unit);
@@ -190,7 +188,9 @@ void ExpertService::LoadLoop() {
   while (true) {
     {
       const MutexLock lock(mutex_);
-      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || report_due_ || !to_load_.empty(); };
+      const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+        return stop_ || report_due_ || !to_load_.empty();
+      };
       mutex_.AwaitFor(kRetirePeriod, due);
       if (stop_) return;
     }
@@ -232,8 +232,8 @@ absl::Status ExpertService::Drain(absl::Duration limit, absl::FunctionRef<bool()
             StrCat("no other expert server is there to take over ", published_, " units"));
       }
       if (absl::Now() > end) {
-        return absl::DeadlineExceededError(
-            StrCat("after ", absl::FormatDuration(limit), " others have not taken over ", published_, " units"));
+        return absl::DeadlineExceededError(StrCat("after ", absl::FormatDuration(limit),
+                                                  " others have not taken over ", published_, " units"));
       }
     }
   }

@@ -1,6 +1,6 @@
 // A whole expert server: engine thread, loader thread, membership, gRPC health. One per process, or one of
-// the roles of `minke serve`. It hosts the units that the registry assigns to it: loads new ones beside the work
-// that goes on, and lets go of those that others have taken over.
+// the roles of `minke serve`. It hosts the units that the registry assigns to it: loads new ones beside the
+// work that goes on, and lets go of those that others have taken over.
 #pragma once
 
 #include <atomic>
@@ -48,9 +48,9 @@ class ExpertService {
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
 
-  // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they have
-  // not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once `give_up` says
-  // so.
+  // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
+  // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
+  // `give_up` says so.
   absl::Status Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
 
  private:
@@ -79,7 +79,7 @@ class ExpertService {
   std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);           // to load
   // Hosted, no longer assigned, and published elsewhere: let go at this time.
   std::map<UnitId, absl::Time> retiring_ ABSL_GUARDED_BY(mutex_);
-  int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;  // units whose rows may still be sent here
+  int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;    // units whose rows may still be sent here
   bool successors_ ABSL_GUARDED_BY(mutex_) = true;   // somebody could take over
   bool report_due_ ABSL_GUARDED_BY(mutex_) = false;  // to the registry, by the loader's thread
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;

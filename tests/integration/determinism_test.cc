@@ -218,7 +218,8 @@ TEST(Failover, ReplicaAnswersForASlowServerWithTheSameBits) {
   options.replicas = 2;
   const Bits want = BitsOf(LocalCluster(options).Run(Greedy(golden.input_ids, 40, true)));
   // One message in fifty of one server is late; nothing is ever lost.
-  options.expert_faults = transport::FaultOptions{.seed = 3, .delay_probability = 0.02, .delay_max = absl::Seconds(2)};
+  options.expert_faults =
+      transport::FaultOptions{.seed = 3, .delay_probability = 0.02, .delay_max = absl::Seconds(2)};
   for (const double factor : {0.0, 1.0}) {
     options.exchange.hedge_factor = factor;
     LocalCluster cluster(options);

@@ -34,7 +34,7 @@ struct ClusterOptions {
   bool reuse_prefixes = true;
   int threads = 2;
   int tensor_parallel = 1;
-  std::optional<transport::FaultOptions> faults;        // around every transport
+  std::optional<transport::FaultOptions> faults;         // around every transport
   std::optional<transport::FaultOptions> expert_faults;  // around that of the first expert server
   attention::ExchangeOptions exchange;
   attention::PageExchangeOptions page_exchange;

@@ -124,8 +124,8 @@ absl::Status MlaDecode::Run(const MlaDecodeArgs& args, const Stream& stream) {
     if (!q_map.ok()) return q_map.status();
     absl::StatusOr<CUtensorMap> page_map = MakeTensorMap(args.cache, page_dims, row_bytes, page_box);
     if (!page_map.ok()) return page_map.status();
-    MK_CUDA_RETURN_IF_ERROR(LaunchDecodeSm90(params, *q_map, *page_map, limits_.workers, blocks_per_worker_,
-                                             stream.handle()));
+    MK_CUDA_RETURN_IF_ERROR(
+        LaunchDecodeSm90(params, *q_map, *page_map, limits_.workers, blocks_per_worker_, stream.handle()));
   } else {
     MK_CUDA_RETURN_IF_ERROR(LaunchDecodePortable(params, limits_.workers, stream.handle()));
   }

@@ -40,7 +40,7 @@ class MlaDecode {
     float softmax_scale = 0;
     int32_t sequences_max = 1024;
     Path path = Path::kAuto;
-    int32_t variant = 0;       // of the Hopper kernel, for measurements; 0: the one to use; 1: blocks of 64 rows
+    int32_t variant = 0;  // of the Hopper kernel, for measurements; 0: the one to use; 1: blocks of 64 rows
     int32_t segment_cost = 0;  // 0: the default of MlaDecodePlanLimits
   };
   static absl::StatusOr<MlaDecode> Create(const Options& options);

@@ -57,8 +57,8 @@ struct EngineStatus {
   int64_t running = 0, waiting = 0;  // those whose pages are being fetched wait
   int64_t pages_total = 0, pages_used = 0, pages_cached = 0;
   uint64_t split_steps = 0;  // in more than one microbatch
-  uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, hedged_rows = 0, stale_frames = 0, duplicate_rows = 0,
-           bad_frames = 0;
+  uint64_t steps = 0, preemptions = 0, redispatched_rows = 0, hedged_rows = 0, stale_frames = 0,
+           duplicate_rows = 0, bad_frames = 0;
   uint64_t generated_tokens = 0, prompt_tokens = 0;
   uint64_t computed_tokens = 0;                 // rows of all steps
   uint64_t reuse_queries = 0, reuse_hits = 0;   // prompt tokens looked up in, and taken from, earlier pages

@@ -274,8 +274,8 @@ void ExpertExchange::ResultsTook(Exchange& exchange, absl::Duration time) {
   slow *= time > slow ? 1 + kPercentileStep : 1 - kPercentileStep / 99;
 }
 
-// Asks other replicas for what the slow ones have not answered. The slots stay with their first servers: should
-// those be lost, or the second ones, everything goes on as without the hedge.
+// Asks other replicas for what the slow ones have not answered. The slots stay with their first servers:
+// should those be lost, or the second ones, everything goes on as without the hedge.
 void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
   const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
   piece.hedged = true;
@@ -296,7 +296,9 @@ void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
   if (items.empty()) return;
   sender_.Send(
       *placement_, ExchangeHeader(exchange, piece), items,
-      [&](NodeId server) { return IsUp(server) && std::find(slow.begin(), slow.end(), server) == slow.end(); },
+      [&](NodeId server) {
+        return IsUp(server) && std::find(slow.begin(), slow.end(), server) == slow.end();
+      },
       [&](size_t, uint32_t, NodeId server) { counters_.hedged_rows += server != NodeId{}; });
 }
 

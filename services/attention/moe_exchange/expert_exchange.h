@@ -31,8 +31,8 @@ struct ExchangeOptions {
   absl::Duration result_timeout = absl::Seconds(5);
   absl::Duration retry_pause = absl::Milliseconds(5);  // before asking again where nobody could take rows
   absl::Duration total_timeout = absl::Seconds(60);    // then the rows' requests fail as unavailable
-  // Results that take more than this many times the 99th percentile are asked of another replica too; the first
-  // answer counts. 0: never.
+  // Results that take more than this many times the 99th percentile are asked of another replica too; the
+  // first answer counts. 0: never.
   double hedge_factor = 2;
   absl::Duration hedge_min = absl::Milliseconds(20);
 };

@@ -74,7 +74,8 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
-MembershipService::MembershipService(MembershipOptions options, cluster::v1::MemberReport self, OnView on_view)
+MembershipService::MembershipService(MembershipOptions options, cluster::v1::MemberReport self,
+                                     OnView on_view)
     : options_([&] {
         // Members of an earlier life of this router join again within their leases, with what they have.
         options.coordinator.fresh_term = static_cast<uint32_t>(absl::ToUnixSeconds(absl::Now()));
@@ -167,15 +168,15 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
 void MembershipService::OnGone(Stream* stream) {
   std::shared_ptr<Stream> last;  // destroyed after the lock is released
   const MutexLock lock(mutex_);
-  const bool changed = std::erase_if(leases_, [&](const auto& lease) {
-                         if (lease.second.stream != stream) return false;
-                         const auto it = members_.find(lease.first);
-                         log::Warning("membership",
-                                      StrCat("left role=", Role_Name(it->second.member().role()),
-                                             " node=", ToString(lease.first)));
-                         members_.erase(it);
-                         return true;
-                       }) > 0;
+  const bool changed =
+      std::erase_if(leases_, [&](const auto& lease) {
+        if (lease.second.stream != stream) return false;
+        const auto it = members_.find(lease.first);
+        log::Warning("membership", StrCat("left role=", Role_Name(it->second.member().role()),
+                                          " node=", ToString(lease.first)));
+        members_.erase(it);
+        return true;
+      }) > 0;
   auto it = streams_.find(stream);
   last = std::move(it->second);
   streams_.erase(it);

@@ -1,5 +1,5 @@
-// The static registry: keeps the cluster's members by lease and the placement's record, and sends every member
-// the cluster's view whenever it changes. One router holds it; nothing outside this process does.
+// The static registry: keeps the cluster's members by lease and the placement's record, and sends every
+// member the cluster's view whenever it changes. One router holds it; nothing outside this process does.
 //
 // A restarted router knows nothing: members join again and report what they host, which becomes the new
 // table, under a new term. Thread-safe.
@@ -60,8 +60,8 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
   const NodeId self_;
   const OnView on_view_;
   mutable Mutex mutex_;
-  cluster::Members members_ ABSL_GUARDED_BY(mutex_);         // this router among them
-  std::map<NodeId, Lease> leases_ ABSL_GUARDED_BY(mutex_);   // of all others
+  cluster::Members members_ ABSL_GUARDED_BY(mutex_);        // this router among them
+  std::map<NodeId, Lease> leases_ ABSL_GUARDED_BY(mutex_);  // of all others
   std::map<Stream*, std::shared_ptr<Stream>> streams_
       ABSL_GUARDED_BY(mutex_);  // shared with whoever is notifying them
   cluster::v1::PlacementRecord record_ ABSL_GUARDED_BY(mutex_);

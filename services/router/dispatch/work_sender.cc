@@ -38,7 +38,8 @@ void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& 
     NodeId server{};
     for (size_t i = 0, seen = 0; i < items.size(); ++i) {
       if ((items[i].groups >> group & 1) == 0) continue;
-      if (seen++ == 0 || split) server = placement.Choose(unit, Draw(items[i].row), usable).value_or(NodeId{});
+      if (seen++ == 0 || split)
+        server = placement.Choose(unit, Draw(items[i].row), usable).value_or(NodeId{});
       group_server_[i * groups + group] = server;
       if (std::find(servers_.begin(), servers_.end(), server) == servers_.end()) servers_.push_back(server);
     }
@@ -47,7 +48,8 @@ void WorkSender::Send(const PlacementTable& placement, const wire::FrameHeader& 
   for (const NodeId server : servers_) {
     const auto flush = [&] {
       if (selected_.empty()) return;
-      const bool sent = server != NodeId{} && SendFrame(server, exchange, placement.epoch(), items, selected_);
+      const bool sent =
+          server != NodeId{} && SendFrame(server, exchange, placement.epoch(), items, selected_);
       for (const Selected& row : selected_) {
         for (uint64_t g = row.groups; g != 0; g &= g - 1) {
           assign(row.item, std::countr_zero(g), sent ? server : NodeId{});

@@ -137,8 +137,7 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
       count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     }
     items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
-                      weights_scratch_.data() + i * k,
-                      groups_of_row});
+                      weights_scratch_.data() + i * k, groups_of_row});
   }
   sender_.Send(
       *placement_, header, items_, [&](NodeId server) { return peers_.IsUp(server); },

@@ -24,8 +24,8 @@ void SetUnit(UnitId unit, cluster::v1::Unit& out) {
   out.set_group(unit.group);
 }
 
-// Expert servers that half of the routers or more cannot reach: a router that has died meanwhile says nothing new
-// until its lease ends. One that has no router to say so counts as reachable.
+// Expert servers that half of the routers or more cannot reach: a router that has died meanwhile says nothing
+// new until its lease ends. One that has no router to say so counts as reachable.
 std::set<NodeId> Unreachable(const cluster::Members& members) {
   std::map<NodeId, int> lost;
   int routers = 0;
@@ -41,8 +41,8 @@ std::set<NodeId> Unreachable(const cluster::Members& members) {
   return unreachable;
 }
 
-// Rows of a step from which an expert's rows, without loads, are guessed: any number does, as long as it is the
-// same for all, so that servers that join an idle cluster get their part.
+// Rows of a step from which an expert's rows, without loads, are guessed: any number does, as long as it is
+// the same for all, so that servers that join an idle cluster get their part.
 constexpr double kRowsUnobserved = 1;
 // Fewer exchanges are no load to place by.
 constexpr double kExchangesMin = 1;
@@ -84,14 +84,14 @@ struct Pool {
       if (report.bytes_per_s() > 0) server.bytes_per_s = report.bytes_per_s();
       if (report.flops_per_s() > 0) server.flops_per_s = report.flops_per_s();
       if (report.unit_slots() > 0) server.slots = report.unit_slots();
-      // What it was assigned and is still loading, and what it has: also what it came with, after an outage or
-      // with a new registry.
+      // What it was assigned and is still loading, and what it has: also what it came with, after an outage
+      // or with a new registry.
       std::set<UnitId> all = hosts;
-      if (const auto it = assigned.find(id); it != assigned.end()) all.insert(it->second.begin(), it->second.end());
+      if (const auto it = assigned.find(id); it != assigned.end())
+        all.insert(it->second.begin(), it->second.end());
       for (const UnitId unit : all) {
         const auto weight = weights.find({id, unit});
-        server.units.push_back(
-            {unit, hosts.contains(unit), weight == weights.end() ? 0 : weight->second});
+        server.units.push_back({unit, hosts.contains(unit), weight == weights.end() ? 0 : weight->second});
       }
       placed |= !all.empty();
       joined += server.draining ? 0 : 1;
@@ -118,9 +118,10 @@ struct Pool {
   }
 };
 
-// Servers that host more than their part, since others have joined, let go of what they get no rows of and enough
-// others have loaded.
-void DropIdleExtras(const CoordinatorOptions& options, const PlacementSnapshot& snapshot, PlacementPlan& plan) {
+// Servers that host more than their part, since others have joined, let go of what they get no rows of and
+// enough others have loaded.
+void DropIdleExtras(const CoordinatorOptions& options, const PlacementSnapshot& snapshot,
+                    PlacementPlan& plan) {
   std::set<std::pair<UnitId, NodeId>> dropped;
   for (const Move& move : plan.moves) {
     if (move.kind == Move::Kind::kDrop) dropped.emplace(move.unit, move.server);
@@ -217,11 +218,13 @@ PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members
     }
   }
 
-  const bool same = std::equal(
-      next.placement().begin(), next.placement().end(), current.placement().begin(), current.placement().end(),
-      [](const auto& a, const auto& b) { return google::protobuf::util::MessageDifferencer::Equals(a, b); });
+  const bool same = std::equal(next.placement().begin(), next.placement().end(), current.placement().begin(),
+                               current.placement().end(), [](const auto& a, const auto& b) {
+                                 return google::protobuf::util::MessageDifferencer::Equals(a, b);
+                               });
   if (next.epoch().term() == 0) next.mutable_epoch()->set_term(options.fresh_term);
-  if (!same || current.epoch().counter() == 0) next.mutable_epoch()->set_counter(current.epoch().counter() + 1);
+  if (!same || current.epoch().counter() == 0)
+    next.mutable_epoch()->set_counter(current.epoch().counter() + 1);
   return next;
 }
 

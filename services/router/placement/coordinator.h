@@ -1,6 +1,7 @@
-// What the coordinator of a cluster decides: which expert server hosts what, and which of the loaded replicas are
-// published. A pure function of what is known, so that any router can go on from where another one stopped:
-// the router's own memory (static registry) or etcd keeps the record between calls. No I/O, clock or lock.
+// What the coordinator of a cluster decides: which expert server hosts what, and which of the loaded replicas
+// are published. A pure function of what is known, so that any router can go on from where another one
+// stopped: the router's own memory (static registry) or etcd keeps the record between calls. No I/O, clock or
+// lock.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +19,12 @@ struct CoordinatorOptions {
   std::vector<UnitId> units;  // AllUnits of the model; empty: nothing is to be placed
   UnitShape shape;            // of each
   int replicas = 1;           // of every unit, at least
-  // More replicas than that, where loads ask for them, on servers that do not say how many units they have room
-  // for; those that do use all their room.
+  // More replicas than that, where loads ask for them, on servers that do not say how many units they have
+  // room for; those that do use all their room.
   int spare_slots = 0;
-  int expert_servers = 1;     // to wait for before the first placement
-  uint32_t fresh_term = 1;    // term of a record that begins from nothing
-  int64_t settled_ms = 0;     // until then members may be on their way back: nothing they had is given away
+  int expert_servers = 1;   // to wait for before the first placement
+  uint32_t fresh_term = 1;  // term of a record that begins from nothing
+  int64_t settled_ms = 0;   // until then members may be on their way back: nothing they had is given away
 };
 
 // The record that should follow `current`; equal to it if nothing is to change. `now_ms` only paces

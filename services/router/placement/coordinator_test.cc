@@ -14,10 +14,11 @@ using cluster::v1::PlacementRecord;
 constexpr uint32_t kLayers = 3, kGroups = 8;
 
 CoordinatorOptions Options(int servers, int replicas = 1) {
-  CoordinatorOptions options{.shape = {.unit_bytes = 1e6, .experts = 4, .experts_per_row = 2, .flops_per_row = 1e6},
-                             .replicas = replicas,
-                             .expert_servers = servers,
-                             .fresh_term = 7};
+  CoordinatorOptions options{
+      .shape = {.unit_bytes = 1e6, .experts = 4, .experts_per_row = 2, .flops_per_row = 1e6},
+      .replicas = replicas,
+      .expert_servers = servers,
+      .fresh_term = 7};
   for (uint32_t layer = 1; layer <= kLayers; ++layer) {
     for (uint32_t group = 0; group < kGroups; ++group) options.units.push_back({layer, group});
   }
@@ -37,7 +38,8 @@ using Units = std::set<UnitId>;
 // A cluster whose servers do what the record asks of them, one unit at a time in random order.
 class World {
  public:
-  explicit World(CoordinatorOptions options, uint32_t seed = 1) : options_(std::move(options)), random_(seed) {
+  explicit World(CoordinatorOptions options, uint32_t seed = 1)
+      : options_(std::move(options)), random_(seed) {
     members_[NodeId{1000}] = Member(1000, cluster::v1::ROLE_ROUTER);
   }
   void Join(uint64_t id) { members_[NodeId{id}] = Member(id, cluster::v1::ROLE_EXPERT); }
@@ -63,7 +65,8 @@ class World {
         if (!hosted.contains(unit)) possible.push_back({id, {unit, true}});
       }
       for (const UnitId unit : hosted) {
-        if (!assigned.contains(unit) && !Published(unit).contains(id)) possible.push_back({id, {unit, false}});
+        if (!assigned.contains(unit) && !Published(unit).contains(id))
+          possible.push_back({id, {unit, false}});
       }
     }
     if (possible.empty()) return false;

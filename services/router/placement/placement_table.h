@@ -30,9 +30,9 @@ class PlacementTable {
 
   // Whether the unit's rows go to several servers.
   bool Split(UnitId unit) const;
-  // The server for a row of the unit, by the weights; `draw` [0, 1) tells rows apart. Where there are none, or
-  // the one drawn is not usable, all routers choose the same (rendezvous hash of layer, group and server), so
-  // that an expert's rows meet in one launch. Only servers for which `usable` holds; nullopt if none.
+  // The server for a row of the unit, by the weights; `draw` [0, 1) tells rows apart. Where there are none,
+  // or the one drawn is not usable, all routers choose the same (rendezvous hash of layer, group and server),
+  // so that an expert's rows meet in one launch. Only servers for which `usable` holds; nullopt if none.
   std::optional<NodeId> Choose(UnitId unit, float draw, absl::FunctionRef<bool(NodeId)> usable) const;
 
   // Whether there are units, and each has a server that is `usable`.

@@ -38,7 +38,8 @@ TEST(PlacementTable, AllRoutersChooseTheSameReplica) {
 }
 
 TEST(PlacementTable, SharesRowsOutByWeights) {
-  const PlacementTable table({1, 1}, {{{0, 0}, {Servers(3), {0.25f, 0, 0.75f}}}, {{0, 1}, {Servers(2), {0, 1}}}});
+  const PlacementTable table({1, 1},
+                             {{{0, 0}, {Servers(3), {0.25f, 0, 0.75f}}}, {{0, 1}, {Servers(2), {0, 1}}}});
   EXPECT_TRUE(table.Split({0, 0}));
   EXPECT_FALSE(table.Split({0, 1}));
   const auto all = [](NodeId) { return true; };
