@@ -74,11 +74,6 @@ std::vector<NodeId> PeerKeeper::Tick(absl::Time now) {
   return dropped;
 }
 
-bool PeerKeeper::AllUp() const {
-  return std::all_of(peers_.begin(), peers_.end(),
-                     [](const auto& peer) { return peer.second.up || !peer.second.wanted; });
-}
-
 bool PeerKeeper::IsUp(NodeId peer) const {
   auto it = peers_.find(peer);
   return it != peers_.end() && it->second.up;

@@ -26,8 +26,6 @@ class PeerKeeper {
   // Starts what is due. Returns the peers let go of just now: their transport will not report them lost.
   std::vector<NodeId> Tick(absl::Time now);
 
-  // Every wanted peer is up.
-  bool AllUp() const;
   bool IsUp(NodeId peer) const;
   // Wanted peers that have been up, and have not been for so long.
   std::vector<NodeId> LostFor(absl::Duration time, absl::Time now) const;

@@ -1,8 +1,9 @@
 // The inner loops that exist once per instruction set. Everything above them (packing, threading, MLA,
 // experts) is written once and calls through this table.
 //
-// Determinism: each output element is one chain of additions over k = 0, 1, 2 ... (in steps of 32 on AMX
-// tiles) from its own accumulator, so it does not depend on how many rows or columns are computed beside it.
+// Determinism: each output element is one chain of additions over k = 0, 1, 2 ... (on AMX tiles in steps of
+// 32, in an order that only k's length decides) from its own accumulator, so it does not depend on how many
+// rows or columns are computed beside it.
 #pragma once
 
 #include <cstddef>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "libs/base/log.h"
 #include "libs/base/status.h"
@@ -88,8 +89,10 @@ void RouterEngine::TakeMail(bool publish) {
     experts_ = new_experts_;
     placement_ = new_placement_;
     peers_.SetWanted(experts_);
+    reach_changed_ = true;
   }
-  counters_.connected = placement_->Served([&](NodeId server) { return peers_.IsUp(server); });
+  if (std::exchange(reach_changed_, false))
+    counters_.connected = placement_->Served([&](NodeId server) { return peers_.IsUp(server); });
   counters_.lost = peers_.LostFor(kLostAfter, absl::Now());
   status_ = counters_;
 }
@@ -195,14 +198,16 @@ void RouterEngine::Run() {
           }
           return;
         case transport::Event::Kind::kPeerUp:
+          reach_changed_ = true;
           return peers_.OnPeerUp(event.peer);
         case transport::Event::Kind::kPeerLost:
+          reach_changed_ = true;
           log::Warning("router",
                        StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
           return peers_.OnPeerLost(event.peer);
       }
     });
-    (void)peers_.Tick(now);
+    reach_changed_ |= !peers_.Tick(now).empty();
     if (events > 0) continue;
     TakeMail(/*publish=*/true);
     transport_->Wait(kIdleWait);

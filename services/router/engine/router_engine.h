@@ -60,6 +60,7 @@ class RouterEngine {
   std::shared_ptr<const PlacementTable> placement_;  // shared with the control plane, which replaces it
   std::map<NodeId, std::string> experts_;
   RouterStatus counters_;
+  bool reach_changed_ = true;  // since counters_.connected was found: it looks at every unit
   std::vector<int32_t> index_of_layer_;
   std::vector<uint16_t> experts_scratch_;
   std::vector<float> weights_scratch_;

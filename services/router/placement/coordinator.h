@@ -27,10 +27,10 @@ struct CoordinatorOptions {
   int64_t settled_ms = 0;   // until then members may be on their way back: nothing they had is given away
 };
 
-// The record that should follow `current`; equal to it if nothing is to change. `now_ms` only paces
-// rebalancing. A unit that moves is loaded by its new server, published with both, then without the old one,
-// which may let go of it only after that. Servers that drain are given nothing and keep what nobody else has
-// loaded yet.
+// The record that should follow `current`; equal to it if nothing is to change. `now_ms` is only compared
+// with settled_ms. A unit that moves is loaded by its new server, published with both, then without the old
+// one, which may let go of it only after that. Servers that drain are given nothing and keep what nobody else
+// has loaded yet.
 cluster::v1::PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members& members,
                                     const cluster::v1::PlacementRecord& current, int64_t now_ms);
 

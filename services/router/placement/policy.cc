@@ -162,18 +162,6 @@ PlacementPlan PlanPlacement(const PlacementSnapshot& snapshot, const PlacementOp
   return plan;
 }
 
-std::map<NodeId, std::vector<UnitId>> PlanWithoutLoads(const PlacementSnapshot& snapshot) {
-  Layout layout(snapshot, {});
-  AddMissingReplicas(layout);
-  std::map<NodeId, std::vector<UnitId>> assignment;
-  for (int server = 0; server < layout.num_servers(); ++server) {
-    std::vector<UnitId>& units = assignment[snapshot.servers[server].id];
-    for (const int unit : layout.UnitsOn(server)) units.push_back(layout.Load(unit).unit);
-    std::sort(units.begin(), units.end());
-  }
-  return assignment;
-}
-
 void SmoothLoads(std::vector<UnitLoad>& mean, const std::vector<UnitLoad>& observed, double newest) {
   if (mean.empty()) {
     mean = observed;

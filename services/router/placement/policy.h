@@ -2,7 +2,6 @@
 // snapshot, for 1 to 320 servers. docs/placement.md says why it decides as it does.
 #pragma once
 
-#include <map>
 #include <vector>
 
 #include "services/router/placement/snapshot.h"
@@ -12,9 +11,6 @@ namespace minke::router {
 // The whole policy. Deterministic; takes milliseconds, so that a timer thread may call it. REQUIRES: server
 // ids differ, units differ.
 PlacementPlan PlanPlacement(const PlacementSnapshot& snapshot, const PlacementOptions& options);
-
-// Only what every server should host: units without loads. By server, ascending; a server without units too.
-std::map<NodeId, std::vector<UnitId>> PlanWithoutLoads(const PlacementSnapshot& snapshot);
 
 // Observed loads change slowly: `observed` takes the part `newest` (0 to 1) of the mean. Both hold the same
 // units in the same order; an empty mean begins with the observation.

@@ -176,12 +176,22 @@ struct World {
   uint64_t pairs_drawn_ = 0;
 };
 
+// What every server is to host; one without units too.
+std::map<NodeId, std::vector<UnitId>> DesiredByServer(const PlacementSnapshot& snapshot) {
+  std::map<NodeId, std::vector<UnitId>> units;
+  for (const ServerSnapshot& server : snapshot.servers) units[server.id];
+  for (const auto& [unit, servers] : PlanPlacement(snapshot, {}).desired) {
+    for (const NodeId server : servers) units.at(server).push_back(unit);
+  }
+  return units;
+}
+
 TEST(PlanPlacement, NoServerHostsNothing) {
   World world(1, 0, 1);
   const PlacementPlan plan = PlanPlacement(world.now, {});
   EXPECT_EQ(plan.desired.size(), 8u);
   EXPECT_TRUE(plan.moves.empty());
-  EXPECT_TRUE(PlanWithoutLoads(world.now).empty());
+  EXPECT_TRUE(DesiredByServer(world.now).empty());
 }
 
 // First placement: every unit has its replicas on different servers, and equal servers host equally many,
@@ -190,7 +200,7 @@ TEST(PlanPlacement, FirstPlacementIsEven) {
   for (const int n : {1, 2, 3, 4, 8, 16, 64, 320}) {
     for (const int replicas : {1, 2, 3}) {
       World world(5, n, replicas);
-      const auto assignment = PlanWithoutLoads(world.now);
+      const auto assignment = DesiredByServer(world.now);
       ASSERT_EQ(std::ssize(assignment), n);
       std::map<UnitId, int> copies;
       size_t least = SIZE_MAX, most = 0;
@@ -216,10 +226,10 @@ TEST(PlanPlacement, FirstLoadsAreNotHeldBack) {
 TEST(PlanPlacement, LostServerMovesOnlyItsOwnUnits) {
   World world(7, 4, 1);
   ASSERT_GE(world.Settle(), 0);
-  const auto before = PlanWithoutLoads(world.now);
+  const auto before = DesiredByServer(world.now);
   world.Kill(3);
   world.AddServer(9);
-  const auto after = PlanWithoutLoads(world.now);
+  const auto after = DesiredByServer(world.now);
   for (const uint64_t kept : {1, 2, 4}) EXPECT_EQ(after.at(NodeId{kept}), before.at(NodeId{kept}));
   EXPECT_EQ(after.at(NodeId{9}), before.at(NodeId{3}));
 }
@@ -234,7 +244,7 @@ TEST(PlanPlacement, ANewServerTakesNothingWithoutNeed) {
 TEST(PlanPlacement, FasterServersGetMoreUnits) {
   World world(10, 3, 1);
   world.now.servers[0].speed = 2;
-  const auto assignment = PlanWithoutLoads(world.now);
+  const auto assignment = DesiredByServer(world.now);
   EXPECT_EQ(assignment.at(NodeId{1}).size(), 40u);
   EXPECT_EQ(assignment.at(NodeId{2}).size(), 20u);
 }
@@ -242,7 +252,7 @@ TEST(PlanPlacement, FasterServersGetMoreUnits) {
 TEST(PlanPlacement, ASmallServerSpreadsItsRoomOverTheLayers) {
   World world(12, 3, 1);
   world.now.servers[1].slots = 12;
-  const auto assignment = PlanWithoutLoads(world.now);
+  const auto assignment = DesiredByServer(world.now);
   std::set<uint32_t> layers;
   for (const UnitId unit : assignment.at(NodeId{2})) layers.insert(unit.layer);
   EXPECT_EQ(layers.size(), 12u);
