@@ -1,6 +1,6 @@
 """Starts real clusters and talks to them over HTTP. Only the standard library; paths come from the environment of ctest
 (MINKE_BIN: folder of the programs)."""
-import base64, http.client, json, os, re, shutil, signal, socket, struct, subprocess, tempfile, threading, time, unittest
+import base64, http.client, json, os, random, re, shutil, signal, socket, struct, subprocess, tempfile, threading, time, unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BIN = os.environ.get("MINKE_BIN", os.path.join(ROOT, "build", "bin"))
@@ -238,6 +238,64 @@ def wait_until(condition, seconds=10):
             return True
         time.sleep(0.02)
     return condition()
+
+
+class Streams:
+    """Clients that stream all the time, each answer compared with that of an undisturbed run. While `reconnects`, a client
+    whose gateway dies begins its request again; any answer but a whole one is still a failure."""
+
+    def __init__(self, cluster, clients=4, max_tokens=60):
+        self.cluster, self.reconnects = cluster, False
+        self.bodies = [dict(prompt="Scene %d. Enter a KING and %d lords.\n" % (i, i + 2), max_tokens=max_tokens, temperature=0.8,
+                            seed=i, ignore_eos=True) for i in range(4)]
+        self.want = [cluster.complete(**body)["choices"][0]["text"] for body in self.bodies]
+        self.errors, self.finished, self.stopping = [], [0] * clients, False
+        self.threads = [threading.Thread(target=self._client, args=(n,)) for n in range(clients)]
+
+    def _client(self, n):
+        rng = random.Random(n)
+        while not self.stopping:
+            i = rng.randrange(len(self.bodies))
+            try:
+                events, done = self._stream(self.bodies[i])
+                text = "".join(c["text"] for e in events for c in e.get("choices", []))
+                if not done or text != self.want[i]:
+                    self.errors.append((i, done, events[-1:], text))
+            except Exception as e:
+                self.errors.append(repr(e))
+                time.sleep(0.1)
+            self.finished[n] += 1
+
+    def _stream(self, body):
+        while True:
+            try:
+                events, done = self.cluster.stream("/v1/completions", body)
+                if done or not self.reconnects:
+                    return events, done
+            except (OSError, http.client.HTTPException):
+                if not self.reconnects:
+                    raise
+            except AssertionError as e:   # the new gateway does not know the cluster yet, and says so
+                if not self.reconnects or not str(e).startswith("503 "):
+                    raise
+            time.sleep(0.05)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping = True
+        for thread in self.threads:
+            thread.join()
+
+    def go_on(self, test, more=2, seconds=60):
+        """Waits until every client has had so many more whole answers: the last of them began after this call."""
+        want = [n + more for n in self.finished]
+        enough = lambda: self.errors or all(now >= then for now, then in zip(self.finished, want))
+        test.assertTrue(wait_until(enough, seconds), self.cluster.log())
+        test.assertEqual(self.errors, [], self.cluster.log())
 
 
 def run(*arguments, timeout=60, stdin=None):

@@ -1,53 +1,11 @@
 """Several routers share a cluster through etcd: any may die, etcd may freeze, die, and come back empty; streams notice
 nothing."""
-import os, random, re, shutil, signal, threading, time, unittest
+import os, re, shutil, signal, time, unittest
 import harness
-from harness import Cluster, Etcd, alive, etcd_get, listener, wait_until
+from harness import Cluster, Etcd, Streams, alive, etcd_get, listener, wait_until
 
 MODEL = os.path.join(harness.ROOT, "models", "minke-shakespeare")
 FLAGS = ("--precision=exact", "--experts=2", "--replicas=2", "--threads=1", "--cluster=e2e")
-
-
-class Streams:
-    """Clients that stream all the time, each answer compared with that of an undisturbed run."""
-
-    def __init__(self, cluster, clients=4):
-        self.cluster = cluster
-        self.bodies = [dict(prompt="Scene %d. Enter a KING and %d lords.\n" % (i, i + 2), max_tokens=60, temperature=0.8, seed=i,
-                            ignore_eos=True) for i in range(4)]
-        self.want = [cluster.complete(**body)["choices"][0]["text"] for body in self.bodies]
-        self.errors, self.finished, self.stopping = [], 0, False
-        self.threads = [threading.Thread(target=self._client, args=(n,)) for n in range(clients)]
-
-    def _client(self, n):
-        rng = random.Random(n)
-        while not self.stopping:
-            i = rng.randrange(len(self.bodies))
-            try:
-                events, done = self.cluster.stream("/v1/completions", self.bodies[i])
-                text = "".join(c["text"] for e in events for c in e["choices"])
-                if not done or text != self.want[i]:
-                    self.errors.append((i, done, text))
-            except Exception as e:
-                self.errors.append(repr(e))
-                time.sleep(0.1)
-            self.finished += 1
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping = True
-        for thread in self.threads:
-            thread.join()
-
-    def go_on(self, test, more=8, seconds=60):
-        """Waits until so many more streams have ended well, which therefore began or went on after this call."""
-        want = self.finished + more
-        test.assertTrue(wait_until(lambda: self.finished >= want, seconds), self.cluster.log())
-        test.assertEqual(self.errors, [], self.cluster.log())
 
 
 def leader(cluster, etcd):

@@ -1,69 +1,11 @@
 """A cluster grows, shrinks and is repaired while it serves: `minke scale`, `minke up --supervise`. Clients stream all
 the while; no request fails, and each text is that of an undisturbed run."""
-import http.client, os, random, re, shutil, signal, stat, tempfile, threading, time, unittest
+import os, re, shutil, signal, stat, tempfile, time, unittest
 import harness
-from harness import Cluster, alive, run, wait_until
+from harness import Cluster, Streams, alive, run, wait_until
 
 MODEL = os.path.join(harness.ROOT, "models", "minke-shakespeare")
 FLAGS = ("--precision=exact", "--threads=1")
-
-
-class Streams:
-    """Clients that stream all the time. While `reconnects`, a client whose gateway dies begins its request again; any
-    answer but a whole one is still a failure."""
-
-    def __init__(self, cluster, clients=3):
-        self.cluster, self.reconnects = cluster, False
-        self.bodies = [dict(prompt="Scene %d. Enter a KING and %d lords.\n" % (i, i + 2), max_tokens=50, temperature=0.8,
-                            seed=i, ignore_eos=True) for i in range(4)]
-        self.want = [cluster.complete(**body)["choices"][0]["text"] for body in self.bodies]
-        self.errors, self.finished, self.stopping = [], [0] * clients, False
-        self.threads = [threading.Thread(target=self._client, args=(n,)) for n in range(clients)]
-
-    def _client(self, n):
-        rng = random.Random(n)
-        while not self.stopping:
-            i = rng.randrange(len(self.bodies))
-            try:
-                events, done = self._stream(self.bodies[i])
-                text = "".join(c["text"] for e in events for c in e.get("choices", []))
-                if not done or text != self.want[i]:
-                    self.errors.append((i, done, events[-1:], text))
-            except Exception as e:
-                self.errors.append(repr(e))
-                time.sleep(0.1)
-            self.finished[n] += 1
-
-    def _stream(self, body):
-        while True:
-            try:
-                events, done = self.cluster.stream("/v1/completions", body)
-                if done or not self.reconnects:
-                    return events, done
-            except (OSError, http.client.HTTPException):
-                if not self.reconnects:
-                    raise
-            except AssertionError as e:   # the new gateway does not know the cluster yet, and says so
-                if not self.reconnects or not str(e).startswith("503 "):
-                    raise
-            time.sleep(0.05)
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping = True
-        for thread in self.threads:
-            thread.join()
-
-    def go_on(self, test, more=2, seconds=90):
-        """Waits until every client has had so many more whole answers: the last of them began after this call."""
-        want = [n + more for n in self.finished]
-        enough = lambda: self.errors or all(now >= then for now, then in zip(self.finished, want))
-        test.assertTrue(wait_until(enough, seconds), self.cluster.log())
-        test.assertEqual(self.errors, [], self.cluster.log())
 
 
 def socket_path(cluster):
@@ -92,42 +34,42 @@ class ScaleCase(unittest.TestCase):
 
 class Scale(ScaleCase):
     def test_experts_grow_and_shrink_under_load(self):
-        with Cluster(MODEL, *FLAGS, "--experts=2") as cluster, Streams(cluster) as streams:
-            streams.go_on(self)
+        with Cluster(MODEL, *FLAGS, "--experts=2") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
+            streams.go_on(self, seconds=90)
             out = self.scale(cluster, "experts", 4)
             self.assertRegex(out, r"experts: 2 -> 4, started expert 2 \(pid \d+\), expert 3 \(pid \d+\)\nready after")
             self.assertEqual(len(self.living(cluster, "expert")), 4)
             # The new ones get their part of the groups.
             self.assertTrue(wait_until(lambda: len(re.findall("hosting units=", cluster.log())) >= 4, 60), cluster.log())
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
             out = self.scale(cluster, "experts", 1)
             self.assertRegex(out, r"experts: 4 -> 1, draining expert 3 \(pid \d+\), expert 2 \(pid \d+\), expert 1 \(pid \d+\)\n")
             self.assertEqual(self.living(cluster, "expert"), cluster.pids("expert")[:1])
             self.assertTrue(self.healthy(cluster))
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
             self.assertNotIn("nothing is restarted", cluster.log())
             self.assertIn("nothing to do", self.scale(cluster, "experts", 1))
 
     def test_attention_grows_and_shrinks_under_load(self):
-        with Cluster(MODEL, *FLAGS) as cluster, Streams(cluster) as streams:
-            streams.go_on(self)
+        with Cluster(MODEL, *FLAGS) as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
+            streams.go_on(self, seconds=90)
             self.scale(cluster, "attention", 3)
             # New requests go to the new ones too.
             self.assertTrue(wait_until(lambda: cluster.log().count("session opened") == 3), cluster.log())
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
             self.scale(cluster, "attention", 1)   # both at once: neither hands its sequences to the other
             self.assertEqual(self.living(cluster, "attention"), cluster.pids("attention")[:1])
             self.assertTrue(self.healthy(cluster))
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
 
     @unittest.skipUnless(shutil.which("etcd"), "needs etcd in PATH")
     def test_routers_grow_and_shrink_under_load(self):
-        with Cluster(MODEL, *FLAGS, "--registry=etcd") as cluster, Streams(cluster) as streams:
+        with Cluster(MODEL, *FLAGS, "--registry=etcd") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
             self.scale(cluster, "routers", 3)
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
             self.scale(cluster, "routers", 1)
             self.assertEqual(self.living(cluster, "router"), cluster.pids("router")[:1])
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
 
     def test_drained_processes_are_gone_for_good_under_supervision(self):
         with Cluster(MODEL, *FLAGS, "--experts=2", "--supervise") as cluster:
@@ -203,19 +145,19 @@ class Supervise(ScaleCase):
         self.assertTrue(wait_until(lambda: len(cluster.pids(role)) == len(before) + 1, 20), cluster.log())
 
     def test_killed_router_is_back_at_its_address(self):
-        with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster) as streams:
+        with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
             for _ in range(2):
-                streams.go_on(self)
+                streams.go_on(self, seconds=90)
                 self.kill(cluster, "router")
-                streams.go_on(self)
+                streams.go_on(self, seconds=90)
             self.assertTrue(wait_until(lambda: self.healthy(cluster)), cluster.log())
             self.assertEqual(len(set(re.findall(r"router \[router\] serving rpc=(\S+)", cluster.log()))), 1, cluster.log())
 
     def test_killed_expert_is_replaced(self):
-        with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster) as streams:
-            streams.go_on(self)
+        with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
+            streams.go_on(self, seconds=90)
             self.kill(cluster, "expert", 0)
-            streams.go_on(self)
+            streams.go_on(self, seconds=90)
             self.assertTrue(wait_until(lambda: self.healthy(cluster)), cluster.log())
             self.assertEqual(len(self.living(cluster, "expert")), 2)
             # It counts as one of the two.
@@ -223,13 +165,13 @@ class Supervise(ScaleCase):
 
     def test_every_role_dies_once(self):
         registry = ("--registry=etcd",) if shutil.which("etcd") else ()
-        with Cluster(MODEL, *FLAGS, *registry, "--supervise") as cluster, Streams(cluster) as streams:
+        with Cluster(MODEL, *FLAGS, *registry, "--supervise") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
             for role in ("expert", "router", "attention", "gateway") + (("etcd",) if registry else ()):
-                streams.go_on(self)
+                streams.go_on(self, seconds=90)
                 streams.reconnects = role == "gateway"
                 self.kill(cluster, role)
                 self.assertTrue(wait_until(lambda: self.answers(cluster), 30), cluster.log())
-                streams.go_on(self)
+                streams.go_on(self, seconds=90)
             self.assertEqual(cluster.log().count("restarts=1"), 4 + len(registry), cluster.log())
 
     def answers(self, cluster):
