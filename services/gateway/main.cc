@@ -39,6 +39,11 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
       ->capture_default_str();
   app.add_option("--api-key-file", options.api_key_file, "keys that may call the API, one per line");
+  int heartbeat_ms = 250;
+  app.add_option("--heartbeat-ms", heartbeat_ms,
+                 "an attention node silent for two of these loses its sequences to others")
+      ->check(CLI::Range(10, 60000))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
 
@@ -49,6 +54,7 @@ int main(int argc, char** argv) {
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
+  options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
   auto gateway = gateway::Gateway::Create(options, *std::move(model));
   if (!gateway.ok()) return fail(gateway.status());

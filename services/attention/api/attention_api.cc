@@ -135,6 +135,12 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     }
     WriteNextLocked();
   }
+  void AnswerBeat(uint64_t number) {
+    const MutexLock lock(mutex_);
+    if (finished_) return;
+    pending_.set_beat(number);
+    WriteNextLocked();
+  }
   void Close(const grpc::Status& status) {
     const MutexLock lock(mutex_);
     CloseLocked(status);
@@ -154,6 +160,8 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
       }
     } else if (message_.has_cancel()) {
       api_.engine_->Cancel({id_, message_.cancel().request_id(), message_.cancel().generation()});
+    } else if (message_.has_beat()) {
+      AnswerBeat(message_.beat());
     }
     StartRead(&message_);
   }
