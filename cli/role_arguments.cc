@@ -53,7 +53,8 @@ Arguments ExpertArguments(const UpFlags& flags, const LocalAddresses& addresses,
                DataPlane(flags, addresses),
                Registry(flags, addresses),
                Unless(cpus, "--cpus="),
-               {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format}});
+               {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format,
+                "--load-from=" + flags.load_from}});
 }
 
 Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& addresses, const std::string& cpus,

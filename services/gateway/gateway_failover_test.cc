@@ -351,6 +351,40 @@ TEST_F(GatewayFailover, SilenceEndsARequest) {
   EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
 }
 
+TEST_F(GatewayFailover, ARequestsTimeoutEndsItAndTheNodeKnowsIt) {
+  Start(1, "0123456789");
+  nodes_[0]->HoldAfter(2);
+  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"max_tokens", 9}, {"timeout_s", 0.1}});
+  EXPECT_EQ(answer.status, 504);
+  EXPECT_EQ(answer.code(), "deadline_exceeded");
+  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 0u);
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 100u);
+  TestClient client(gateway_->port());
+  client.Request(
+      "POST", kCompletions,
+      json({{"prompt", "x"}, {"max_tokens", 9}, {"seed", 0}, {"timeout_s", 0.2}, {"stream", true}}).dump());
+  EXPECT_EQ(client.ReadHead().status, 200);
+  const auto events = ReadEvents(client);
+  ASSERT_EQ(events.size(), 3u);
+  EXPECT_EQ(events.back()["error"]["code"], "deadline_exceeded");
+  EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
+  for (const char* bad : {"0", "-1", "86401", "1e40", "\"1\"", "[]"}) {
+    const auto refused = Post(kCompletions, {{"prompt", "x"}, {"timeout_s", json::parse(bad)}});
+    EXPECT_EQ(refused.status, 400) << bad;
+    EXPECT_EQ(refused.json()["error"]["param"], "timeout_s") << bad;
+  }
+}
+
+TEST_F(GatewayFailover, ARequestsTimeoutEndsItWhileItWaitsForANode) {
+  options_.unready_wait = std::chrono::minutes(1);
+  Start(1);
+  nodes_[0]->SetFrozen(true);
+  ASSERT_TRUE(Eventually([this] { return !gateway_->not_ready_reason().empty(); }));
+  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"timeout_s", 0.1}});
+  EXPECT_EQ(answer.status, 504);
+  EXPECT_EQ(answer.code(), "deadline_exceeded");
+}
+
 class GatewayGrpc : public GatewayFixture {
  protected:
   struct Result {
@@ -398,6 +432,8 @@ TEST_F(GatewayGrpc, GeneratesWhatHttpDoes) {
   EXPECT_EQ(result.last.finish_reason(), inference::v1::FINISH_REASON_LENGTH);
   EXPECT_EQ(result.last.prompt_tokens(), 3u);
   EXPECT_EQ(result.last.completion_tokens(), 6u);
+  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 1000u);  // the call's, of 30 s
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 30'000u);
   request.mutable_sampling()->set_max_tokens(100);
   request.add_stop("STOP");
   result = Call(request);

@@ -43,7 +43,8 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
       shape_(RowShapeOf(config, precision)),
       options_(options),
       transport_(std::move(transport)),
-      backend_(backend) {}
+      backend_(backend),
+      exchange_(options.exchange, *transport_) {}
 
 ExpertEngine::~ExpertEngine() = default;
 
@@ -74,6 +75,7 @@ void ExpertEngine::SetEpoch(Epoch epoch) {
 }
 
 void ExpertEngine::Stop() {
+  exchange_.Stop();
   stop_.store(true);
   transport_->Wake();
 }
@@ -140,10 +142,13 @@ void ExpertEngine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
       case transport::Event::Kind::kFrame:
+        if (UnitExchange::IsUnitKind(event.frame.header().kind))
+          return exchange_.OnFrame(event.peer, event.frame);
         return Accept(event);
       case transport::Event::Kind::kPeerUp:
-        return;
+        return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
+        exchange_.OnPeerLost(event.peer);
         log::Info("experts", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         return;
     }
@@ -279,7 +284,11 @@ void ExpertEngine::Run() {
     if (due) published = now;
     TakeMail(due);
     PollTransport();
-    if (RunLaunch()) continue;
+    const bool launched = RunLaunch();
+    const absl::Status ticked = exchange_.Tick(
+        units_, [this](UnitId unit) { return backend_.UnitLayout(unit); }, launched);
+    if (!ticked.ok()) DeviceLost(ticked);
+    if (launched || exchange_.Due()) continue;
     TakeMail(/*publish=*/true);
     transport_->Wait(kIdleWait);
   }

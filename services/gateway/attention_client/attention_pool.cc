@@ -231,6 +231,11 @@ void AttentionPool::Impl::PlaceLocked(uint64_t id, Sequence* sequence, Node* nod
     submit->mutable_sampling()->set_want_prompt_logprobs(false);  // the client has them all
   }
   submit->set_waiting_ms_max(options_.waiting_ms_max);
+  if (sequence->spec.deadline != Clock::time_point::max()) {
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(sequence->spec.deadline - Clock::now()).count();
+    submit->set_deadline_ms(static_cast<uint32_t>(std::clamp<int64_t>(left, 1, UINT32_MAX)));
+  }
   submit->set_pages_from(std::exchange(sequence->pages_from, 0));
   sequence->node = node;
   sequence->prompt_logprobs_now = 0;
@@ -410,7 +415,12 @@ void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
     const auto found = sequences_.find(id);
     if (found == sequences_.end() || found->second.node != nullptr) continue;
     Node* node = now < found->second.not_before ? nullptr : PickLocked(found->second.prefixes);
-    if (node != nullptr && (now < found->second.wait_until || !found->second.refused)) {
+    if (now >= found->second.spec.deadline) {
+      FailLocked(
+          id,
+          absl::DeadlineExceededError("the request's deadline passed while it waited for an attention node"),
+          deliveries);
+    } else if (node != nullptr && (now < found->second.wait_until || !found->second.refused)) {
       PlaceLocked(id, &found->second, node);
     } else if (now >= found->second.wait_until) {
       FailLocked(id, absl::UnavailableError("no attention node can take the request"), deliveries);
