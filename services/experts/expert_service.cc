@@ -142,7 +142,9 @@ bool ExpertService::LoadNext() {
     if (to_load_.empty()) return false;
     unit = to_load_.front();
   }
+  const absl::Time begin = absl::Now();
   auto weights = backend_->LoadUnit(unit);
+  const absl::Duration took = absl::Now() - begin;
   if (absl::IsInternal(weights.status())) DeviceLost(weights.status());
   // No room on the device, or a checked file that changed under us. It stays assigned: every update of the
   // cluster names it again, and trying again would fail again.
@@ -158,6 +160,8 @@ bool ExpertService::LoadNext() {
     failed_.insert(unit);
   } else {
     hosted_[unit] = bytes;
+    ++loaded_;
+    loading_time_ += took;
   }
   if (to_load_.empty()) {
     int64_t all = 0;
@@ -179,6 +183,22 @@ bool ExpertService::RetireNext() {
     return true;
   }
   return false;
+}
+
+ExpertServiceStatus ExpertService::status() {
+  const MutexLock lock(mutex_);
+  ExpertServiceStatus status{.node = NodeId{self_.node_id()},
+                             .hosted = {},
+                             .loading = std::ssize(to_load_),
+                             .failed = std::ssize(failed_),
+                             .retiring = std::ssize(retiring_),
+                             .loaded = loaded_,
+                             .loading_time = loading_time_};
+  for (const auto& [unit, bytes] : hosted_) {
+    status.hosted.push_back(unit);
+    status.hosted_bytes += bytes;
+  }
+  return status;
 }
 
 void ExpertService::LoadLoop() {

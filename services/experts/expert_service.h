@@ -38,6 +38,17 @@ struct ExpertServiceOptions {
   registry::Registry::OnRefused on_refused;
 };
 
+// What it hosts, and what that has cost.
+struct ExpertServiceStatus {
+  NodeId node;
+  std::vector<UnitId> hosted;
+  int64_t hosted_bytes = 0;  // packed weights
+  int64_t loading = 0, failed = 0,
+          retiring = 0;         // units to load; that could not be; hosted, about to be let go
+  uint64_t loaded = 0;          // since the start
+  absl::Duration loading_time;  // of those
+};
+
 class ExpertService {
  public:
   // INVALID_ARGUMENT for options that the device cannot have, FAILED_PRECONDITION without the device,
@@ -47,6 +58,7 @@ class ExpertService {
                                                               ExpertServiceOptions options);
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
+  ExpertServiceStatus status();
 
   // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
   // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
@@ -79,6 +91,8 @@ class ExpertService {
   std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);           // to load
   // Hosted, no longer assigned, and published elsewhere: let go at this time.
   std::map<UnitId, absl::Time> retiring_ ABSL_GUARDED_BY(mutex_);
+  uint64_t loaded_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Duration loading_time_ ABSL_GUARDED_BY(mutex_);
   int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;    // units whose rows may still be sent here
   bool successors_ ABSL_GUARDED_BY(mutex_) = true;   // somebody could take over
   bool report_due_ ABSL_GUARDED_BY(mutex_) = false;  // to the registry, by the loader's thread

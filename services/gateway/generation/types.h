@@ -2,6 +2,7 @@
 // attention_client turns it into messages. Plain values.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -57,6 +58,7 @@ struct SequenceEvent {
   FinishReason finish = FinishReason::kNone;
   absl::Status error;  // with kError
   uint32_t cached_prompt_tokens = 0;
+  std::chrono::microseconds queue_time{0};  // in the node's admission queue; in its first event
 };
 
 // The model as the gateway sees it. Immutable once serving.
