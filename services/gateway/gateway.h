@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "absl/status/statusor.h"
+#include "libs/telemetry/metrics_server.h"
 #include "services/gateway/attention_client/attention_pool.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/types.h"
@@ -31,6 +32,8 @@ struct GatewayOptions {
   // not at all.
   std::chrono::milliseconds unready_wait{0};
   AttentionPoolOptions attention;
+  std::string node;         // this process's node id, as /metrics names it
+  bool vllm_names = false;  // /metrics also shows the cluster under the names of vLLM's metrics
 };
 
 // The checkpoint as a gateway needs it: config.json, and the tokenizer where there is one.
@@ -48,6 +51,10 @@ class Gateway {
 
   // The cluster as the router sees it; from any thread. Logs `ready` with the address when it becomes so.
   void UpdateView(const cluster::v1::ClusterView& view);
+
+  // What /metrics shows besides the gateway's own; for `minke serve`, whose other roles have no server of
+  // their own.
+  void AddMetrics(telemetry::Collector collector);
 
   int port() const;       // HTTP
   int grpc_port() const;  // 0: no gRPC API

@@ -39,6 +39,9 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
       ->capture_default_str();
   app.add_option("--api-key-file", options.api_key_file, "keys that may call the API, one per line");
+  app.add_flag(
+      "--metrics-vllm-names", options.vllm_names,
+      "/metrics also shows the cluster as one vLLM server would, for autoscalers that look for its names");
   int heartbeat_ms = 250;
   app.add_option("--heartbeat-ms", heartbeat_ms,
                  "an attention node silent for two of these loses its sequences to others")
@@ -56,10 +59,12 @@ int main(int argc, char** argv) {
   options.grpc_listen = flags.listen;
   options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
+  const NodeId node = RandomNodeId();
+  options.node = ToString(node);
   auto gateway = gateway::Gateway::Create(options, *std::move(model));
   if (!gateway.ok()) return fail(gateway.status());
   cluster::v1::MemberReport report;
-  report.mutable_member()->set_node_id(RandomNodeId().value);
+  report.mutable_member()->set_node_id(node.value);
   report.mutable_member()->set_role(cluster::v1::ROLE_GATEWAY);
   report.mutable_member()->set_ready(true);
   report.set_model_fingerprint(absl::StrFormat("%016x", (*checkpoint)->fingerprint()));
@@ -71,7 +76,10 @@ int main(int argc, char** argv) {
         node::Fail("gateway", status);
         ::_exit(1);  // refused for good: nothing here is worth an orderly end
       });
-  node::ReportAddress(flags, StrCat((*gateway)->port()));
+  // An address to connect to: what listens everywhere is reached by loopback too.
+  const std::string host = options.http.listen.substr(0, options.http.listen.rfind(':'));
+  node::ReportAddress(flags, StrCat((*gateway)->port()),
+                      StrCat(host == "0.0.0.0" ? "127.0.0.1" : host, ":", (*gateway)->port()));
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("gateway", "draining");
     report.mutable_member()->set_draining(true);
