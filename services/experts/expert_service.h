@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
+#include "libs/cluster/rate_meter.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
@@ -60,6 +61,8 @@ class ExpertService {
   // One unit in, or one out, if that is due. Whether there was anything to do.
   bool LoadNext();
   bool RetireNext();
+  // How busy the server is; renewed every second, and reported if it has changed.
+  void UpdateLoad();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   std::shared_ptr<const Checkpoint> checkpoint_;  // shared with the process's other roles
@@ -70,9 +73,11 @@ class ExpertService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
+  cluster::RateMeter meter_;  // of the loader's thread
 
   Mutex mutex_;
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
+  cluster::v1::MemberLoad load_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
   std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);  // bytes

@@ -43,7 +43,8 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
       shape_(RowShapeOf(config, precision)),
       options_(options),
       transport_(std::move(transport)),
-      backend_(backend) {}
+      backend_(backend),
+      layer_rows_(std::make_unique<std::atomic<uint64_t>[]>(static_cast<size_t>(config.num_hidden_layers))) {}
 
 ExpertEngine::~ExpertEngine() = default;
 
@@ -81,6 +82,14 @@ void ExpertEngine::Stop() {
 ExpertEngineStatus ExpertEngine::status() const {
   const MutexLock lock(mutex_);
   return status_;
+}
+
+std::vector<uint64_t> ExpertEngine::LayerRows() const {
+  std::vector<uint64_t> rows;
+  for (int32_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    if (config_.IsMoeLayer(layer)) rows.push_back(layer_rows_[layer].load(std::memory_order_relaxed));
+  }
+  return rows;
 }
 
 void ExpertEngine::TakeMail(bool publish) {
@@ -185,6 +194,7 @@ bool ExpertEngine::RunLaunch() {
     queue.erase(kept, queue.end());
     counters_.queued_rows -= rows;
     counters_.rows += rows;
+    layer_rows_[layer].fetch_add(static_cast<uint64_t>(rows), std::memory_order_relaxed);
     ++counters_.launches;
     Answer(jobs_);
     jobs_.clear();

@@ -49,6 +49,8 @@ class ExpertEngine {
   void Run();  // until Stop()
   void Stop();
   ExpertEngineStatus status() const;
+  // Rows received since the start, by MoE layer.
+  std::vector<uint64_t> LayerRows() const;
 
  private:
   struct Job {
@@ -82,6 +84,8 @@ class ExpertEngine {
   std::vector<Job> jobs_;
   std::vector<Reply> replies_;
   ExpertEngineStatus counters_;
+  // By layer; written by the engine thread only, relaxed reads elsewhere.
+  std::unique_ptr<std::atomic<uint64_t>[]> layer_rows_;
 
   mutable Mutex mutex_;
   std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);
