@@ -78,12 +78,10 @@ void ClusterMonitor::TakeViewLocked(const ClusterView& view, absl::Time now) {
   if (epoch != std::exchange(cluster_.epoch, epoch)) {
     // While a cluster starts there is one every few milliseconds.
     const std::string text = StrCat("placement epoch ", epoch.term, ".", epoch.counter);
-    if (!events_.empty() && std::string_view(events_.back().kind) == "epoch" &&
-        now - events_.back().at < kInARow) {
-      events_.back().text = text;
-    } else {
-      AddEventLocked("epoch", text, NodeId{}, now);
-    }
+    std::erase_if(events_, [now](const ClusterEvent& event) {
+      return event.kind == std::string_view("epoch") && now - event.at < kInARow;
+    });
+    AddEventLocked("epoch", text, NodeId{}, now);
   }
   const bool was_ready = std::exchange(cluster_.ready, view.ready());
   cluster_.not_ready_reason = view.not_ready_reason();

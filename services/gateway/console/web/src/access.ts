@@ -39,12 +39,12 @@ function secretField(id: string, label: string, hint: string): { field: HTMLElem
   return { field, input };
 }
 
-export function makeAccessDialog(): (withOperator: boolean) => void {
+export function makeAccessDialog(): (first: "key" | "operator") => void {
   const key = secretField("api-key", "API key", "Needed where the cluster was started with --api-key-file.");
   const token = secretField("operator-token", "Operator token", "Allows to scale pools and to drain members.");
-  const dialog = h(
-    "dialog",
-    { class: "dialog", "aria-labelledby": "access-title" },
+  const form = h(
+    "form",
+    { method: "dialog" },
     h("h2", { id: "access-title" }, "Access"),
     h("p", { class: "hint" }, "Kept in this tab only, and sent to this gateway only."),
     key.field,
@@ -53,26 +53,25 @@ export function makeAccessDialog(): (withOperator: boolean) => void {
       "div",
       { class: "actions" },
       h("button", { type: "button", class: "quiet", click: () => dialog.close() }, "Cancel"),
-      h("button", { type: "button", class: "primary", id: "save-access", click: save }, "Save"),
+      h("button", { type: "submit", class: "primary", id: "save-access" }, "Save"),
     ),
   );
-  function save(): void {
+  const dialog = h("dialog", { class: "dialog", "aria-labelledby": "access-title" }, form);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
     keep(API_KEY, key.input.value.trim());
     keep(OPERATOR, token.input.value.trim());
     dialog.close();
     changed();
-  }
-  dialog.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && event.target instanceof HTMLInputElement) save();
   });
   document.body.append(dialog);
-  const open = (withOperator: boolean): void => {
+  const open = (first: "key" | "operator"): void => {
     key.input.value = apiKey();
     token.input.value = operatorToken();
-    token.field.hidden = !withOperator;
     if (!dialog.open) dialog.showModal();
+    (first === "key" ? key : token).input.focus();
   };
-  byId("open-access").addEventListener("click", () => open(true));
+  byId("open-access").addEventListener("click", () => open("key"));
   return open;
 }
 

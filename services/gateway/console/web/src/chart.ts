@@ -13,7 +13,7 @@ export interface Chart {
 function ceiling(largest: number): number {
   if (largest <= 0) return 1;
   const power = 10 ** Math.floor(Math.log10(largest));
-  return ([1, 2, 5, 10].find((step) => step * power >= largest) ?? 10) * power;
+  return ([1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= largest) ?? 10) * power;
 }
 
 function paths(series: (number | null)[], top: number): { line: string; area: string } {
@@ -28,7 +28,7 @@ function paths(series: (number | null)[], top: number): { line: string; area: st
     if (value !== null) line += `${begin === i ? "M" : "L"}${x(i)} ${y(value)}`;
     if (value === null && begin >= 0) {
       // A lone second is a short stroke, not an invisible point.
-      if (i - begin === 1) line += "h2";
+      if (i - begin === 1) line += "h3";
       else area += `M${x(begin)} ${HEIGHT}${series.slice(begin, i).map((v, n) => `L${x(begin + n)} ${y(v ?? 0)}`).join("")}L${x(i - 1)} ${HEIGHT}Z`;
       begin = -1;
     }

@@ -59,7 +59,7 @@ export function makeChat(root: HTMLElement, options: ChatOptions): { setModel(ha
     const foot = h("p", { class: "foot" });
     transcript.append(
       h("article", { class: `turn ${role}`, "aria-label": role === "user" ? "You" : "Answer" },
-        h("h3", { class: "who" }, role === "user" ? "You" : "Minke"), body, foot),
+        h("p", { class: "who" }, role === "user" ? "You" : "Minke"), body, foot),
     );
     follow();
     return { body, foot };

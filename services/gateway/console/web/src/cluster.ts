@@ -41,6 +41,10 @@ function loadOf(member: Member, pool: Pool): { text: string; part: number | null
   }
 }
 
+// The gateway is one per port, and so is a router that holds the registry.
+const isScalable = (pool: Pool, cluster: Cluster): boolean =>
+  pool.role === "router" ? cluster.registry === "etcd" : pool.role !== "gateway";
+
 function makeMember(pool: Pool, member: Member, onDone: (message: string | null) => void): HTMLElement {
   const name = `${pool.role} ${shortId(member.id)}`;
   const button = h("button", { type: "button", class: "quiet small drain", "aria-label": `Drain ${name}` }, "Drain");
@@ -70,7 +74,7 @@ function updateMember(element: HTMLElement, pool: Pool, member: Member, cluster:
   setText(part("load"), load.text);
   part("meter").hidden = load.part === null;
   (part("meter").firstElementChild as HTMLElement).style.width = `${((load.part ?? 0) * 100).toFixed(1)}%`;
-  const operable = cluster.operator && operatorToken() !== "" && pool.role !== "gateway";
+  const operable = cluster.operator && operatorToken() !== "" && isScalable(pool, cluster);
   part("drain").hidden = !operable || member.state === "lost" || member.state === "left" || member.state === "draining";
 }
 
@@ -97,8 +101,7 @@ function updatePool(element: HTMLElement, pool: Pool, cluster: Cluster, onDone: 
   setAttribute(element, "data-health", pool.health);
   const health = pool.health === "ok" ? "" : `, ${pool.health}`;
   setText(element.querySelector(".pool-count") as HTMLElement, `${pool.ready} ready${health}`);
-  const scalable = pool.role === "router" ? cluster.registry === "etcd" : pool.role !== "gateway";
-  (element.querySelector(".steps") as HTMLElement).hidden = !cluster.operator || operatorToken() === "" || !scalable;
+  (element.querySelector(".steps") as HTMLElement).hidden = !cluster.operator || operatorToken() === "" || !isScalable(pool, cluster);
   (element.querySelector(".empty") as HTMLElement).hidden = pool.members.length > 0;
   keyed(
     element.querySelector(".members") as HTMLElement,
@@ -113,13 +116,14 @@ function makeEvent(event: ClusterEvent): HTMLElement {
   return h("li", { "data-kind": event.kind }, h("time", {}), h("span", { class: "what" }));
 }
 
-export function makeClusterPanel(root: HTMLElement): ClusterPanel {
+export function makeClusterPanel(root: HTMLElement, askForToken: () => void): ClusterPanel {
   const tokens = makeChart("Throughput", (value) => `${count(value)} tokens/s`);
   const first = makeChart("Time to first token", milliseconds);
   const each = makeChart("Time per token", milliseconds);
   const heat = makeHeatMap();
   const pools = h("div", { class: "pools" });
   const epoch = h("span", { class: "epoch", id: "epoch" });
+  const operate = h("button", { type: "button", class: "quiet small", id: "operate", hidden: true, click: askForToken }, "Operate…");
   const log = h("ol", { class: "events", id: "events" });
   const noEvents = h("p", { class: "empty" }, "Nothing has happened since this gateway started.");
   const said = h("p", { class: "said", id: "operator-said", role: "status" });
@@ -127,7 +131,7 @@ export function makeClusterPanel(root: HTMLElement): ClusterPanel {
     h("div", { class: "block" }, h("div", { class: "block-head" }, h("h2", {}, title), ...extra), ...content);
   root.append(
     block("Traffic", [h("span", { class: "hint" }, "this gateway, last minute")], h("div", { class: "charts" }, tokens.element, first.element, each.element)),
-    block("Pools", [epoch], said, pools),
+    block("Pools", [h("span", { class: "side" }, epoch, operate)], said, pools),
     block("Expert load", [h("span", { class: "hint" }, "rows per second, layer × server")], heat.element),
     block("Events", [], noEvents, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Recent events" }, log)),
   );
@@ -141,7 +145,7 @@ export function makeClusterPanel(root: HTMLElement): ClusterPanel {
   function updateTraffic({ traffic }: Cluster): void {
     tokens.update(
       `${count(traffic.tokens_per_s)} tokens/s`,
-      `${plural(traffic.sequences, "open sequence")}, ${count(traffic.prompt_tokens_per_s)} prompt tokens/s${traffic.failed ? `, ${traffic.failed} failed` : ""}`,
+      `${count(traffic.sequences)} open, ${count(traffic.prompt_tokens_per_s)} prompt tokens/s${traffic.failed ? `, ${traffic.failed} failed` : ""}`,
       traffic.series.tokens,
       `Tokens per second over two minutes, now ${count(traffic.series.tokens.at(-1) ?? 0)}`,
     );
@@ -170,6 +174,7 @@ export function makeClusterPanel(root: HTMLElement): ClusterPanel {
       updateTraffic(cluster);
       setText(epoch, cluster.epoch.counter === 0 ? "not placed yet" : `epoch ${cluster.epoch.term}.${cluster.epoch.counter}`);
       keyed(pools, cluster.pools, (pool) => pool.name, (pool) => makePool(pool, onDone), (element, pool) => updatePool(element, pool, cluster, onDone));
+      operate.hidden = !cluster.operator || operatorToken() !== "";
       const states = new Map<string, State>(cluster.pools.flatMap((pool) => pool.members.map((member) => [member.id, member.state] as const)));
       heat.update(cluster.heat, states);
       updateEvents(cluster.events);

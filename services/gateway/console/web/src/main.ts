@@ -12,8 +12,8 @@ const SILENCE_MAX_MS = 5000; // the gateway says something every second
 const RETRY_MAX_MS = 8000;
 
 const openAccess = makeAccessDialog();
-const panel = makeClusterPanel(byId("cluster"));
-const chat = makeChat(byId("chat"), { needAccess: () => openAccess(false) });
+const panel = makeClusterPanel(byId("cluster"), () => openAccess("operator"));
+const chat = makeChat(byId("chat"), { needAccess: () => openAccess("key") });
 startTheme(() => panel.redraw());
 
 let last: Cluster | null = null;

@@ -3,7 +3,6 @@ import { byId } from "./dom";
 
 const KEY = "minke.theme";
 const NEXT = { auto: "light", light: "dark", dark: "auto" } as const;
-const NAMES = { auto: "automatic", light: "light", dark: "dark" } as const;
 type Theme = keyof typeof NEXT;
 
 function stored(): Theme {
@@ -16,8 +15,7 @@ export function startTheme(onChange: () => void): void {
   const apply = (theme: Theme): void => {
     if (theme === "auto") delete document.documentElement.dataset["theme"];
     else document.documentElement.dataset["theme"] = theme;
-    button.textContent = theme === "auto" ? "Auto" : theme === "light" ? "Light" : "Dark";
-    button.setAttribute("aria-label", `Theme: ${NAMES[theme]}`);
+    button.textContent = `Theme: ${theme}`;
     onChange();
   };
   button.addEventListener("click", () => {
