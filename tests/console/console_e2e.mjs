@@ -262,7 +262,7 @@ async function step(what, run) {
 
 try {
   const launched = chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage"] });
-  await cluster.start();
+  await step("the cluster starts", () => cluster.start());
   browser = await launched;
   await step("access is asked for", accessIsAskedFor);
   const page = await openPage();
@@ -282,6 +282,6 @@ try {
   console.error(cluster.log.split("\n").slice(-60).join("\n"));
   process.exitCode = 1;
 } finally {
-  await browser?.close();
-  await cluster.stop();
+  await step("the browser ends", async () => browser?.close());
+  await step("the cluster ends", () => cluster.stop());
 }

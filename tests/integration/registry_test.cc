@@ -380,6 +380,30 @@ TEST_P(RegistryTest, GatewaysAreToldHowBusyOthersAreAndNobodyElseIs) {
   EXPECT_EQ(attention.updates(), views);
 }
 
+// A stream's writes and its reports once took two locks in opposite orders.
+TEST_P(RegistryTest, ReportsAndViewsThatCrossDoNotStopEachOther) {
+  Process gateway = Join(cluster::v1::ROLE_GATEWAY), attention = Join(cluster::v1::ROLE_ATTENTION),
+          expert = Join(cluster::v1::ROLE_EXPERT);
+  const absl::Time end = absl::Now() + absl::Seconds(2);
+  std::vector<std::thread> threads;
+  for (Process* process : {&attention, &expert}) {
+    threads.emplace_back([process, end] {
+      for (int i = 0; absl::Now() < end; ++i) {
+        process->report().mutable_member()->set_detail(StrCat("step ", i));
+        process->SetReport();
+        absl::SleepFor(absl::Microseconds(200));
+      }
+      process->report().mutable_member()->set_detail("the last one");
+      process->SetReport();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_TRUE(gateway.Await([](const ClusterUpdate& update) {
+    return std::count_if(update.view().members().begin(), update.view().members().end(),
+                         [](const auto& member) { return member.detail() == "the last one"; }) == 2;
+  }));
+}
+
 TEST_P(RegistryTest, PlacementSpreads) {
   Process attention = Join(cluster::v1::ROLE_ATTENTION), first = Join(cluster::v1::ROLE_EXPERT),
           second = Join(cluster::v1::ROLE_EXPERT);

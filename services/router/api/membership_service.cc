@@ -141,6 +141,7 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
   if (report.member().role() == cluster::v1::ROLE_ROUTER) {
     return refuse("more than one router needs --registry=etcd; expected one router with a static registry");
   }
+  stream->SetMember(id);  // not under mutex_, which streams take under their own
   bool changed = false;
   {
     const MutexLock lock(mutex_);
@@ -154,7 +155,6 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
           StrCat("precision: expected ", self.precision(), " (the router's), found ", report.precision()));
     }
     if (id == self_) return refuse("member.node_id: expected another one than the router's");
-    stream->SetMember(id);
     const auto [it, fresh] = members_.try_emplace(id);
     const bool more_than_load = fresh || !cluster::OnlyLoadDiffers(it->second, report);
     if (fresh)
