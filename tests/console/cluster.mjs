@@ -84,8 +84,10 @@ export class Cluster {
   async stop() {
     this.#loading = false;
     if (this.#process?.exitCode === null) {
+      const late = setTimeout(() => this.#process.kill("SIGKILL"), 12_000);
       this.#process.kill("SIGTERM");
-      await Promise.race([new Promise((resolve) => this.#process.once("exit", resolve)), sleep(12_000).then(() => this.#process.kill("SIGKILL"))]);
+      await new Promise((resolve) => this.#process.once("exit", resolve));
+      clearTimeout(late);
     }
     rmSync(this.#directory, { recursive: true, force: true });
   }

@@ -72,15 +72,19 @@ async function chatByKeyboard(page) {
   await page.keyboard.type("O Romeo,");
   await page.keyboard.press("Shift+Enter");
   await page.keyboard.type("wherefore art thou Romeo?");
+  await page.evaluate(() => {
+    window.pieces = 0;
+    new MutationObserver((changes) => {
+      window.pieces += changes.filter((change) => change.target.matches(".turn.assistant .text")).length;
+    }).observe(document.getElementById("transcript"), { childList: true, subtree: true });
+  });
   await page.keyboard.press("Enter");
   assert.equal(await text(page, ".turn.user .text"), "O Romeo,\nwherefore art thou Romeo?");
-  // It grows while it is not over: it is streamed.
-  const lengths = new Set();
-  await until("the answer is whole", async () => {
-    lengths.add((await answer(page).textContent()).length);
-    return (await text(page, "#send")) === "Send";
-  });
-  assert.ok(lengths.size >= 3, `lengths seen: ${[...lengths]}`);
+  await page.locator(".turn.assistant .foot", { hasText: "prompt tokens" }).waitFor();
+  await page.locator("#send", { hasText: "Send" }).waitFor();
+  // It came in pieces.
+  const pieces = await page.evaluate(() => window.pieces);
+  assert.ok(pieces >= 3, `pieces: ${pieces}`);
   const foot = await text(page, ".turn.assistant .foot");
   const [, asked, said] = foot.match(/^(\d+) prompt tokens · (\d+) tokens? · .*first after/) ?? assert.fail(foot);
   assert.ok(Number(asked) > 10 && Number(said) > 1, foot);
@@ -115,7 +119,8 @@ async function stopStops(page) {
   const length = (await answer(page).textContent()).length;
   await until("nothing runs any more", async () => (await cluster.pool("attention")).members[0].load.running === 0, 5000);
   assert.equal((await answer(page).textContent()).length, length);
-  assert.ok(length < 3000, `${length} characters`);
+  const [, tokens] = (await page.locator(".turn.assistant .foot").last().innerText()).match(/([\d,]+) tokens?/);
+  assert.ok(Number(tokens.replace(",", "")) < 2900, `${tokens} tokens`);
   await page.click("#clear");
   assert.equal(await page.locator(".turn").count(), 0);
 }
