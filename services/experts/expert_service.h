@@ -3,10 +3,12 @@
 // work that goes on, and lets go of those that others have taken over.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -17,12 +19,14 @@
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
 #include "libs/cluster/rate_meter.h"
+#include "libs/cluster/replica_set.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
 #include "services/experts/engine/expert_engine.h"
+#include "services/experts/shard/unit_sources.h"
 
 namespace minke::experts {
 
@@ -35,6 +39,7 @@ struct ExpertServiceOptions {
   ExpertsFormat experts_format = ExpertsFormat::kBF16;
   int threads = 1;
   uint32_t slots = 0;  // units that fit its memory; 0: as many as it is given
+  LoadFrom load_from = LoadFrom::kAuto;
   ExpertEngineOptions engine;
   registry::Registry::OnRefused on_refused;
 };
@@ -48,6 +53,11 @@ class ExpertService {
                                                               ExpertServiceOptions options);
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
+  // Units loaded since the start. Any thread.
+  int64_t units_loaded(UnitSource source) const {
+    const MutexLock lock(mutex_);
+    return loaded_[static_cast<size_t>(source)];
+  }
 
   // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
   // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
@@ -60,6 +70,11 @@ class ExpertService {
   void LoadLoop();
   // One unit in, or one out, if that is due. Whether there was anything to do.
   bool LoadNext();
+  // From another server that has it, if there is one and that is faster; else from the checkpoint.
+  absl::StatusOr<std::shared_ptr<const UnitWeights>> Load(UnitId unit);
+  absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadFromReplica(UnitId unit,
+                                                                     const UnitExchange::Giver& giver);
+  std::optional<UnitExchange::Giver> GiverOf(UnitId unit);
   bool RetireNext();
   // How busy the server is; renewed every second, and reported if it has changed.
   void UpdateLoad();
@@ -73,15 +88,19 @@ class ExpertService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
-  cluster::RateMeter meter_;  // of the loader's thread
+  cluster::RateMeter meter_;            // of the loader's thread
+  std::optional<UnitSources> sources_;  // the loader's
 
-  Mutex mutex_;
+  mutable Mutex mutex_;
+  std::array<int64_t, 2> loaded_ ABSL_GUARDED_BY(mutex_){};  // by UnitSource
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   cluster::v1::MemberLoad load_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
-  std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);  // bytes
-  std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);           // to load
+  std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);                // bytes
+  std::map<UnitId, cluster::ReplicaSet> replicas_ ABSL_GUARDED_BY(mutex_);  // published
+  std::map<NodeId, std::string> addresses_ ABSL_GUARDED_BY(mutex_);         // data planes of expert servers
+  std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);                         // to load
   // Hosted, no longer assigned, and published elsewhere: let go at this time.
   std::map<UnitId, absl::Time> retiring_ ABSL_GUARDED_BY(mutex_);
   int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;    // units whose rows may still be sent here

@@ -86,7 +86,7 @@ class Gateway::Impl {
         model_(std::move(model)),
         admission_(options_.sequences_max),
         meter_(TrafficMeter::Clock::now()),
-        monitor_(&counters_),
+        monitor_(std::make_shared<ClusterMonitor>(&counters_)),
         feed_(std::make_shared<ClusterFeed>([this] { return ClusterJson(); })) {}
 
   ~Impl() {
@@ -129,7 +129,7 @@ class Gateway::Impl {
   }
 
   void OnUpdate(const cluster::v1::ClusterUpdate& update) {
-    monitor_.OnUpdate(update, absl::Now());
+    monitor_->OnUpdate(update, absl::Now());
     if (update.has_view()) TakeView(update.view());
   }
 
@@ -184,7 +184,7 @@ class Gateway::Impl {
     }
   }
 
-  ClusterMonitor& monitor() { return monitor_; }
+  ClusterMonitor& monitor() { return *monitor_; }
   NodeId node_id() const { return options_.node_id; }
   std::string rpc_address() const {
     return grpc_port() == 0 ? "" : StrCat(HostOf(options_.grpc_listen), ":", grpc_port());
@@ -196,8 +196,7 @@ class Gateway::Impl {
 
  private:
   absl::Status MakeConsole(const ApiKeys& keys) {
-    ConsoleHandler::Options console{
-        .next = handler_.get(), .keys = keys, .feed = feed_, .monitor = &monitor_};
+    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys, .feed = feed_, .monitor = monitor_};
     if (options_.operator_socket.empty() != options_.operator_token_file.empty()) {
       return absl::InvalidArgumentError(
           StrCat("--operator-socket and --operator-token-file: expected both or neither, found only ",
@@ -213,18 +212,16 @@ class Gateway::Impl {
   }
 
   std::string ClusterJson() {
-    const int connections = http_ == nullptr ? 0 : http_->connections();
-    return ToJson(monitor_.Snapshot(absl::Now()), {.id = options_.node_id,
-                                                   .version = MK_VERSION,
-                                                   .model = model_.name,
-                                                   .context_length = model_.context_length,
-                                                   .chat = model_.chat_template.has_value(),
-                                                   .registry = options_.registry,
-                                                   .operated = !options_.operator_socket.empty(),
-                                                   .not_ready_reason = NotReadyReason(),
-                                                   .sequences = admission_.active(),
-                                                   .connections = connections,
-                                                   .traffic = meter_.Summarise(TrafficMeter::Clock::now())});
+    return ToJson(monitor_->Snapshot(absl::Now()), {.id = options_.node_id,
+                                                    .version = MK_VERSION,
+                                                    .model = model_.name,
+                                                    .context_length = model_.context_length,
+                                                    .chat = model_.chat_template.has_value(),
+                                                    .registry = options_.registry,
+                                                    .operated = !options_.operator_socket.empty(),
+                                                    .not_ready_reason = NotReadyReason(),
+                                                    .sequences = admission_.active(),
+                                                    .traffic = meter_.Summarise(TrafficMeter::Clock::now())});
   }
 
   // Recomputes readiness; says so when it changes.
@@ -253,8 +250,8 @@ class Gateway::Impl {
   GatewayCounters counters_;
   Admission admission_;
   TrafficMeter meter_;
-  ClusterMonitor monitor_;
-  const std::shared_ptr<ClusterFeed> feed_;  // shared with the streams
+  const std::shared_ptr<ClusterMonitor> monitor_;  // shared with calls of the operator
+  const std::shared_ptr<ClusterFeed> feed_;        // shared with the streams
   std::atomic<bool> pool_connected_{false}, draining_{false};
   mutable std::mutex mutex_;
   bool view_ready_ = false;                              // guarded by mutex_

@@ -45,6 +45,11 @@ int main(int argc, char** argv) {
                  "socket of this host's minke up, for the console's scale and drain");
   app.add_option("--operator-token-file", options.operator_token_file,
                  "tokens that may scale and drain, one per line");
+  int heartbeat_ms = 250;
+  app.add_option("--heartbeat-ms", heartbeat_ms,
+                 "an attention node silent for two of these loses its sequences to others")
+      ->check(CLI::Range(10, 60000))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
 
@@ -57,6 +62,7 @@ int main(int argc, char** argv) {
   options.grpc_listen = flags.listen;
   options.node_id = RandomNodeId();
   options.registry = registry_flags.registry;
+  options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
   auto gateway = gateway::Gateway::Create(options, *std::move(model));
   if (!gateway.ok()) return fail(gateway.status());

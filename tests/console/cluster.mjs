@@ -29,7 +29,7 @@ export class Cluster {
   #directory;
   #loading = true;
 
-  async start() {
+  async start(...flags) {
     this.#directory = mkdtempSync(join(tmpdir(), "minke-console-"));
     const file = (name, text) => {
       writeFileSync(join(this.#directory, name), text, { mode: 0o600 });
@@ -37,7 +37,7 @@ export class Cluster {
     };
     this.#process = spawn(
       join(BIN, "minke"),
-      ["up", join(ROOT, "models", "minke-shakespeare"), "--port=0", "--supervise", "--experts=2", "--threads=1", "--precision=exact",
+      ["up", join(ROOT, "models", "minke-shakespeare"), "--port=0", "--supervise", "--threads=1", ...flags,
         `--api-key-file=${file("keys", API_KEY + "\n")}`, `--operator-token-file=${file("tokens", OPERATOR_TOKEN + "\n")}`],
       { stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, XDG_RUNTIME_DIR: this.#directory } },
     );

@@ -267,7 +267,7 @@ async function step(what, run) {
 
 try {
   const launched = chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage"] });
-  await step("the cluster starts", () => cluster.start());
+  await step("the cluster starts", () => cluster.start("--experts=2"));
   browser = await launched;
   await step("access is asked for", accessIsAskedFor);
   const page = await openPage();

@@ -28,6 +28,7 @@ struct Request {
   std::vector<uint32_t> generated;  // streamed before the request came here
   SamplingParams sampling;
   absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
+  absl::Time deadline = absl::InfiniteFuture();       // ends with an error if it is still not through
   NodeId pages_from;                                  // whose latents may be taken over; zero: nobody's
 };
 

@@ -44,6 +44,7 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
       options_(options),
       transport_(std::move(transport)),
       backend_(backend),
+      exchange_(options.exchange, *transport_),
       layer_rows_(std::make_unique<std::atomic<uint64_t>[]>(static_cast<size_t>(config.num_hidden_layers))) {}
 
 ExpertEngine::~ExpertEngine() = default;
@@ -75,6 +76,7 @@ void ExpertEngine::SetEpoch(Epoch epoch) {
 }
 
 void ExpertEngine::Stop() {
+  exchange_.Stop();
   stop_.store(true);
   transport_->Wake();
 }
@@ -149,10 +151,13 @@ void ExpertEngine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
       case transport::Event::Kind::kFrame:
+        if (UnitExchange::IsUnitKind(event.frame.header().kind))
+          return exchange_.OnFrame(event.peer, event.frame);
         return Accept(event);
       case transport::Event::Kind::kPeerUp:
-        return;
+        return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
+        exchange_.OnPeerLost(event.peer);
         log::Info("experts", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         return;
     }
@@ -289,7 +294,11 @@ void ExpertEngine::Run() {
     if (due) published = now;
     TakeMail(due);
     PollTransport();
-    if (RunLaunch()) continue;
+    const bool launched = RunLaunch();
+    const absl::Status ticked = exchange_.Tick(
+        units_, [this](UnitId unit) { return backend_.UnitLayout(unit); }, launched);
+    if (!ticked.ok()) DeviceLost(ticked);
+    if (launched || exchange_.Due()) continue;
     TakeMail(/*publish=*/true);
     transport_->Wait(kIdleWait);
   }

@@ -176,7 +176,7 @@ void ClusterMonitor::TickLocked(absl::Time now) {
     before = after;
   };
   count(resubmissions_, counters_.resubmissions.load(),
-        " sequences moved on after their attention node was lost");
+        " sequences moved on from an attention node that was lost or silent");
   count(migrations_, counters_.migrations.load(), " sequences moved on from a draining attention node");
 }
 

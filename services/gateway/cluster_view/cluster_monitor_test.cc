@@ -181,13 +181,13 @@ TEST_F(ClusterMonitorTest, EpochsInARowAreOneEvent) {
 
 TEST_F(ClusterMonitorTest, FailoversAreCountedAndGathered) {
   counters_.resubmissions = 3;
-  EXPECT_THAT(Events(), Contains("3 sequences moved on after their attention node was lost"));
+  EXPECT_THAT(Events(), Contains("3 sequences moved on from an attention node that was lost or silent"));
   Pass(absl::Seconds(1));
   counters_.resubmissions = 5;
-  EXPECT_THAT(Events(), Contains("5 sequences moved on after their attention node was lost"));
+  EXPECT_THAT(Events(), Contains("5 sequences moved on from an attention node that was lost or silent"));
   Pass(absl::Minutes(1));
   counters_.resubmissions = 6;
-  EXPECT_THAT(Events(), Contains("1 sequences moved on after their attention node was lost"));
+  EXPECT_THAT(Events(), Contains("1 sequences moved on from an attention node that was lost or silent"));
 }
 
 TEST_F(ClusterMonitorTest, RowsSentAgainBeforeTheFirstLookAreNoEvent) {

@@ -64,7 +64,7 @@ struct GatewaySnapshot {
   std::string registry;          // static | etcd
   bool operated = false;         // it can be asked to scale and to drain
   std::string not_ready_reason;  // of /health; empty: it serves
-  int64_t sequences = 0, connections = 0;
+  int64_t sequences = 0;
   TrafficMeter::Summary traffic;
 };
 

@@ -21,9 +21,9 @@ class ConsoleHandler final : public HttpHandler {
     ApiKeys keys;                 // of the API: they open the view too
     ApiKeys operator_tokens;
     std::shared_ptr<OperatorClient>
-        operator_client;                // shared with calls under way; null: nobody may scale or drain
-    std::shared_ptr<ClusterFeed> feed;  // shared with the streams
-    ClusterMonitor* monitor = nullptr;  // borrowed
+        operator_client;                      // shared with calls under way; null: nobody may scale or drain
+    std::shared_ptr<ClusterFeed> feed;        // shared with the streams
+    std::shared_ptr<ClusterMonitor> monitor;  // shared with calls under way
   };
   explicit ConsoleHandler(Options options) : options_(std::move(options)) {}
 

@@ -148,8 +148,8 @@ bool OnThisHost(const std::string& address) {
 
 }  // namespace
 
-std::unique_ptr<Exchange> ScaleRoute(const std::string& body, OperatorClient& client, ClusterMonitor* monitor,
-                                     std::function<void()> wake) {
+std::unique_ptr<Exchange> ScaleRoute(const std::string& body, OperatorClient& client,
+                                     std::shared_ptr<ClusterMonitor> monitor, std::function<void()> wake) {
   const nlohmann::json json = nlohmann::json::parse(body, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) return Error(BadField("", "the body: expected a JSON object"));
   RequestFields fields(json);
@@ -182,8 +182,8 @@ std::unique_ptr<Exchange> ScaleRoute(const std::string& body, OperatorClient& cl
   return std::make_unique<WaitingExchange>(mailbox);
 }
 
-std::unique_ptr<Exchange> DrainRoute(const std::string& body, OperatorClient& client, ClusterMonitor* monitor,
-                                     std::function<void()> wake) {
+std::unique_ptr<Exchange> DrainRoute(const std::string& body, OperatorClient& client,
+                                     std::shared_ptr<ClusterMonitor> monitor, std::function<void()> wake) {
   const nlohmann::json json = nlohmann::json::parse(body, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) return Error(BadField("", "the body: expected a JSON object"));
   RequestFields fields(json);
@@ -196,7 +196,8 @@ std::unique_ptr<Exchange> DrainRoute(const std::string& body, OperatorClient& cl
     return Error(BadField(
         "node", StrCat("expected a member's id, 16 hex digits, found \"", node.substr(0, 40), "\"")));
   std::optional<MemberSnapshot> member;
-  for (MemberSnapshot& candidate : monitor->Snapshot(absl::Now()).members) {
+  ClusterSnapshot snapshot = monitor->Snapshot(absl::Now());
+  for (MemberSnapshot& candidate : snapshot.members) {
     if (candidate.id == id) member = std::move(candidate);
   }
   if (!member)

@@ -18,7 +18,7 @@ class OperatorClient {
 
   // `socket_path`: there when the first call is made, not before.
   explicit OperatorClient(const std::string& socket_path);
-  ~OperatorClient();  // after the last Done: calls under way are not waited for
+  ~OperatorClient();  // does not wait for calls under way: their Done comes later
 
   // UNAVAILABLE if nobody listens, DEADLINE_EXCEEDED after 10 s, else what the operator says.
   void Scale(cluster::v1::Role role, uint32_t count, Done<cluster::v1::ScaleAnswer> done);
