@@ -1,5 +1,7 @@
 #include "services/experts/expert_service.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "absl/strings/str_format.h"
@@ -41,6 +43,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   self.set_node_id(transport->self().value);
   self.set_role(cluster::v1::ROLE_EXPERT);
   self.set_data_address(transport->address());
+  self.set_pid(static_cast<uint32_t>(::getpid()));
   MK_ASSIGN_OR_RETURN(service->backend_,
                       MakeBackend(*service->checkpoint_,
                                   {.device = o.device, .format = o.experts_format, .precision = o.precision},
@@ -74,6 +77,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
 cluster::v1::MemberReport ExpertService::ReportLocked() const {
   cluster::v1::MemberReport report;
   *report.mutable_member() = self_;
+  *report.mutable_load() = load_;
   report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty() && failed_.empty());
   if (!failed_.empty()) {
     report.mutable_member()->set_detail(StrCat(failed_.size(), " units could not be loaded"));
@@ -257,6 +261,29 @@ ExpertServiceStatus ExpertService::status() const {
   return status;
 }
 
+void ExpertService::UpdateLoad() {
+  if (!meter_.Begin(absl::Now())) return;
+  const ExpertEngineStatus status = engine_->status();
+  cluster::v1::MemberLoad load;
+  load.set_rows_per_s(meter_.PerSecond(status.rows));
+  load.set_queued_rows(static_cast<uint32_t>(std::min<int64_t>(status.queued_rows, UINT32_MAX)));
+  const ExpertEngineCounters& counters = engine_->counters();
+  const ModelConfig& config = checkpoint_->config();
+  for (const int32_t layer : config.MoeLayers()) {
+    uint64_t rows = 0;
+    for (int32_t group = 0; group < config.placement_groups(); ++group) {
+      rows += counters.UnitRows({static_cast<uint32_t>(layer), static_cast<uint32_t>(group)})
+                  .load(std::memory_order_relaxed);
+    }
+    load.add_layer_rows_per_s(meter_.PerSecond(rows));
+  }
+  if (load.rows_per_s() == 0) load.clear_layer_rows_per_s();
+  const MutexLock lock(mutex_);
+  if (load.SerializeAsString() == load_.SerializeAsString()) return;
+  load_ = std::move(load);
+  report_due_ = true;
+}
+
 void ExpertService::LoadLoop() {
   SetThreadName("expert-loader");
   YieldToOthers(kLoaderNiceness);
@@ -270,6 +297,7 @@ void ExpertService::LoadLoop() {
       mutex_.AwaitFor(kRetirePeriod, due);
       if (stop_) return;
     }
+    UpdateLoad();
     const bool loaded = LoadNext();
     if (!loaded) engine_->exchange().Rest();
     const bool retired = RetireNext();

@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
+#include "libs/cluster/rate_meter.h"
 #include "libs/cluster/replica_set.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
@@ -85,6 +86,8 @@ class ExpertService {
                                                                      const UnitExchange::Giver& giver);
   std::optional<UnitExchange::Giver> GiverOf(UnitId unit);
   bool RetireNext();
+  // How busy the server is; renewed every second, and reported if it has changed.
+  void UpdateLoad();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   std::shared_ptr<const Checkpoint> checkpoint_;  // shared with the process's other roles
@@ -95,11 +98,13 @@ class ExpertService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
+  cluster::RateMeter meter_;            // of the loader's thread
   std::optional<UnitSources> sources_;  // the loader's
 
   mutable Mutex mutex_;
   std::array<ExpertServiceStatus::Loads, 2> loaded_ ABSL_GUARDED_BY(mutex_);  // by UnitSource
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
+  cluster::v1::MemberLoad load_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
   std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);                // bytes
