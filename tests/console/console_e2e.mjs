@@ -134,10 +134,10 @@ const pixel = (page, x, y) =>
 
 async function loadIsShown(page) {
   await page.locator("#heat").scrollIntoViewIfNeeded();
-  const idle = await until("an idle heat map", async () => Number(await page.getAttribute("#heat", "data-top")) === 0 && pixel(page, 0.3, 0.05));
+  const idle = await until("an idle heat map", async () => Number(await page.getAttribute("#heat", "data-top")) === 0 && pixel(page, 0.3, 0.1));
   cluster.startLoad(3);
   await until("rows on the heat map", async () => Number(await page.getAttribute("#heat", "data-top")) > 20);
-  assert.notDeepEqual(await pixel(page, 0.3, 0.05), idle);
+  assert.notDeepEqual(await pixel(page, 0.3, 0.1), idle);
   assert.match(await page.getAttribute("#heat", "aria-label"), /7 layers by 2 servers, at most [\d.,k ]+ rows per second/);
   await page.focus("#heat");
   await page.keyboard.press("ArrowRight");
@@ -163,7 +163,7 @@ async function killedExpertTurnsRedAndRecovers(page) {
   assert.match(await text(page, "#pool-experts .pool-count"), /degraded|down/);
   assert.match(await text(page, "#health"), /degraded: experts|Not ready/);
   await page.locator("#events", { hasText: `expert server ${victim.id.slice(0, 8)} was lost` }).waitFor();
-  const [cellRed, cellGreen] = await pixel(page, 0.1, 0.05); // its column
+  const [cellRed, cellGreen] = await pixel(page, 0.1, 0.1); // its column
   assert.ok(cellRed > cellGreen + 20, `cell: red ${cellRed}, green ${cellGreen}`);
   await page.locator("#pool-experts .pool-count", { hasText: /^2 ready$/ }).waitFor();
   await row.waitFor({ state: "detached" });
