@@ -5,12 +5,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <random>
 
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "cli/targets_file.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -82,6 +84,7 @@ LocalCluster::~LocalCluster() {
     (member.info.role() == ROLE_UNSPECIFIED ? etcd : processes).push_back(&member.process);
   StopAll(processes, kStopGrace);
   StopAll(etcd, kEtcdStopGrace);  // last: the others take their leave of it
+  if (!targets_written_.empty()) ::unlink(targets_file_.c_str());
   if (!directory_.empty()) {
     std::error_code ignored;
     std::filesystem::remove_all(directory_, ignored);
@@ -100,18 +103,29 @@ absl::StatusOr<Url> LocalCluster::Start(int stop_fd) {
   };
   for (int i = 0; i < flags_.routers; ++i) {
     MK_RETURN_IF_ERROR(Add(ROLE_ROUTER));
-    MK_ASSIGN_OR_RETURN(const std::string address,
-                        ReadReport(members_.back().process, kListenTimeout, stop_fd));
+    MK_ASSIGN_OR_RETURN(const Report report, ReadReport(members_.back().process, kListenTimeout, stop_fd));
     members_.back().info.set_state(CHILD_STATE_RUNNING);
-    if (!UsesEtcd(flags_)) addresses_.router = address;
+    members_.back().metrics = report.metrics;
+    if (!UsesEtcd(flags_)) addresses_.router = report.address;
   }
   MK_RETURN_IF_ERROR(add_all(ROLE_EXPERT, flags_.experts));
   MK_RETURN_IF_ERROR(add_all(ROLE_ATTENTION, flags_.attention));
   MK_RETURN_IF_ERROR(Add(ROLE_GATEWAY));
-  MK_ASSIGN_OR_RETURN(const std::string port, ReadReport(members_.back().process, kListenTimeout, stop_fd));
+  MK_ASSIGN_OR_RETURN(const Report report, ReadReport(members_.back().process, kListenTimeout, stop_fd));
+  const std::string& port = report.address;
   members_.back().info.set_state(CHILD_STATE_RUNNING);
+  members_.back().metrics = report.metrics;
   addresses_.http = StrCat(flags_.host, ":", port);
   http_ = Url{ReachableHost(flags_.host), port};
+  targets_file_ = flags_.targets_file.empty() ? DefaultTargetsFile(std::atoi(port.c_str()), ::getuid())
+                                              : flags_.targets_file;
+  if (const absl::Status written = WriteTargets(); !written.ok()) {
+    if (!flags_.targets_file.empty())
+      return absl::UnavailableError(StrCat("--targets-file: ", written.message()));
+    log::Warning("up", StrCat("Prometheus will not find this cluster: ", written.message()));
+  } else {
+    log::Info("up", StrCat("targets file ", targets_file_));
+  }
   return http_;
 }
 
@@ -189,6 +203,7 @@ absl::Status LocalCluster::Tend() {
     if (member.process.ended) continue;
     if (member.process.report_fd >= 0) {
       const auto report = TakeReport(member.process);  // one that ended without is reaped in a moment
+      if (report.ok() && report->has_value()) member.metrics = (*report)->metrics;
       if (report.ok() && report->has_value() && member.info.state() == CHILD_STATE_STARTING)
         member.info.set_state(CHILD_STATE_RUNNING);
     }
@@ -201,7 +216,22 @@ absl::Status LocalCluster::Tend() {
   std::erase_if(members_, [](const Member& member) {
     return member.info.state() == CHILD_STATE_DRAINING && member.process.ended;
   });
+  if (const absl::Status written = WriteTargets(); !written.ok())
+    log::Warning("up", StdView(written.message()));
   return absl::OkStatus();
+}
+
+// Those that have died stay in it, so that they are seen to be down; those that were to leave do not.
+absl::Status LocalCluster::WriteTargets() {
+  std::vector<ScrapeTarget> targets;
+  for (const Member& member : members_) {
+    if (member.metrics.empty()) continue;
+    targets.push_back({member.metrics, StrCat("minke-", NameOf(member.info.role())), member.info.name()});
+  }
+  std::string json = TargetsJson(flags_.cluster, targets);
+  if (targets_file_.empty() || json == targets_written_) return absl::OkStatus();
+  targets_written_ = std::move(json);  // tried once: not again until something changes
+  return ReplaceFile(targets_file_, targets_written_);
 }
 
 absl::Status LocalCluster::OnEnd(Member& member, int status) {

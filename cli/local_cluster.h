@@ -41,6 +41,9 @@ class LocalCluster {
   // How long Tend can wait, unless a child dies.
   absl::Duration Patience() const;
 
+  // The targets file: --targets-file or the default. Known once started.
+  const std::string& targets_file() const { return targets_file_; }
+
   absl::StatusOr<cluster::v1::ScaleAnswer> Scale(Role role, int64_t count);
   absl::StatusOr<cluster::v1::DrainAnswer> Drain(Role role, int32_t pid);
   cluster::v1::StatusAnswer Status() const;
@@ -51,8 +54,9 @@ class LocalCluster {
   struct Member {
     cluster::v1::Child info;
     Child process;
-    std::string cpus;    // expert servers, attention nodes
-    bool trace = false;  // attention nodes
+    std::string cpus;     // expert servers, attention nodes
+    bool trace = false;   // attention nodes
+    std::string metrics;  // HOST:PORT of /metrics, of its last life that listened
     RestartPause pause;
     absl::Time started_at, restart_at;
   };
@@ -63,6 +67,8 @@ class LocalCluster {
   absl::Status Launch(Member& member);
   std::vector<std::string> ArgumentsOf(const Member& member) const;
   std::string NextCpus();
+  // The first time an error if --targets-file cannot be written; anything else is a warning.
+  absl::Status WriteTargets();
   int Staying(Role role) const;
   // What becomes of a member whose process has ended. OK: it may stay or was restarted.
   absl::Status OnEnd(Member& member, int status);
@@ -81,6 +87,7 @@ class LocalCluster {
   int named_[cluster::v1::Role_ARRAYSIZE] = {};  // names given, by role
   size_t next_numa_node_ = 0;
   Url http_;
+  std::string targets_file_, targets_written_;
   std::atomic<bool> ready_{false};
 };
 

@@ -46,7 +46,7 @@ absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
   return Child{name, pid, reports ? report[0] : -1};
 }
 
-absl::StatusOr<std::optional<std::string>> TakeReport(Child& child) {
+absl::StatusOr<std::optional<Report>> TakeReport(Child& child) {
   while (child.report.empty() || child.report.back() != '\n') {
     pollfd fd{child.report_fd, POLLIN, 0};
     if (::poll(&fd, 1, 0) <= 0) return std::nullopt;
@@ -58,13 +58,15 @@ absl::StatusOr<std::optional<std::string>> TakeReport(Child& child) {
   child.report.pop_back();
   ::close(child.report_fd);
   child.report_fd = -1;
-  return child.report;
+  const size_t space = child.report.find(' ');
+  if (space == std::string::npos) return Report{.address = child.report, .metrics = ""};
+  return Report{.address = child.report.substr(0, space), .metrics = child.report.substr(space + 1)};
 }
 
-absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd) {
+absl::StatusOr<Report> ReadReport(Child& child, absl::Duration timeout, int stop_fd) {
   const absl::Time limit = absl::Now() + timeout;
   while (true) {
-    MK_ASSIGN_OR_RETURN(const std::optional<std::string> report, TakeReport(child));
+    MK_ASSIGN_OR_RETURN(const std::optional<Report> report, TakeReport(child));
     if (report.has_value()) return *report;
     const int64_t left_ms = absl::ToInt64Milliseconds(limit - absl::Now());
     if (left_ms <= 0)

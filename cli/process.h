@@ -28,12 +28,18 @@ struct Child {
 absl::StatusOr<Child> Spawn(const std::string& name, const std::string& program,
                             std::vector<std::string> arguments, bool reports = true);
 
-// The line the child reports, if it has by now; then its report_fd is closed. UNAVAILABLE if it ends without.
-absl::StatusOr<std::optional<std::string>> TakeReport(Child& child);
+// The line a child reports once it listens (node::ReportAddress).
+struct Report {
+  std::string address;  // what the program is waited for: a router's gRPC address, a gateway's HTTP port
+  std::string metrics;  // HOST:PORT of /metrics
+};
+
+// What the child reports, if it has by now; then its report_fd is closed. UNAVAILABLE if it ends without.
+absl::StatusOr<std::optional<Report>> TakeReport(Child& child);
 
 // The same, waiting. UNAVAILABLE if it ends, DEADLINE_EXCEEDED if it says nothing before `timeout`, CANCELLED
 // if `stop_fd` becomes readable.
-absl::StatusOr<std::string> ReadReport(Child& child, absl::Duration timeout, int stop_fd);
+absl::StatusOr<Report> ReadReport(Child& child, absl::Duration timeout, int stop_fd);
 
 // SIGINT to all (stop without draining), SIGKILL to those left after `grace`; reaps them.
 void StopAll(std::span<Child* const> children, absl::Duration grace);

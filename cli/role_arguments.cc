@@ -81,6 +81,7 @@ Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses
                {"--http-listen=" + addresses.http, StrCat("--body-max-bytes=", flags.body_max_bytes),
                 "--chat-template=" + flags.chat_template, StrCat("--heartbeat-ms=", flags.heartbeat_ms),
                 StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
+               flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
                Unless(flags.model_name, "--model-name="),
                Unless(flags.api_key_file, "--api-key-file="),
                Unless(addresses.operator_socket, "--operator-socket="),

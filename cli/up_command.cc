@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "cli/http_client.h"
@@ -22,9 +23,12 @@
 #include "libs/registry/registry.h"
 #include "libs/transport/inproc/inproc.h"
 #include "services/attention/attention_flags.h"
+#include "services/attention/metrics.h"
 #include "services/experts/expert_service.h"
+#include "services/experts/metrics.h"
 #include "services/gateway/gateway.h"
 #include "services/gateway/self_reporter.h"
+#include "services/router/metrics.h"
 #include "services/router/router_service.h"
 
 namespace minke::cli {
@@ -177,6 +181,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.http.listen = StrCat(flags.host, ":", flags.port);
   gateway_options.http.body_bytes_max = flags.body_max_bytes;
   gateway_options.api_key_file = flags.api_key_file;
+  gateway_options.vllm_names = flags.vllm_names;
   gateway_options.node_id = RandomNodeId();
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
   MK_ASSIGN_OR_RETURN(auto router,
@@ -217,6 +222,14 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   MK_ASSIGN_OR_RETURN(auto attention, attention::AttentionService::Start(
                                           checkpoint, make_transport(cluster::v1::ROLE_ATTENTION),
                                           std::move(attention_options)));
+  gateway->AddMetrics([&](telemetry::Page& page) {
+    // Frames go from hand to hand here: there is no data plane to show.
+    router::CollectMetrics(*router, /*routes=*/attention->engine().route_counters() == nullptr && !whole,
+                           page);
+    attention::CollectMetrics(attention->engine(), page);
+    if (experts != nullptr) experts::CollectMetrics(*experts, page);
+  });
+  const absl::Cleanup no_metrics = [&] { gateway->AddMetrics(nullptr); };
   cluster::v1::MemberReport report;
   report.mutable_member()->set_node_id(gateway->node_id().value);
   report.mutable_member()->set_pid(static_cast<uint32_t>(::getpid()));

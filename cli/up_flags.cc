@@ -71,6 +71,8 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
                  "how long a request waits for unreachable experts")
       ->check(CLI::Range(1, 3600))
       ->capture_default_str();
+  app.add_flag("--metrics-vllm-names", f.vllm_names,
+               "/metrics of the HTTP API also shows the cluster as one vLLM server would");
   app.add_option("--log-level", f.log_level)
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();
@@ -118,6 +120,9 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
       ->check(CLI::IsMember({"adaptive", "spin", "block"}))
       ->capture_default_str();
   app.add_option("--heartbeat-ms", f.heartbeat_ms)->check(CLI::Range(10, 60000))->capture_default_str();
+  app.add_option("--targets-file", f.targets_file,
+                 "where Prometheus' file discovery finds the processes (default: "
+                 "/tmp/minke-up-UID-PORT.targets.json)");
 }
 
 void AddServeFlags(CLI::App& app, UpFlags& flags) { AddSharedFlags(app, flags); }

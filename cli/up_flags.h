@@ -54,6 +54,8 @@ struct UpFlags {
   std::string trace_file;
   int64_t trace_steps = 200;
   int unavailable_after_s = 60;
+  std::string targets_file;  // up only; empty: DefaultTargetsFile
+  bool vllm_names = false;
   std::string log_level = "info";
 };
 

@@ -9,7 +9,8 @@ LIBS = {  # what a library may use, beside itself and base
     "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
     "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["collective", "kernels", "model"],
 }
-ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/")
+ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/",
+               "services/router/telemetry/")
 HEADERS = {  # third-party headers that stay in one place
     r"^(ucp|uct|ucs)/": ("libs/transport/ucx/",),
     r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/gateway/operator_client/", "services/attention/api/",

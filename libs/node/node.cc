@@ -12,6 +12,8 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/node/transport_metrics.h"
+#include "libs/telemetry/process_metrics.h"
 #include "libs/transport/ucx/ucx.h"
 #if MK_HAVE_CUDA
 #include "libs/kernels/cuda/device.h"
@@ -226,9 +228,9 @@ bool SignalPending() {
   return ::sigtimedwait(&set, nullptr, &kNoTime) > 0;
 }
 
-void ReportAddress(const NodeFlags& flags, const std::string& address) {
+void ReportAddress(const NodeFlags& flags, const std::string& address, const std::string& metrics) {
   if (flags.report_fd < 0) return;
-  const std::string line = address + "\n";
+  const std::string line = StrCat(address, " ", metrics, "\n");
   // A parent that is gone needs no report; we die with it anyway.
   [[maybe_unused]] const ssize_t written = ::write(flags.report_fd, line.data(), line.size());
   ::close(flags.report_fd);
@@ -240,11 +242,18 @@ int Fail(const std::string& process_name, const absl::Status& status) {
 }
 
 absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
+                                                                       std::string_view role,
+                                                                       const transport::Transport& transport,
                                                                        telemetry::Collector collector) {
   MK_ASSIGN_OR_RETURN(auto server,
-                      telemetry::MetricsServer::Start(flags.metrics_listen, std::move(collector)));
-  const std::string host = flags.metrics_listen.substr(0, flags.metrics_listen.rfind(':'));
-  log::Info("metrics", StrCat("serving http://", host, ":", server->port(), "/metrics"));
+                      telemetry::MetricsServer::Start(
+                          flags.metrics_listen, [role = std::string(role), &transport,
+                                                 collector = std::move(collector)](telemetry::Page& page) {
+                            telemetry::CollectProcess(role, ToString(transport.self()), page);
+                            CollectTransport(transport, page);
+                            collector(page);
+                          }));
+  log::Info("metrics", StrCat("serving http://", server->address(), "/metrics"));
   return server;
 }
 

@@ -5,13 +5,14 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "absl/status/statusor.h"
 #include "libs/base/device.h"
 #include "libs/base/dtype.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
-#include "libs/telemetry/metrics.h"
+#include "libs/telemetry/metrics_server.h"
 #include "libs/transport/transport.h"
 
 namespace CLI {
@@ -37,7 +38,7 @@ struct NodeFlags {
   std::string cpus;  // "0-7,16": run there only; empty: anywhere
   int drain_timeout_s = 120;
   std::string log_level = "info";
-  int report_fd = -1;  // `minke up`: where to write the gRPC address once it listens
+  int report_fd = -1;  // `minke up`: where to write the addresses once it listens
 
   Precision ParsedPrecision() const { return precision == "exact" ? Precision::kExact : Precision::kBF16; }
   int Threads() const;
@@ -80,13 +81,17 @@ void UnblockSignals();
 int WaitForSignal();
 // Whether one of them has come since: a second one ends a drain.
 bool SignalPending();
-// Writes `address` and a newline to the report descriptor, if there is one, and closes it.
-void ReportAddress(const NodeFlags& flags, const std::string& address);
+// Writes "ADDRESS METRICS\n" to the report descriptor, if there is one, and closes it. `address`: of the gRPC
+// server, or what else the parent waits for; `metrics`: HOST:PORT of /metrics. Both may be empty.
+void ReportAddress(const NodeFlags& flags, const std::string& address, const std::string& metrics);
 // "name: message" on stderr; returns 1.
 int Fail(const std::string& process_name, const absl::Status& status);
 
-// /metrics by the flags, and a log line that says where.
+// /metrics by the flags, and a log line that says where: what every process and every transport shows, and
+// what `collector` adds. `transport` has to outlive the server.
 absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
+                                                                       std::string_view role,
+                                                                       const transport::Transport& transport,
                                                                        telemetry::Collector collector);
 
 }  // namespace minke::node

@@ -21,6 +21,7 @@ constexpr int64_t kCreditDelayNs = 2'000'000;
 constexpr uint32_t kCreditFlushDivisor = 4;
 // Frames a lane may get between the other side's Ack and being up here: a few, in the time of a round trip.
 constexpr size_t kEarlyFramesMax = 1024;
+constexpr size_t kGonePeersMax = 256;  // whose statistics are kept
 constexpr uint32_t kFruitlessSpinsMax = 4;
 constexpr uint32_t kSpinRetryInterval = 32;
 constexpr int64_t kShortSpinDivisor = 16;
@@ -287,6 +288,13 @@ std::vector<PeerStatistics> PeerTransport::statistics() const {
   return all;
 }
 
+std::vector<PeerStatistics> PeerTransport::all_statistics() const {
+  const MutexLock lock(mutex_);
+  std::vector<PeerStatistics> all(gone_.begin(), gone_.end());
+  for (const auto& [id, peer] : peers_) all.push_back(peer->statistics);
+  return all;
+}
+
 // ---- Progress and time
 // --------------------------------------------------------------------------------------
 
@@ -398,7 +406,20 @@ PeerTransport::Peer& PeerTransport::AddPeer(NodeId id, Peer::Stage stage) {
   peer->stage = stage;
   peer->deadline_ns = now_ns_ + handshake_timeout_ns_;
   AtLatest(peer->deadline_ns);
+  peer->statistics.peer = id;
+  const auto before =
+      std::find_if(gone_.begin(), gone_.end(), [id](const PeerStatistics& gone) { return gone.peer == id; });
+  if (before != gone_.end()) {
+    peer->statistics = std::move(*before);
+    gone_.erase(before);
+  }
   return *(peers_[id] = std::move(peer));
+}
+
+void PeerTransport::Remember(const Peer& peer, bool is_error) {
+  gone_.push_back(peer.statistics);
+  gone_.back().errors += is_error ? 1 : 0;
+  if (gone_.size() > kGonePeersMax) gone_.pop_front();
 }
 
 bool PeerTransport::HasInboundHandshake(NodeId id) const {
@@ -454,6 +475,7 @@ void PeerTransport::Leave(Peer* peer) {
       CloseLane(lane);
     }
   }
+  Remember(*peer, /*is_error=*/false);
   peers_.erase(peer->id);
 }
 
@@ -466,6 +488,7 @@ void PeerTransport::LosePeer(Peer* peer, absl::Status reason) {
   } else {
     log::Warning("transport", line);
   }
+  Remember(*peer, /*is_error=*/!absl::IsCancelled(reason));
   if (was_up || peer->wanted) Raise(Event::Kind::kPeerLost, peer->id, std::move(reason));
   for (Lane* lane : peer->lanes) {
     if (lane != nullptr) CloseLane(lane);
@@ -477,7 +500,6 @@ void PeerTransport::PeerUp(Peer& peer) {
   peer.stage = Peer::Stage::kUp;
   peer.last_heard_ns = now_ns_;
   peer.last_sent_ns = now_ns_;
-  peer.statistics.peer = peer.id;
   peer.statistics.transport = peer.lanes[0]->link->transport_name();
   AtLatest(now_ns_ + heartbeat_ns_ / 2);
   log::Info("transport", StrCat("peer up node=", ToString(peer.id), " role=", int{peer.role}, " transport=",

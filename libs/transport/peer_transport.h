@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -47,6 +48,7 @@ class PeerTransport final : public Transport, private DriverSink {
   void Wait(absl::Duration timeout) override;
   void Wake() override;
   std::vector<PeerStatistics> statistics() const override;
+  std::vector<PeerStatistics> all_statistics() const override;
   uint64_t bad_frames() const override { return bad_frames_.load(std::memory_order_relaxed); }
 
  private:
@@ -130,6 +132,8 @@ class PeerTransport final : public Transport, private DriverSink {
   Peer* Find(NodeId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Peer& AddPeer(NodeId id, Peer::Stage stage) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool HasInboundHandshake(NodeId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Keeps the statistics of a peer that is about to be forgotten.
+  void Remember(const Peer& peer, bool is_error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Lane& AddLane(Link* link, Handshake handshake, Peer* peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status OpenLane(Peer& peer, wire::TrafficClass traffic_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CloseLane(Lane* lane) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -167,6 +171,7 @@ class PeerTransport final : public Transport, private DriverSink {
   mutable Mutex mutex_;
   const std::unique_ptr<Driver> driver_;  // serialised by mutex_ as driver.h says
   absl::flat_hash_map<NodeId, std::unique_ptr<Peer>> peers_ ABSL_GUARDED_BY(mutex_);
+  std::deque<PeerStatistics> gone_ ABSL_GUARDED_BY(mutex_);  // of peers not in peers_; longest gone first
   absl::flat_hash_map<Lane*, std::unique_ptr<Lane>> lanes_ ABSL_GUARDED_BY(mutex_);
   Inbox inbox_ ABSL_GUARDED_BY(mutex_);
   uint64_t sequence_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -77,10 +77,13 @@ struct Event {
   absl::Status reason;
 };
 
+// Since this node's start, over all connections with the peer.
 struct PeerStatistics {
   NodeId peer;
-  std::string transport;  // as UCX names it: "posix", "tcp", "rc_mlx5" ...; "inproc"
+  std::string transport;  // as UCX names it: "posix", "tcp", "rc_mlx5" ...; "inproc"; empty: was never up
+  // Headers included; what the wire below adds is not.
   uint64_t sent_bytes = 0, received_bytes = 0, sent_frames = 0, received_frames = 0;
+  uint64_t errors = 0;  // connections that failed or broke; not those that ended with a goodbye
 };
 
 class Transport {
@@ -120,8 +123,10 @@ class Transport {
   // Ends the current or next Wait(). Any thread.
   virtual void Wake() = 0;
 
-  // Any thread.
+  // Any thread. Peers that are up.
   virtual std::vector<PeerStatistics> statistics() const = 0;
+  // Any thread. Those that are up or on their way, and the 256 that were so last.
+  virtual std::vector<PeerStatistics> all_statistics() const = 0;
   // Frames dropped because they were malformed. Any thread.
   virtual uint64_t bad_frames() const = 0;
 };

@@ -229,6 +229,9 @@ TEST_P(TransportTest, UnreachableAddressIsALostPeer) {
   ASSERT_TRUE(client->Connect(id, address).ok());
   ASSERT_TRUE(Pump({&client}, [&] { return !client.lost.empty(); }));
   EXPECT_EQ(client.lost[0].second.code(), absl::StatusCode::kUnavailable) << client.lost[0].second;
+  ASSERT_THAT(client->all_statistics(), ::testing::SizeIs(1));
+  EXPECT_EQ(client->all_statistics()[0].errors, 1u);
+  EXPECT_EQ(client->all_statistics()[0].transport, "");
 }
 
 TEST_P(TransportTest, MalformedAddressAndOwnIdAreErrors) {
@@ -482,6 +485,12 @@ TEST_P(TransportTest, DisconnectIsAGoodbyeToTheOtherAndSilentHere) {
   EXPECT_EQ(b.lost[0].second.code(), absl::StatusCode::kCancelled) << b.lost[0].second;
   EXPECT_THAT(a.lost, IsEmpty());
   EXPECT_THAT(a->statistics(), IsEmpty());
+  // Totals outlive the connection; a goodbye is no error.
+  ASSERT_THAT(b->all_statistics(), ::testing::SizeIs(1));
+  EXPECT_EQ(b->all_statistics()[0].peer, a.id());
+  EXPECT_EQ(b->all_statistics()[0].errors, 0u);
+  EXPECT_NE(b->all_statistics()[0].transport, "");
+  const uint64_t received = a->all_statistics()[0].received_frames;
   // And again, from either side.
   for (int round = 0; round < 2; ++round) {
     Node& from = round == 0 ? b : a;
@@ -491,6 +500,9 @@ TEST_P(TransportTest, DisconnectIsAGoodbyeToTheOtherAndSilentHere) {
     const size_t lost = to.lost.size();
     ASSERT_TRUE(Pump({&a, &b}, [&] { return to.lost.size() > lost; }));
   }
+  ASSERT_THAT(a->all_statistics(), ::testing::SizeIs(1));  // one peer, however often it came
+  EXPECT_GE(a->all_statistics()[0].received_frames, received);
+  EXPECT_EQ(a->all_statistics()[0].errors, 0u);
 }
 
 TEST_P(TransportTest, FramesBeforeTheGoodbyeAreStillHandedOver) {

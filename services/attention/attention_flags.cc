@@ -84,49 +84,4 @@ absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& f
   return options;
 }
 
-std::vector<telemetry::Sample> CollectMetrics(const Engine& engine) {
-  using telemetry::Sample;
-  const EngineStatus s = engine.status();
-  const auto counter = [](const char* name, const char* help, uint64_t value) {
-    return Sample{name, help, Sample::Type::kCounter, {}, static_cast<double>(value)};
-  };
-  const auto gauge = [](const char* name, const char* help, int64_t value) {
-    return Sample{name, help, Sample::Type::kGauge, {}, static_cast<double>(value)};
-  };
-  std::vector<Sample> samples = {
-      counter("attention_steps_total", "Engine steps", s.steps),
-      counter("attention_generated_tokens_total", "Tokens sampled", s.generated_tokens),
-      counter("attention_prompt_tokens_total", "Prompt tokens taken in", s.prompt_tokens),
-      counter("attention_computed_tokens_total",
-              "Rows computed: prompt tokens that were not reused, and decoded ones", s.computed_tokens),
-      counter("attention_prefix_cache_queries_total", "Prompt tokens looked up for reuse", s.reuse_queries),
-      counter("attention_prefix_cache_hits_total", "Prompt tokens whose latents were reused", s.reuse_hits),
-      gauge("attention_cache_pages_kept", "Latent cache pages kept for reuse only", s.pages_cached),
-      counter("attention_pages_fetched_total", "Latent cache pages taken over from other nodes",
-              s.pages_fetched),
-      counter("attention_pages_given_total", "Latent cache pages given to other nodes", s.pages_given),
-      counter("attention_page_fetches_failed_total",
-              "Sequences that moved here and had to be computed again in part", s.fetches_failed),
-      counter("attention_split_steps_total", "Steps computed in more than one microbatch", s.split_steps),
-      counter("attention_preemptions_total", "Sequences put back for want of cache pages", s.preemptions),
-      counter("attention_redispatched_rows_total", "(row, group) pairs sent again", s.redispatched_rows),
-      counter("attention_hedged_rows_total", "(row, group) pairs asked of a second replica", s.hedged_rows),
-      counter("attention_stale_frames_total", "Messages of a step or attempt that is over", s.stale_frames),
-      counter("attention_duplicate_rows_total", "(row, group) answers that were there already",
-              s.duplicate_rows),
-      counter("attention_bad_frames_total", "Malformed messages", s.bad_frames),
-      gauge("attention_sequences_running", "Sequences running", s.running),
-      gauge("attention_sequences_waiting", "Requests waiting for admission", s.waiting),
-      gauge("attention_cache_pages", "Pages of the latent cache", s.pages_total),
-      gauge("attention_cache_pages_used", "Pages in use", s.pages_used)};
-  for (int phase = 0; phase < kStepPhases; ++phase) {
-    samples.push_back({"attention_step_seconds_total",
-                       "Where the engine thread's time goes",
-                       Sample::Type::kCounter,
-                       {{"phase", std::string(ToString(static_cast<StepPhase>(phase)))}},
-                       s.phase_seconds[phase]});
-  }
-  return samples;
-}
-
 }  // namespace minke::attention

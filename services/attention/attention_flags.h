@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "libs/telemetry/metrics.h"
 #include "services/attention/attention_service.h"
 
 namespace CLI {
@@ -35,6 +34,5 @@ void AddAttentionFlags(CLI::App& app, AttentionFlags& flags);
 // Also reads the checkpoint's tokenizer, if it has one, for the ids that may be sampled.
 absl::StatusOr<AttentionServiceOptions> ToServiceOptions(const AttentionFlags& flags,
                                                          const Checkpoint& checkpoint, Precision precision);
-std::vector<telemetry::Sample> CollectMetrics(const Engine& engine);
 
 }  // namespace minke::attention

@@ -178,6 +178,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
       report.mutable_member()->set_detail(ready ? "" : "connecting to the data plane");
       raw->client_->SetReport(report);
       raw->server_->SetServing(ready && !draining);
+      if (router::RouteCounters* counters = raw->engine_->route_counters()) counters->Tick(absl::Now());
       absl::SleepFor(absl::Milliseconds(20));
     }
   });

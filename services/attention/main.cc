@@ -9,6 +9,7 @@
 #include "libs/node/node.h"
 #include "services/attention/attention_flags.h"
 #include "services/attention/attention_service.h"
+#include "services/attention/metrics.h"
 
 int main(int argc, char** argv) {
   using namespace minke;
@@ -51,9 +52,11 @@ int main(int argc, char** argv) {
   auto service =
       attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
   if (!service.ok()) return fail(service.status());
-  auto metrics = node::ServeMetrics(flags, [&] { return attention::CollectMetrics((*service)->engine()); });
+  auto metrics = node::ServeMetrics(
+      flags, "attention", (*service)->engine().transport(),
+      [&](telemetry::Page& page) { attention::CollectMetrics((*service)->engine(), page); });
   if (!metrics.ok()) return fail(metrics.status());
-  node::ReportAddress(flags, (*service)->rpc_address());
+  node::ReportAddress(flags, (*service)->rpc_address(), (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("attention", "draining");
     const absl::Status drained = (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);

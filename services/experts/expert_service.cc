@@ -169,10 +169,15 @@ absl::StatusOr<std::shared_ptr<const UnitWeights>> ExpertService::Load(UnitId un
   const auto timed = [&](UnitSource from, auto&& load) {
     const absl::Time begin = absl::Now();
     absl::StatusOr<std::shared_ptr<const UnitWeights>> weights = load();
-    if (!absl::IsCancelled(weights.status()))
-      sources_->Record(from, weights.ok() ? (*weights)->bytes() : 0, absl::Now() - begin);
-    const MutexLock lock(mutex_);
-    loaded_[static_cast<size_t>(from)] += weights.ok();
+    if (absl::IsCancelled(weights.status())) return weights;
+    const absl::Duration took = absl::Now() - begin;
+    sources_->Record(from, weights.ok() ? (*weights)->bytes() : 0, took);
+    if (weights.ok()) {
+      const MutexLock lock(mutex_);
+      ExpertServiceStatus::Loads& loads = loaded_[static_cast<size_t>(from)];
+      ++loads.units;
+      loads.time += took;
+    }
     return weights;
   };
   if (source == UnitSource::kReplica) {
@@ -217,7 +222,7 @@ bool ExpertService::LoadNext() {
     int64_t all = 0;
     for (const auto& [hosted, size] : hosted_) all += size;
     const auto from = [&](UnitSource source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-      return absl::StrFormat("%d (%.2f GB/s)", loaded_[static_cast<size_t>(source)],
+      return absl::StrFormat("%d (%.2f GB/s)", loaded_[static_cast<size_t>(source)].units,
                              sources_->bytes_per_s(source) / 1e9);
     };
     log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", all,
@@ -241,13 +246,37 @@ bool ExpertService::RetireNext() {
   return false;
 }
 
+ExpertServiceStatus ExpertService::status() const {
+  const MutexLock lock(mutex_);
+  ExpertServiceStatus status{.node = NodeId{self_.node_id()},
+                             .hosted = {},
+                             .loading = std::ssize(to_load_),
+                             .failed = std::ssize(failed_),
+                             .retiring = std::ssize(retiring_),
+                             .loaded = loaded_};
+  for (const auto& [unit, bytes] : hosted_) {
+    status.hosted.push_back(unit);
+    status.hosted_bytes += bytes;
+  }
+  return status;
+}
+
 void ExpertService::UpdateLoad() {
   if (!meter_.Begin(absl::Now())) return;
   const ExpertEngineStatus status = engine_->status();
   cluster::v1::MemberLoad load;
   load.set_rows_per_s(meter_.PerSecond(status.rows));
   load.set_queued_rows(static_cast<uint32_t>(std::min<int64_t>(status.queued_rows, UINT32_MAX)));
-  for (const uint64_t rows : engine_->LayerRows()) load.add_layer_rows_per_s(meter_.PerSecond(rows));
+  const ExpertEngineCounters& counters = engine_->counters();
+  const ModelConfig& config = checkpoint_->config();
+  for (const int32_t layer : config.MoeLayers()) {
+    uint64_t rows = 0;
+    for (int32_t group = 0; group < config.placement_groups(); ++group) {
+      rows += counters.UnitRows({static_cast<uint32_t>(layer), static_cast<uint32_t>(group)})
+                  .load(std::memory_order_relaxed);
+    }
+    load.add_layer_rows_per_s(meter_.PerSecond(rows));
+  }
   if (load.rows_per_s() == 0) load.clear_layer_rows_per_s();
   const MutexLock lock(mutex_);
   if (load.SerializeAsString() == load_.SerializeAsString()) return;

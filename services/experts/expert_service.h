@@ -44,6 +44,20 @@ struct ExpertServiceOptions {
   registry::Registry::OnRefused on_refused;
 };
 
+// What it hosts, and what that has cost.
+struct ExpertServiceStatus {
+  NodeId node;
+  std::vector<UnitId> hosted;
+  int64_t hosted_bytes = 0;  // packed weights
+  int64_t loading = 0, failed = 0,
+          retiring = 0;  // units to load; that could not be; hosted, about to be let go
+  struct Loads {
+    uint64_t units = 0;  // since the start
+    absl::Duration time;
+  };
+  std::array<Loads, 2> loaded;  // by UnitSource
+};
+
 class ExpertService {
  public:
   // INVALID_ARGUMENT for options that the device cannot have, FAILED_PRECONDITION without the device,
@@ -53,11 +67,7 @@ class ExpertService {
                                                               ExpertServiceOptions options);
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
-  // Units loaded since the start. Any thread.
-  int64_t units_loaded(UnitSource source) const {
-    const MutexLock lock(mutex_);
-    return loaded_[static_cast<size_t>(source)];
-  }
+  ExpertServiceStatus status() const;
 
   // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
   // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
@@ -92,7 +102,7 @@ class ExpertService {
   std::optional<UnitSources> sources_;  // the loader's
 
   mutable Mutex mutex_;
-  std::array<int64_t, 2> loaded_ ABSL_GUARDED_BY(mutex_){};  // by UnitSource
+  std::array<ExpertServiceStatus::Loads, 2> loaded_ ABSL_GUARDED_BY(mutex_);  // by UnitSource
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   cluster::v1::MemberLoad load_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);

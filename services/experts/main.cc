@@ -9,6 +9,7 @@
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "services/experts/expert_service.h"
+#include "services/experts/metrics.h"
 
 int main(int argc, char** argv) {
   using namespace minke;
@@ -63,22 +64,10 @@ int main(int argc, char** argv) {
   };
   auto service = experts::ExpertService::Start(*std::move(checkpoint), *std::move(transport), options);
   if (!service.ok()) return fail(service.status());
-  auto metrics = node::ServeMetrics(flags, [&] {
-    using telemetry::Sample;
-    const experts::ExpertEngineStatus s = (*service)->engine().status();
-    const auto counter = [](const char* name, const char* help, uint64_t value) {
-      return Sample{name, help, Sample::Type::kCounter, {}, static_cast<double>(value)};
-    };
-    return std::vector<Sample>{
-        counter("expert_launches_total", "Grouped launches", s.launches),
-        counter("expert_rows_received_total", "Rows received", s.rows),
-        counter("expert_nacked_rows_total", "(row, group) pairs not hosted here", s.nacked_rows),
-        counter("expert_rejected_rows_total", "(row, group) sums that were not finite", s.rejected_rows),
-        counter("expert_bad_frames_total", "Malformed messages", s.bad_frames),
-        {"expert_queued_rows", "Rows waiting", Sample::Type::kGauge, {}, static_cast<double>(s.queued_rows)}};
-  });
+  auto metrics = node::ServeMetrics(flags, "expert", (*service)->engine().transport(),
+                                    [&](telemetry::Page& page) { experts::CollectMetrics(**service, page); });
   if (!metrics.ok()) return fail(metrics.status());
-  node::ReportAddress(flags, "");
+  node::ReportAddress(flags, "", (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("experts", "draining");
     const absl::Status drained = (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);

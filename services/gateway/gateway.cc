@@ -13,13 +13,17 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/model/config.h"
+#include "libs/telemetry/process_metrics.h"
 #include "proto/cluster/cluster.pb.h"
 #include "services/gateway/api/grpc_api.h"
+#include "services/gateway/attention_client/status_poller.h"
 #include "services/gateway/cluster_view/cluster_feed.h"
 #include "services/gateway/cluster_view/cluster_monitor.h"
 #include "services/gateway/cluster_view/metered_pool.h"
 #include "services/gateway/console/console_handler.h"
 #include "services/gateway/http/api_keys.h"
+#include "services/gateway/metrics/gateway_metrics.h"
+#include "services/gateway/metrics/vllm_names.h"
 #include "services/gateway/openai/handler.h"
 
 namespace minke::gateway {
@@ -84,6 +88,7 @@ class Gateway::Impl {
   Impl(GatewayOptions options, GatewayModel model)
       : options_(std::move(options)),
         model_(std::move(model)),
+        counters_(model_.context_length),
         admission_(options_.sequences_max),
         meter_(TrafficMeter::Clock::now()),
         monitor_(std::make_shared<ClusterMonitor>(&counters_)),
@@ -112,8 +117,9 @@ class Gateway::Impl {
     const auto refusal_reason = [this] { return RefusalReason(); };
     handler_ = std::make_unique<OpenAiHandler>(
         OpenAiHandler::Options{context, &admission_, keys, not_ready_reason, refusal_reason,
-                               static_cast<int64_t>(std::time(nullptr))});
+                               [this] { return Metrics(); }, static_cast<int64_t>(std::time(nullptr))});
     MK_RETURN_IF_ERROR(MakeConsole(keys));
+    if (options_.vllm_names) poller_ = std::make_unique<StatusPoller>();
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
       MK_ASSIGN_OR_RETURN(grpc,
@@ -123,6 +129,7 @@ class Gateway::Impl {
     {
       const std::lock_guard lock(mutex_);
       grpc_ = std::move(grpc);
+      listening_ = true;
     }
     Refresh();
     return absl::OkStatus();
@@ -145,6 +152,7 @@ class Gateway::Impl {
       view_reason_ = view.not_ready_reason().empty() ? "the cluster is not ready" : view.not_ready_reason();
     }
     pool_->UpdateNodes(nodes);
+    if (poller_ != nullptr) poller_->UpdateNodes(nodes);
     Refresh();
   }
 
@@ -162,6 +170,30 @@ class Gateway::Impl {
     const bool waits =
         was_ready_ && std::chrono::steady_clock::now() - unready_since_ < options_.unready_wait;
     return cluster_is_missing && waits ? "" : reason_;
+  }
+
+  void AddMetrics(telemetry::Collector collector) {
+    const std::lock_guard lock(mutex_);
+    more_metrics_ = std::move(collector);
+  }
+
+  std::string Metrics() const {
+    telemetry::Page page;
+    telemetry::CollectProcess("gateway", ToString(options_.node_id), page);
+    CollectMetrics(model_.name, counters_, page);
+    page.Gauge("minke:gateway_ready", "Whether requests can be served", NotReadyReason().empty() ? 1 : 0);
+    page.Gauge("minke:gateway_sequences", "Sequences held", static_cast<double>(admission_.active()));
+    page.Gauge("minke:gateway_sequences_max", "Sequences held at most; above: 429",
+               static_cast<double>(admission_.sequences_max()));
+    page.Gauge("minke:gateway_connections", "HTTP connections", connections());
+    telemetry::Collector more;
+    {
+      const std::lock_guard lock(mutex_);
+      more = more_metrics_;
+    }
+    if (more) more(page);
+    if (poller_ != nullptr) AddVllmNames(model_.name, poller_->totals(), page);
+    return telemetry::RenderText(page);
   }
 
   bool Drain(std::chrono::milliseconds limit, const std::function<bool()>& give_up) {
@@ -190,6 +222,10 @@ class Gateway::Impl {
     return grpc_port() == 0 ? "" : StrCat(HostOf(options_.grpc_listen), ":", grpc_port());
   }
   const HttpServer& http() const { return *http_; }
+  int connections() const {
+    const std::lock_guard lock(mutex_);
+    return listening_ ? http_->connections() : 0;
+  }
   int grpc_port() const { return grpc_ == nullptr ? 0 : grpc_->port(); }
   const GatewayCounters& counters() const { return counters_; }
   const Admission& admission() const { return admission_; }
@@ -260,7 +296,10 @@ class Gateway::Impl {
   bool was_ready_ = false;                               // guarded by mutex_
   std::chrono::steady_clock::time_point unready_since_;  // guarded by mutex_; while !ready_ && was_ready_
   std::string reason_ = "waiting for the router";        // guarded by mutex_
+  telemetry::Collector more_metrics_;                    // guarded by mutex_
+  bool listening_ = false;                               // guarded by mutex_; http_ is there
   // Destroyed bottom up: the servers first, then the pool they use.
+  std::unique_ptr<StatusPoller> poller_;  // null: nobody asks for the cluster's load
   std::unique_ptr<AttentionPool> pool_;
   std::unique_ptr<MeteredPool> metered_pool_;
   std::unique_ptr<OpenAiHandler> handler_;
@@ -271,6 +310,7 @@ class Gateway::Impl {
 
 Gateway::Gateway(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Gateway::~Gateway() { Shutdown(std::chrono::milliseconds(0)); }
+void Gateway::AddMetrics(telemetry::Collector collector) { impl_->AddMetrics(std::move(collector)); }
 void Gateway::OnUpdate(const cluster::v1::ClusterUpdate& update) { impl_->OnUpdate(update); }
 void Gateway::SetRegistryConnected(bool connected) {
   impl_->monitor().SetRegistryConnected(connected, absl::Now());
@@ -287,7 +327,7 @@ int Gateway::grpc_port() const { return impl_->grpc_port(); }
 std::string Gateway::not_ready_reason() const { return impl_->NotReadyReason(); }
 const GatewayCounters& Gateway::counters() const { return impl_->counters(); }
 int64_t Gateway::active_sequences() const { return impl_->admission().active(); }
-int Gateway::connections() const { return impl_->http().connections(); }
+int Gateway::connections() const { return impl_->connections(); }
 bool Gateway::Drain(std::chrono::milliseconds limit, const std::function<bool()>& give_up) {
   return impl_->Drain(limit, give_up);
 }

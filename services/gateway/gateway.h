@@ -11,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "libs/base/ids.h"
+#include "libs/telemetry/metrics_server.h"
 #include "services/gateway/attention_client/attention_pool.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/types.h"
@@ -33,6 +34,7 @@ struct GatewayOptions {
   // not at all.
   std::chrono::milliseconds unready_wait{0};
   AttentionPoolOptions attention;
+  bool vllm_names = false;  // /metrics also shows the cluster under the names of vLLM's metrics
   // The cluster's view and the console (docs/console.md).
   NodeId node_id;                   // of this gateway in the registry
   std::string registry = "static";  // for people
@@ -59,6 +61,10 @@ class Gateway {
   void SetRegistryConnected(bool connected);
   // An update that is a view only.
   void UpdateView(const cluster::v1::ClusterView& view);
+
+  // What /metrics shows besides the gateway's own; for `minke serve`, whose other roles have no server of
+  // their own.
+  void AddMetrics(telemetry::Collector collector);
 
   int port() const;       // HTTP
   int grpc_port() const;  // 0: no gRPC API

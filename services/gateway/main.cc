@@ -41,6 +41,9 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "v2-chat", "v2-chat-0628", "v2.5"}))
       ->capture_default_str();
   app.add_option("--api-key-file", options.api_key_file, "keys that may call the API, one per line");
+  app.add_flag(
+      "--metrics-vllm-names", options.vllm_names,
+      "/metrics also shows the cluster as one vLLM server would, for autoscalers that look for its names");
   app.add_option("--operator-socket", options.operator_socket,
                  "socket of this host's minke up, for the console's scale and drain");
   app.add_option("--operator-token-file", options.operator_token_file,
@@ -81,7 +84,10 @@ int main(int argc, char** argv) {
         ::_exit(1);  // refused for good: nothing here is worth an orderly end
       });
   auto self = std::make_unique<gateway::SelfReporter>(**gateway, *client, report);
-  node::ReportAddress(flags, StrCat((*gateway)->port()));
+  // An address to connect to: what listens everywhere is reached by loopback too.
+  const std::string host = options.http.listen.substr(0, options.http.listen.rfind(':'));
+  node::ReportAddress(flags, StrCat((*gateway)->port()),
+                      StrCat(host == "0.0.0.0" ? "127.0.0.1" : host, ":", (*gateway)->port()));
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("gateway", "draining");
     self->SetDraining();

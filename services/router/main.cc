@@ -59,9 +59,11 @@ int main(int argc, char** argv) {
   options.threads = flags.Threads();
   auto service = router::RouterService::Start(*std::move(checkpoint), *std::move(transport), options);
   if (!service.ok()) return fail(service.status());
-  auto metrics = node::ServeMetrics(flags, [&] { return router::CollectMetrics(**service); });
+  auto metrics = node::ServeMetrics(
+      flags, "router", (*service)->engine().transport(),
+      [&](telemetry::Page& page) { router::CollectMetrics(**service, /*routes=*/true, page); });
   if (!metrics.ok()) return fail(metrics.status());
-  node::ReportAddress(flags, (*service)->rpc_address());
+  node::ReportAddress(flags, (*service)->rpc_address(), (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("router", "draining");
     (*service)->Drain(absl::Seconds(flags.drain_timeout_s), node::SignalPending);

@@ -28,7 +28,7 @@ class LoadMeter {
               cluster::v1::MemberReport& report) {
     const double seconds = absl::ToDoubleSeconds(now - last_);
     if (seconds < 1) return;
-    const std::vector<uint64_t> rows = engine.UnitRows();
+    const std::vector<uint64_t> rows = engine.counters().UnitRows();
     const std::vector<int32_t> layers = engine.moe_layers();
     const double newest = first_ ? 1 : 1 - std::exp(-seconds / kMemorySeconds);
     if (first_) rows_per_s_.assign(rows.size(), 0);
@@ -128,6 +128,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
       for (const NodeId server : status.lost) report.add_lost(server.value);
       if (rates.Begin(absl::Now())) report.mutable_load()->set_rows_per_s(rates.PerSecond(status.rows));
       if (routes) meter.Update(*raw->engine_, status, absl::Now(), report);
+      raw->engine_->counters().Tick(absl::Now());
       if (raw->membership_ != nullptr) {
         raw->membership_->SetSelf(report);
       } else {
@@ -160,6 +161,7 @@ void RouterService::JoinEtcd(const RouterServiceOptions& options, CoordinatorOpt
 }
 
 void RouterService::OnView(const cluster::v1::ClusterView& view) {
+  cluster_counters_.OnView(view);
   engine_->UpdateCluster(cluster::DataAddresses(view, cluster::v1::ROLE_EXPERT),
                          std::make_shared<PlacementTable>(cluster::EpochOf(view), cluster::Replicas(view)));
 }

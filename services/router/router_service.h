@@ -18,6 +18,7 @@
 #include "services/router/api/membership_service.h"
 #include "services/router/engine/router_engine.h"
 #include "services/router/registry/elected_coordinator.h"
+#include "services/router/telemetry/cluster_counters.h"
 
 namespace minke::router {
 
@@ -47,6 +48,7 @@ class RouterService {
   const std::string& rpc_address() const { return rpc_address_; }
   RouterEngine& engine() { return *engine_; }
   MembershipService& membership() { return *membership_; }  // REQUIRES: no etcd
+  const ClusterCounters& cluster_counters() const { return cluster_counters_; }
   // Whether this router decides the placement.
   bool leads() const { return coordinator_ == nullptr || coordinator_->leading(); }
 
@@ -58,6 +60,7 @@ class RouterService {
 
   std::string rpc_address_;
   std::unique_ptr<ThreadPool> pool_;
+  ClusterCounters cluster_counters_;
   std::unique_ptr<RouterEngine> engine_;
   std::unique_ptr<MembershipService> membership_;     // static registry; otherwise
   std::unique_ptr<registry::EtcdRegistry> registry_;  // this, and

@@ -158,7 +158,7 @@ class RealCluster(unittest.TestCase):
             self.assertLessEqual(r["client"]["connections_opened"], 8)   # used again
             self.assertEqual(r["ttft_ms"]["count"], 40)
             self.assertIn("40 completed, 0 failed", r["table"])
-            served = cluster.metrics("attention")["minke_attention_computed_tokens_total"]
+            served = cluster.metrics("attention")["minke:attention_computed_tokens_total"]
             self.assertEqual(served, 43 * (30 + 20 - 1))   # with the warm-up; the last token is not computed with
             # Without usage and without text (this model has no tokenizer) the events count, or the ids.
             r = bench(cluster.url, "--requests", "5", "--prompt-source", "random-ids", "--token-ids", "2:500", "--seed", "1",

@@ -86,7 +86,7 @@ class Cluster:
             except OSError:
                 continue
             for sample in text.splitlines():
-                m = re.match(r"(\w+)(\{.*\})? (\S+)$", sample)
+                m = re.match(r"([\w:]+)(\{.*\})? (\S+)$", sample)
                 if m:
                     values = ",".join(re.findall(r'="([^"]*)"', m.group(2) or ""))
                     key = (m.group(1), values) if labels else m.group(1)

@@ -108,7 +108,7 @@ class Hosts(unittest.TestCase):
                                                           return_token_ids=True))
         self.assertEqual(status, 200, answer)
         self.assertEqual(len({tuple(c["token_ids"]) for c in answer["choices"]}), 1)
-        self.assertGreater(self.metric("attention", "minke_attention_split_steps_total"), 0)
+        self.assertGreater(self.metric("attention", "minke:attention_split_steps_total"), 0)
 
     def test_router_that_restarts_on_its_port_rebuilds_the_table(self):
         router = "--router=%s:7000" % address("router")

@@ -247,7 +247,7 @@ class Trace(unittest.TestCase):
                 cluster.complete(prompt=[5, 6, 7], max_tokens=8, ignore_eos=True)
             self.assertTrue(wait_until(lambda: os.path.exists(path)))
             phases = cluster.metrics("attention", labels=True)
-            self.assertGreater(phases[("minke_attention_step_seconds_total", "attention")], 0)
+            self.assertGreater(phases[("minke:step_phase_seconds_total", "attention")], 0)
         with open(path) as f:
             events = json.load(f)["traceEvents"]
         self.assertEqual({e["args"]["layer"] for e in events if e["name"] == "wait"}, {1, 2, 3})   # the MoE layers

@@ -50,7 +50,7 @@ class Load(unittest.TestCase):
                 round_of_clients()
             self.assertEqual(errors, [])
             self.assertEqual(checked[0], 64 * 4 * 3)
-            used = lambda: cluster.metrics("attention")["minke_attention_cache_pages_used"]
+            used = lambda: cluster.metrics("attention", labels=True)[("minke:latent_cache_pages", "used")]
             self.assertTrue(wait_until(lambda: used() == 0), used())
             after = {role: rss_kib(pid) for role, pid in pids.items()}
             for role in pids:   # steady: nothing grows with the number of requests
@@ -61,7 +61,7 @@ class Load(unittest.TestCase):
             for _ in range(5):
                 events, _ = cluster.stream("/v1/completions", dict(prompt=[4] * 300, max_tokens=2000, ignore_eos=True), limit=3)
                 self.assertGreaterEqual(len(events), 3)
-            busy = lambda: cluster.metrics("attention")["minke_attention_sequences_running"]
+            busy = lambda: cluster.metrics("attention")["minke:num_requests_running"]
             self.assertTrue(wait_until(lambda: busy() == 0), busy())
 
     def test_a_repeated_prefix_is_not_computed_again(self):
@@ -75,7 +75,7 @@ class Load(unittest.TestCase):
 
             first, cached = ask(prompt)
             self.assertEqual(cached, 0)
-            computed = lambda: cluster.metrics("attention")["minke_attention_computed_tokens_total"]
+            computed = lambda: cluster.metrics("attention")["minke:attention_computed_tokens_total"]
             before = computed()
             again, cached = ask(prompt)   # of two nodes, the one that has it
             self.assertEqual(cached, 1984)
@@ -83,7 +83,7 @@ class Load(unittest.TestCase):
             self.assertEqual({k: again[k] for k in ("text", "token_ids", "logprobs")},
                              {k: first[k] for k in ("text", "token_ids", "logprobs")})
             # On one host two microbatches would only read the weights twice.
-            self.assertEqual(cluster.metrics("attention")["minke_attention_split_steps_total"], 0)
+            self.assertEqual(cluster.metrics("attention")["minke:attention_split_steps_total"], 0)
             other, cached = ask(prompt[:640] + [3] * 100)
             self.assertEqual(cached, 640)
             events, done = cluster.stream("/v1/completions", dict(body, prompt=prompt, stream_options=dict(include_usage=True)))

@@ -64,7 +64,7 @@ TEST_P(Parity, RoutedExpertsAreTheOracles) {
   ASSERT_TRUE(cluster.Run(Greedy(golden().input_ids, 0, false)).error.ok());
   // The router's counters are sums over the tokens: equal, layer by layer, wherever no margin is too small to
   // decide.
-  const auto counts = cluster.router_engine().ExpertCounts();
+  const auto counts = cluster.router_engine().counters().Selections();
   for (int64_t layer = 0; layer < layers; ++layer) {
     std::vector<uint64_t> want(config.n_routed_experts);
     bool decided = true;

@@ -62,6 +62,7 @@ class FaultyTransport final : public Transport {
   void Wait(absl::Duration timeout) override;
   void Wake() override { inner_->Wake(); }
   std::vector<PeerStatistics> statistics() const override { return inner_->statistics(); }
+  std::vector<PeerStatistics> all_statistics() const override { return inner_->all_statistics(); }
   uint64_t bad_frames() const override { return inner_->bad_frames(); }
 
  private:

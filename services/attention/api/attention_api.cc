@@ -104,6 +104,8 @@ void ToProto(const RequestEvent& from, inference::v1::Event& to) {
   for (const TokenLogprobs& logprobs : from.logprobs) ToProto(logprobs, *to.add_logprobs());
   for (const TokenLogprobs& logprobs : from.prompt_logprobs) ToProto(logprobs, *to.add_prompt_logprobs());
   to.set_cached_prompt_tokens(static_cast<uint32_t>(from.cached_prompt_tokens));
+  to.set_queue_us(
+      static_cast<uint64_t>(absl::ToInt64Microseconds(std::max(from.queue_time, absl::ZeroDuration()))));
   to.set_finish_reason(ToProto(from.finish));
   if (!from.error.ok()) {
     to.mutable_error()->set_code(static_cast<uint32_t>(from.error.code()));
@@ -282,6 +284,8 @@ grpc::ServerUnaryReactor* AttentionApi::GetStatus(grpc::CallbackServerContext* c
   response->set_steps(status.steps);
   response->set_preemptions(status.preemptions);
   response->set_redispatches(status.redispatched_rows);
+  response->set_prefix_cache_queries(status.reuse_queries);
+  response->set_prefix_cache_hits(status.reuse_hits);
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
   return reactor;

@@ -35,6 +35,25 @@ PageExchangeOptions PageOptions(const EngineOptions& options) {
 
 }  // namespace
 
+std::string_view ToString(StepKind kind) {
+  switch (kind) {  // no default: a new kind must fail the build
+    case StepKind::kDecode:
+      return "decode";
+    case StepKind::kPrefill:
+      return "prefill";
+    case StepKind::kMixed:
+      return "mixed";
+  }
+  return "unknown";
+}
+
+StepHistograms::StepHistograms()
+    : rows(std::make_unique<telemetry::Histogram>(
+          std::vector<double>{1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384})) {
+  for (auto& histogram : seconds)
+    histogram = std::make_unique<telemetry::Histogram>(telemetry::StepSecondsBuckets());
+}
+
 int MicrobatchesMax(const EngineOptions& options) {
   return options.microbatches > 0 ? options.microbatches : 2;
 }
@@ -71,6 +90,7 @@ Engine::Engine(std::unique_ptr<AttentionModel> model, std::unique_ptr<transport:
 Engine::~Engine() = default;
 
 absl::Status Engine::Submit(Request request) {
+  request.received = absl::Now();
   {
     const MutexLock lock(mutex_);
     if (std::ssize(mail_) >= options_.mailbox_max) {
@@ -132,6 +152,11 @@ void Engine::PublishStatus() {
   status.preemptions = scheduler_.preemptions();
   status.redispatched_rows = counters.redispatched_rows;
   status.hedged_rows = counters.hedged_rows;
+  status.dispatched_rows = counters.dispatched_rows;
+  status.plan_retries = counters.plan_retries;
+  status.router_failovers = counters.router_failovers;
+  status.expert_failovers = counters.expert_failovers;
+  status.page_bytes = model_->CacheBytesPerToken() * kernels::kPageTokens;
   status.stale_frames = counters.stale_frames;
   status.duplicate_rows = counters.duplicate_rows;
   const PageExchangeCounters& moved = page_exchange_.counters();
@@ -176,6 +201,8 @@ void Engine::ApplyCluster() {
   std::vector<NodeId> routers;
   for (const auto& [router, address] : cluster_.routers) routers.push_back(router);
   exchange_.SetRouters(std::move(routers));
+  exchange_.RetainNodes(
+      [&](NodeId node) { return cluster_.routers.contains(node) || cluster_.experts.contains(node); });
   if (cluster_.placement != nullptr) exchange_.SetPlacement(cluster_.placement);
 }
 
@@ -284,7 +311,13 @@ void Engine::Run() {
     for (const StepChunk& chunk : chunks) (chunk.count == 1 ? decode_rows : prompt_rows) += chunk.count;
     const absl::Time begin = absl::Now();
     RunStep(std::move(chunks));
-    scheduler_.StepTook(absl::Now() - begin, decode_rows, prompt_rows);
+    const absl::Duration took = absl::Now() - begin;
+    scheduler_.StepTook(took, decode_rows, prompt_rows);
+    const StepKind kind = prompt_rows == 0   ? StepKind::kDecode
+                          : decode_rows == 0 ? StepKind::kPrefill
+                                             : StepKind::kMixed;
+    step_histograms_.seconds[static_cast<int>(kind)]->Observe(absl::ToDoubleSeconds(took));
+    step_histograms_.rows->Observe(static_cast<double>(decode_rows + prompt_rows));
   }
 }
 
@@ -563,7 +596,10 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
         !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
     const bool finished = event.finish != FinishReason::kNone;
     if (worth_sending && !sequence.cancelled) {
-      if (!std::exchange(sequence.cached_reported, true)) event.cached_prompt_tokens = sequence.cached_tokens;
+      if (!std::exchange(sequence.cached_reported, true)) {
+        event.cached_prompt_tokens = sequence.cached_tokens;
+        event.queue_time = sequence.queue_time;
+      }
       events.push_back(std::move(event));
     }
     if (finished) scheduler_.Finish(&sequence);

@@ -13,11 +13,13 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
+#include "libs/telemetry/histogram.h"
 #include "services/attention/engine/step_profile.h"
 #include "services/attention/latent_cache/page_exchange.h"
 #include "services/attention/latent_cache/page_pool.h"
@@ -67,6 +69,20 @@ struct EngineStatus {
   int64_t giving = 0;                           // nodes' fetches that are under way from here
   std::array<double, kStepPhases> phase_seconds{};
   bool connected = false;  // to a router (if one is needed) and a server of every unit
+  int64_t page_bytes = 0;  // of one page of the latent cache, through all layers
+  uint64_t dispatched_rows = 0, plan_retries = 0, router_failovers = 0,
+           expert_failovers = 0;  // ExchangeCounters
+};
+
+// What a step computed.
+enum class StepKind : uint8_t { kDecode, kPrefill, kMixed };
+inline constexpr int kStepKinds = 3;
+std::string_view ToString(StepKind kind);
+
+// Of steps; any thread may read.
+struct StepHistograms {
+  StepHistograms();
+  std::unique_ptr<telemetry::Histogram> seconds[kStepKinds], rows;
 };
 
 class Engine {
@@ -91,6 +107,11 @@ class Engine {
   void Run();   // until Stop()
   void Stop();  // any thread
   EngineStatus status() const;
+  // The rest of what it counts; thread-safe.
+  const StepHistograms& step_histograms() const { return step_histograms_; }
+  const ExchangeLatencies& exchange_latencies() const { return exchange_.latencies(); }
+  router::RouteCounters* route_counters() const { return exchange_.route_counters(); }  // null: no local gate
+  const transport::Transport& transport() const { return *transport_; }  // its statistics are for any thread
   const ModelConfig& config() const { return model_->config(); }
 
  private:
@@ -157,6 +178,7 @@ class Engine {
   uint64_t step_ = 0, split_steps_ = 0;
   uint64_t generated_tokens_ = 0, prompt_tokens_ = 0, computed_tokens_ = 0;
   StepProfile profile_;
+  StepHistograms step_histograms_;
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;
   bool reach_changed_ = true, connected_ = false;  // connected_: as of the last change

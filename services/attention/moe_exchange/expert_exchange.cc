@@ -22,6 +22,11 @@ constexpr size_t kEarlyFramesMax = 256;  // partials that overtook their plan, p
 constexpr double kPercentileStep = 0.1;
 constexpr absl::Duration kPercentileFirst = absl::Milliseconds(100);
 
+void Observe(ExchangeLatencies::ByServer& latencies, NodeId server, absl::Duration time) {
+  const auto make = [] { return std::make_unique<telemetry::Histogram>(telemetry::StepSecondsBuckets()); };
+  latencies.Get(server, make).Observe(absl::ToDoubleSeconds(time));
+}
+
 }  // namespace
 
 // One (row, group) to be done.
@@ -43,7 +48,7 @@ struct ExpertExchange::Piece {
   bool unsent = false;  // some slot is kUnsent
   bool hedged = false;
   NodeId router;
-  absl::Time deadline, retry_at;
+  absl::Time sent_at, deadline, retry_at;
   absl::Time planned_at, hedge_at;
   int doublings = 0;
   int64_t open = 0;  // slots not kDone
@@ -87,9 +92,21 @@ ExpertExchange::ExpertExchange(const ModelConfig& config, Precision precision,
     exchanges_.back()->microbatch = i;
   }
   for (absl::Duration& slow : slow_) slow = kPercentileFirst;
+  if (local_gate != nullptr) route_counters_ = std::make_unique<router::RouteCounters>(config);
 }
 
 ExpertExchange::~ExpertExchange() = default;
+
+void ExpertExchange::SetPlacement(std::shared_ptr<const router::PlacementTable> placement) {
+  if (route_counters_ != nullptr) route_counters_->SetPlacement(placement);
+  placement_ = std::move(placement);
+}
+
+void ExpertExchange::RetainNodes(absl::FunctionRef<bool(NodeId)> kept) {
+  latencies_.dispatch.Retain(kept);
+  latencies_.combine.Retain(kept);
+  if (route_counters_ != nullptr) route_counters_->RetainServers(kept);
+}
 
 bool ExpertExchange::IsUp(NodeId peer) const { return std::find(up_.begin(), up_.end(), peer) != up_.end(); }
 
@@ -100,10 +117,12 @@ void ExpertExchange::OnPeerUp(NodeId peer) {
 void ExpertExchange::OnPeerLost(NodeId peer) {
   std::erase(up_, peer);
   const absl::Time now = absl::Now();
+  bool planning = false, computing = false;  // it was to do so for us
   for (const auto& exchange : exchanges_) {
     if (!exchange->active) continue;
     for (Piece& piece : exchange->active_pieces()) {
       if (!piece.planned && piece.dispatched && piece.router == peer) {
+        planning = true;
         ++piece.attempt;
         ++counters_.plan_retries;
         piece.dispatched = false;
@@ -114,6 +133,7 @@ void ExpertExchange::OnPeerLost(NodeId peer) {
         // A router that told the plan may have died before it sent the rows.
         const bool from_lost = slot.server == peer || (piece.planned && piece.router == peer);
         if (slot.state == Slot::State::kSent && from_lost) {
+          (slot.server == peer ? computing : planning) = true;
           slot.state = Slot::State::kUnsent;
           piece.unsent = true;
           piece.retry_at = now;
@@ -122,6 +142,8 @@ void ExpertExchange::OnPeerLost(NodeId peer) {
       }
     }
   }
+  counters_.router_failovers += planning ? 1 : 0;
+  counters_.expert_failovers += computing ? 1 : 0;
 }
 
 wire::FrameHeader ExpertExchange::ExchangeHeader(const Exchange& exchange, const Piece& piece) const {
@@ -213,6 +235,7 @@ void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time n
   header.row_begin = piece.row_begin;
   header.payload_bytes = payload_bytes;
   piece.dispatched = true;
+  piece.sent_at = now;
   piece.router = *router;
   piece.deadline = now + options_.plan_timeout * (1 << piece.doublings);
   if (absl::Status sent = transport_.Send(*router, piece.frame); !sent.ok()) {
@@ -232,8 +255,23 @@ void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now)
   for (uint32_t i = 0; i < piece.rows; ++i) {
     if (gate_results_[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
   }
+  piece.sent_at = now;
   AdoptPlan(piece, exchange.traffic_class, now);
   SendAgain(exchange, piece, now);
+  CountRoutes(exchange, piece);
+}
+
+void ExpertExchange::CountRoutes(const Exchange& exchange, const Piece& piece) {
+  const int64_t fan_out = config_.fan_out_max(), groups = shape_.num_groups;
+  routed_to_.assign(piece.rows * groups, NodeId{});
+  for (uint32_t i = 0; i < piece.rows; ++i) {
+    for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
+      const Slot& slot = piece.slots[i * fan_out + s];
+      routed_to_[i * groups + slot.group] = slot.server;
+    }
+  }
+  route_counters_->Count(exchange.layer, piece.rows, piece.experts.data(), gate_results_.data(),
+                         local_gate_->scores(), routed_to_);
 }
 
 // Makes a slot of every (row, group) of piece.experts, unsent.
@@ -392,6 +430,7 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
       return;
     }
   }
+  Observe(latencies_.dispatch, piece->router, now - piece->sent_at);
   piece->experts.assign(plan->experts.begin(), plan->experts.end());
   piece->weights.assign(plan->weights.begin(), plan->weights.end());
   AdoptPlan(*piece, exchange.traffic_class, now);
@@ -424,6 +463,7 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
   }
   const int64_t fan_out = config_.fan_out_max();
   bool used = false;
+  const absl::Time now = absl::Now();
   for (size_t r = 0; r < view->rows.size(); ++r) {
     const wire::PartialRow& partial = view->rows[r];
     Piece* piece = FindPiece(exchange, partial.row);
@@ -451,7 +491,8 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
     } else {
       found->state = Slot::State::kDone;
       found->data = view->data + r * shape_.row_bytes();
-      if (--piece->open == 0) ResultsTook(exchange, absl::Now() - piece->planned_at);
+      if (--piece->open == 0) ResultsTook(exchange, now - piece->planned_at);
+      if (!used) Observe(latencies_.combine, found->server, now - piece->sent_at);
       used = true;
     }
   }

@@ -16,11 +16,14 @@
 #include "absl/time/time.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/config.h"
+#include "libs/telemetry/histogram.h"
+#include "libs/telemetry/per_node.h"
 #include "libs/transport/transport.h"
 #include "libs/wire/messages.h"
 #include "services/router/dispatch/work_sender.h"
 #include "services/router/gating/gate.h"
 #include "services/router/placement/placement_table.h"
+#include "services/router/telemetry/route_counters.h"
 
 namespace minke::attention {
 
@@ -49,6 +52,16 @@ struct ExchangeCounters {
   uint64_t stale_frames = 0;    // of an unknown step or attempt
   uint64_t duplicate_rows = 0;  // their bit was already set
   uint64_t bad_frames = 0;
+  uint64_t router_failovers = 0, expert_failovers = 0;  // peers lost with rows of ours, which went to others
+};
+
+// For others to read at any time.
+struct ExchangeLatencies {
+  using ByServer = telemetry::PerNode<telemetry::Histogram>;
+  ByServer dispatch;  // by router: from sending it rows until their plan is here, seconds
+  // By expert server: from sending the rows on their way until its sums are here, seconds. What another
+  // replica was asked for too counts for the first one.
+  ByServer combine;
 };
 
 // Engine thread only.
@@ -59,9 +72,9 @@ class ExpertExchange {
                  ExchangeOptions options, int microbatches_max, router::Gate* local_gate, ThreadPool& pool);
   ~ExpertExchange();
 
-  void SetPlacement(std::shared_ptr<const router::PlacementTable> placement) {
-    placement_ = std::move(placement);
-  }
+  void SetPlacement(std::shared_ptr<const router::PlacementTable> placement);
+  // Latencies and counters of other nodes are dropped.
+  void RetainNodes(absl::FunctionRef<bool(NodeId)> kept);
   void SetRouters(std::vector<NodeId> routers) { routers_ = std::move(routers); }
   void OnPeerUp(NodeId peer);
   void OnPeerLost(NodeId peer);
@@ -84,6 +97,9 @@ class ExpertExchange {
   void Combine(int microbatch, float* x, std::span<RowOutcome> outcomes);
 
   const ExchangeCounters& counters() const { return counters_; }
+  const ExchangeLatencies& latencies() const { return latencies_; }
+  // Of rows gated here; null without a local gate.
+  router::RouteCounters* route_counters() const { return route_counters_.get(); }
 
  private:
   struct Slot;
@@ -94,6 +110,7 @@ class ExpertExchange {
   Piece* FindPiece(Exchange& exchange, uint32_t row);
   void SendDispatch(Exchange& exchange, Piece& piece, absl::Time now);
   void RouteHere(Exchange& exchange, Piece& piece, absl::Time now);
+  void CountRoutes(const Exchange& exchange, const Piece& piece);
   void AdoptPlan(Piece& piece, wire::TrafficClass traffic_class, absl::Time now);
   void SendAgain(Exchange& exchange, Piece& piece, absl::Time now);
   void Hedge(Exchange& exchange, Piece& piece);
@@ -124,6 +141,9 @@ class ExpertExchange {
   std::vector<std::unique_ptr<Exchange>> exchanges_;  // by microbatch
   absl::Duration slow_[wire::kNumTrafficClasses];     // 99th percentile of what results take, followed
   ExchangeCounters counters_;
+  ExchangeLatencies latencies_;
+  std::unique_ptr<router::RouteCounters> route_counters_;
+  std::vector<NodeId> routed_to_;  // [rows, groups] of one piece
 };
 
 }  // namespace minke::attention

@@ -192,6 +192,8 @@ std::vector<StepChunk> Scheduler::PlanStep(absl::Time now,
       sequence.cached_tokens = std::min(sequence.computed, sequence.prompt_size());
       reuse_queries_ += sequence.prompt_size();
       reuse_hits_ += sequence.cached_tokens;
+      if (sequence.request.received > absl::InfinitePast())
+        sequence.queue_time = now - sequence.request.received;
     }
     running_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();

@@ -27,6 +27,7 @@ struct Request {
   std::vector<uint32_t> prompt;     // not empty
   std::vector<uint32_t> generated;  // streamed before the request came here
   SamplingParams sampling;
+  absl::Time received = absl::InfinitePast();         // by this node
   absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
   absl::Time deadline = absl::InfiniteFuture();       // ends with an error if it is still not through
   NodeId pages_from;                                  // whose latents may be taken over; zero: nobody's
@@ -41,6 +42,7 @@ struct RequestEvent {
   std::vector<TokenLogprobs> logprobs;
   std::vector<TokenLogprobs> prompt_logprobs;
   int64_t cached_prompt_tokens = 0;  // in the first event
+  absl::Duration queue_time;         // in the first event
   FinishReason finish = FinishReason::kNone;
   absl::Status error;  // with kError
 };
@@ -64,6 +66,7 @@ struct Sequence {
   int64_t published_pages = 0;
   int64_t cached_tokens =
       -1;  // prompt tokens that came from the cache at the first admission; -1: not yet admitted
+  absl::Duration queue_time;  // from receiving it to the first admission
   bool cached_reported = false;
   TokenCounts counts;
   int64_t prompt_logprobs_done = 0;  // prompt tokens 1 ... done were reported; survives recomputation

@@ -1,6 +1,7 @@
 #include "services/experts/engine/expert_engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -18,6 +19,13 @@ namespace {
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 // Others see the counters this late at most while the engine is busy.
 constexpr absl::Duration kStatusPeriod = absl::Milliseconds(20);
+// Decode launches take up to 4,096 rows.
+std::vector<double> LaunchRowsBuckets() { return {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096}; }
+
+using Clock = std::chrono::steady_clock;
+int64_t NsSince(Clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+}
 
 // The request's exchange, as a reply names it.
 void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows, Epoch epoch,
@@ -36,6 +44,14 @@ void FillReply(const wire::FrameHeader& request, wire::Kind kind, uint32_t rows,
 
 }  // namespace
 
+ExpertEngineCounters::ExpertEngineCounters(const ModelConfig& config)
+    : groups(config.n_routed_experts > 0 ? config.placement_groups() : 0),
+      unit_rows(new std::atomic<uint64_t>[config.num_hidden_layers * groups]()) {
+  for (auto& histogram : launch_rows) histogram = std::make_unique<telemetry::Histogram>(LaunchRowsBuckets());
+  for (auto& histogram : launch_seconds)
+    histogram = std::make_unique<telemetry::Histogram>(telemetry::StepSecondsBuckets());
+}
+
 ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
                            std::unique_ptr<transport::Transport> transport, ExpertBackend& backend,
                            ExpertEngineOptions options)
@@ -45,7 +61,7 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
       transport_(std::move(transport)),
       backend_(backend),
       exchange_(options.exchange, *transport_),
-      layer_rows_(std::make_unique<std::atomic<uint64_t>[]>(static_cast<size_t>(config.num_hidden_layers))) {}
+      live_counters_(config) {}
 
 ExpertEngine::~ExpertEngine() = default;
 
@@ -84,14 +100,6 @@ void ExpertEngine::Stop() {
 ExpertEngineStatus ExpertEngine::status() const {
   const MutexLock lock(mutex_);
   return status_;
-}
-
-std::vector<uint64_t> ExpertEngine::LayerRows() const {
-  std::vector<uint64_t> rows;
-  for (int32_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    if (config_.IsMoeLayer(layer)) rows.push_back(layer_rows_[layer].load(std::memory_order_relaxed));
-  }
-  return rows;
 }
 
 void ExpertEngine::TakeMail(bool publish) {
@@ -199,10 +207,14 @@ bool ExpertEngine::RunLaunch() {
     queue.erase(kept, queue.end());
     counters_.queued_rows -= rows;
     counters_.rows += rows;
-    layer_rows_[layer].fetch_add(static_cast<uint64_t>(rows), std::memory_order_relaxed);
     ++counters_.launches;
+    const Clock::time_point begin = Clock::now();
     Answer(jobs_);
     jobs_.clear();
+    const int64_t took_ns = NsSince(begin);
+    live_counters_.busy_ns.fetch_add(took_ns, std::memory_order_relaxed);
+    live_counters_.launch_seconds[c]->Observe(static_cast<double>(took_ns) * 1e-9);
+    live_counters_.launch_rows[c]->Observe(static_cast<double>(rows));
     return true;
   }
   return false;
@@ -248,6 +260,8 @@ void ExpertEngine::Answer(std::span<const Job> jobs) {
       begin = end;
     }
   }
+  for (const GroupRow& row : hosted)
+    live_counters_.UnitRows({layer, row.group}).fetch_add(1, std::memory_order_relaxed);
   if (!hosted.empty()) {
     const absl::Status run = backend_.Run(units_, layer, views, hosted, outs, finite);
     if (!run.ok()) DeviceLost(run);
@@ -300,7 +314,9 @@ void ExpertEngine::Run() {
     if (!ticked.ok()) DeviceLost(ticked);
     if (launched || exchange_.Due()) continue;
     TakeMail(/*publish=*/true);
+    const Clock::time_point begin = Clock::now();
     transport_->Wait(kIdleWait);
+    live_counters_.idle_ns.fetch_add(NsSince(begin), std::memory_order_relaxed);
   }
 }
 

@@ -13,6 +13,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "libs/base/mutex.h"
+#include "libs/telemetry/histogram.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
 #include "services/experts/shard/unit_exchange.h"
@@ -32,6 +33,20 @@ struct ExpertEngineOptions {
 struct ExpertEngineStatus {
   uint64_t launches = 0, rows = 0, nacked_rows = 0, rejected_rows = 0, bad_frames = 0, dropped_frames = 0;
   int64_t queued_rows = 0;
+};
+
+// What the engine thread counts for others to read at any time.
+struct ExpertEngineCounters {
+  explicit ExpertEngineCounters(const ModelConfig& config);
+  // (row, group) sums computed of the unit.
+  std::atomic<uint64_t>& UnitRows(UnitId unit) const { return unit_rows[unit.layer * groups + unit.group]; }
+
+  const size_t groups;
+  const std::unique_ptr<std::atomic<uint64_t>[]> unit_rows;  // [layers, groups]
+  // Of launches, by traffic class.
+  std::unique_ptr<telemetry::Histogram> launch_rows[wire::kNumTrafficClasses],
+      launch_seconds[wire::kNumTrafficClasses];
+  std::atomic<int64_t> busy_ns{0}, idle_ns{0};  // in launches; waiting for work
 };
 
 class ExpertEngine {
@@ -55,8 +70,8 @@ class ExpertEngine {
   void Run();  // until Stop()
   void Stop();
   ExpertEngineStatus status() const;
-  // Rows received since the start, by MoE layer.
-  std::vector<uint64_t> LayerRows() const;
+  const ExpertEngineCounters& counters() const { return live_counters_; }
+  const transport::Transport& transport() const { return *transport_; }  // its statistics are for any thread
 
  private:
   struct Job {
@@ -91,8 +106,7 @@ class ExpertEngine {
   std::vector<Job> jobs_;
   std::vector<Reply> replies_;
   ExpertEngineStatus counters_;
-  // By layer; written by the engine thread only, relaxed reads elsewhere.
-  std::unique_ptr<std::atomic<uint64_t>[]> layer_rows_;
+  ExpertEngineCounters live_counters_;
 
   mutable Mutex mutex_;
   std::vector<std::pair<UnitId, std::shared_ptr<const UnitWeights>>> new_units_ ABSL_GUARDED_BY(mutex_);

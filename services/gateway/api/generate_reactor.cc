@@ -13,7 +13,10 @@ GenerateReactor::GenerateReactor(const GenerateContext& context, Request request
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
-      choice_(context.model->tokenizer.get(), request_.stops) {
+      choice_(context.model->tokenizer.get(), request_.stops),
+      timer_(&context.counters->requests, SequenceTimer::Clock::now(), request_.prompt->size()) {
+  context_.counters->requests.n.Observe(1);
+  context_.counters->requests.max_tokens.Observe(request_.sampling.max_tokens);
   context_.counters->generations.fetch_add(1);
   context_.counters->prompt_tokens.fetch_add(request_.prompt->size());
   queue_ = std::make_shared<EventQueue>([door = door_] {
@@ -30,7 +33,7 @@ GenerateReactor::GenerateReactor(const GenerateContext& context, Request request
 
 void GenerateReactor::PumpLocked() {
   for (EventQueue::Item& item : queue_->Take()) {
-    if (!last_taken_ && TakeLocked(std::move(item.event))) last_taken_ = true;
+    if (!last_taken_ && TakeLocked(std::move(item.event), item.received)) last_taken_ = true;
   }
   if (writing_ || finished_) return;
   if (has_next_) {
@@ -46,8 +49,9 @@ void GenerateReactor::PumpLocked() {
 }
 
 // Merges an event into next_, so that a slow reader gets fewer, larger responses. True: it was the last one.
-bool GenerateReactor::TakeLocked(SequenceEvent event) {
+bool GenerateReactor::TakeLocked(SequenceEvent event, SequenceTimer::Clock::time_point received) {
   if (event.finish == FinishReason::kError) {
+    timer_.End(SequenceEnd::kError);
     const absl::Status status = ToStatus(FromStatus(event.error));
     final_ = grpc::Status(static_cast<grpc::StatusCode>(status.code()),
                           std::string(status.message().data(), status.message().size()));
@@ -55,8 +59,11 @@ bool GenerateReactor::TakeLocked(SequenceEvent event) {
   }
   for (const TokenLogprob& logprob : event.prompt_logprobs) ToProto(logprob, next_.add_prompt_logprobs());
   const FinishReason cluster_finish = event.finish;
+  const std::chrono::microseconds queue_time = event.queue_time;
   const bool has_prompt = !event.prompt_logprobs.empty();
   ChoiceDelta delta = choice_.Take(std::move(event));
+  timer_.OnEvent(received, delta.token_ids.size(), queue_time);
+  timer_.End(delta.finish);
   if (!has_prompt && delta.token_ids.empty() && delta.finish == FinishReason::kNone) return false;
   context_.counters->completion_tokens.fetch_add(delta.token_ids.size());
   has_next_ = true;

@@ -25,7 +25,8 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
     std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
   };
   // Refuses the call.
-  explicit GenerateReactor(const grpc::Status& refusal) : context_{}, choice_(nullptr, {}) {
+  explicit GenerateReactor(const grpc::Status& refusal)
+      : context_{}, choice_(nullptr, {}), timer_(nullptr, SequenceTimer::Clock::now(), 0) {
     Finish(refusal);
   }
   GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit);
@@ -42,7 +43,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
   };
   ~GenerateReactor() override = default;
   void PumpLocked();
-  bool TakeLocked(SequenceEvent event);
+  bool TakeLocked(SequenceEvent event, SequenceTimer::Clock::time_point received);
 
   const GenerateContext context_;
   Request request_;
@@ -52,6 +53,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
   // Guarded by door_->mutex.
   uint64_t sequence_ = 0;
   Choice choice_;
+  SequenceTimer timer_;
   inference::v1::GenerateResponse response_;  // gRPC's while writing_
   inference::v1::GenerateResponse next_;      // what has come since
   bool has_next_ = false;

@@ -61,6 +61,7 @@ SequenceEvent FromProto(v1::Event* event) {
   for (const auto& one : event->prompt_logprobs()) result.prompt_logprobs.push_back(FromProto(one));
   result.finish = FromProto(event->finish_reason());
   result.cached_prompt_tokens = event->cached_prompt_tokens();
+  result.queue_time = std::chrono::microseconds(event->queue_us());
   if (result.finish == FinishReason::kError) {
     // grpc::StatusCode and absl::StatusCode have the same numbers; OK would not be an error.
     const auto code = static_cast<absl::StatusCode>(event->error().code());

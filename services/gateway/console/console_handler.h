@@ -35,6 +35,7 @@ class ConsoleHandler final : public HttpHandler {
   std::unique_ptr<Exchange> Refuse(int status, const std::string& reason) override {
     return options_.next->Refuse(status, reason);
   }
+  void OnAnswer(const HttpRequest& request, int status) override { options_.next->OnAnswer(request, status); }
 
  private:
   std::unique_ptr<Exchange> View(const HttpRequest& head) const;

@@ -5,18 +5,26 @@
 #include <cstdint>
 #include <utility>
 
+#include "services/gateway/metrics/request_metrics.h"
+
 namespace minke::gateway {
 
 // Monotonic counts.
 struct GatewayCounters {
+  // context_length: of the model.
+  explicit GatewayCounters(int64_t context_length = 163'840) : requests(context_length) {}
+
   std::atomic<uint64_t> http_requests{0};
   std::atomic<uint64_t> generations{0};            // admitted API requests
   std::atomic<uint64_t> generations_refused{0};    // 429
   std::atomic<uint64_t> generations_abandoned{0};  // the client left
+  std::atomic<uint64_t> stream_errors{0};          // told inside a stream that had begun
   std::atomic<uint64_t> prompt_tokens{0};
   std::atomic<uint64_t> completion_tokens{0};
   std::atomic<uint64_t> resubmissions{0};  // sequences whose node was lost
   std::atomic<uint64_t> migrations{0};     // sequences whose node drained
+  ResponseCounts responses;
+  RequestMetrics requests;
 };
 
 class Admission {

@@ -3,6 +3,7 @@
 // server's write timeout. Thread-safe.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,6 +20,7 @@ class EventQueue : public std::enable_shared_from_this<EventQueue> {
   struct Item {
     uint32_t index;  // of the sequence in the request
     SequenceEvent event;
+    std::chrono::steady_clock::time_point received;
   };
 
   // `wake` is called once per batch: when the first event comes after a Take.
@@ -38,7 +40,9 @@ class EventQueue : public std::enable_shared_from_this<EventQueue> {
  private:
   struct Sink : SequenceSink {
     Sink(std::shared_ptr<EventQueue> queue, uint32_t index) : queue_(std::move(queue)), index_(index) {}
-    void OnEvent(SequenceEvent event) override { queue_->Push({index_, std::move(event)}); }
+    void OnEvent(SequenceEvent event) override {
+      queue_->Push({index_, std::move(event), std::chrono::steady_clock::now()});
+    }
     const std::shared_ptr<EventQueue> queue_;
     const uint32_t index_;
   };

@@ -59,6 +59,7 @@ struct SequenceEvent {
   FinishReason finish = FinishReason::kNone;
   absl::Status error;  // with kError
   uint32_t cached_prompt_tokens = 0;
+  std::chrono::microseconds queue_time{0};  // in the node's admission queue; in its first event
 };
 
 // The model as the gateway sees it. Immutable once serving.

@@ -57,6 +57,8 @@ class HttpHandler {
   // The answer to a body larger than `body_bytes_max`, and to what the server itself cannot go on with.
   virtual std::unique_ptr<Exchange> BodyTooLarge(int64_t body_bytes_max) = 0;
   virtual std::unique_ptr<Exchange> Refuse(int status, const std::string& reason) = 0;
+  // Told of every answer whose head is about to be sent.
+  virtual void OnAnswer(const HttpRequest& request, int status) = 0;
 };
 
 }  // namespace minke::gateway

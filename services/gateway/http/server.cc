@@ -334,6 +334,7 @@ asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, c
     std::string head;
     if (out.head) {
       streaming = out.head->stream;
+      server_->handler_.OnAnswer(request, out.head->status);
       head = FormatHead(*out.head, request, keep_alive, out.body.size());
     }
     const bool chunked = streaming && version_ == 11;

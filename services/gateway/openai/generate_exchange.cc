@@ -8,8 +8,6 @@
 namespace minke::gateway {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 AnswerHead MakeHead(const GenerateContext& context, const GenerateRequest& request,
                     const std::string& request_id) {
   const bool chat = request.endpoint == Endpoint::kChat;
@@ -50,9 +48,14 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
   context_.counters->generations.fetch_add(1);
   for (const PreparedPrompt& prompt : request_.prompts)
     context_.counters->prompt_tokens.fetch_add(prompt.ids->size());
+  RequestMetrics& metrics = context_.counters->requests;
+  metrics.n.Observe(request_.n);
+  metrics.max_tokens.Observe(request_.sampling.max_tokens);
+  const Clock::time_point arrival = Clock::now();
   sequences_.reserve(unfinished_);
   for (uint32_t index = 0; index < unfinished_; ++index) {
-    sequences_.emplace_back(Choice(context_.model->tokenizer.get(), request_.stops));
+    sequences_.emplace_back(Choice(context_.model->tokenizer.get(), request_.stops),
+                            SequenceTimer(&metrics, arrival, PromptOf(index).ids->size()));
     sequences_.back().echoed = !request_.echo;
     sequences_.back().content = NewContent(index);
   }
@@ -94,15 +97,19 @@ void GenerateExchange::Poll(Output* out) {
   }
   for (EventQueue::Item& item : items) {
     if (done_) break;
-    Take(item.index, std::move(item.event), out);
+    Take(item.index, std::move(item.event), item.received, out);
   }
   out->done = done_;
 }
 
-void GenerateExchange::Take(uint32_t index, SequenceEvent event, Output* out) {
+void GenerateExchange::Take(uint32_t index, SequenceEvent event, Clock::time_point received, Output* out) {
   Sequence& sequence = sequences_[index];
   if (sequence.choice.finished()) return;  // an event that was on its way when the sequence was cancelled
-  if (event.finish == FinishReason::kError) return Fail(FromStatus(event.error), out);
+  if (event.finish == FinishReason::kError) {
+    sequence.timer.End(SequenceEnd::kError);
+    return Fail(FromStatus(event.error), out);
+  }
+  const std::chrono::microseconds queue_time = event.queue_time;
 
   cached_tokens_ += event.cached_prompt_tokens;
   std::move(event.prompt_logprobs.begin(), event.prompt_logprobs.end(),
@@ -113,11 +120,13 @@ void GenerateExchange::Take(uint32_t index, SequenceEvent event, Output* out) {
                           sequence.prompt_logprobs.size() + 1 >= PromptOf(index).ids->size();
     if (complete || generates) Echo(index, out);
   }
-  if (!generates) return;
+  if (!generates) return sequence.timer.OnEvent(received, 0, queue_time);
 
   const FinishReason cluster_finish = event.finish;
   ChoiceDelta delta = sequence.choice.Take(std::move(event));
   context_.counters->completion_tokens.fetch_add(delta.token_ids.size());
+  sequence.timer.OnEvent(received, delta.token_ids.size(), queue_time);
+  sequence.timer.End(delta.finish);
   ChoiceContent content = NewContent(index);
   content.text = std::move(delta.text);
   content.finish = delta.finish;
@@ -192,6 +201,7 @@ void GenerateExchange::Fail(const ApiError& error, Output* out) {
   done_ = true;
   CancelAll();
   if (head_sent_) {
+    context_.counters->stream_errors.fetch_add(1);
     AppendErrorEvent(error, &out->body);
     return;
   }

@@ -34,17 +34,20 @@ class GenerateExchange final : public Exchange {
   std::chrono::steady_clock::time_point deadline() const override { return std::min(silent_at_, late_at_); }
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct Sequence {
-    explicit Sequence(Choice choice_in) : choice(std::move(choice_in)) {}
+    Sequence(Choice choice_in, SequenceTimer timer_in)
+        : choice(std::move(choice_in)), timer(std::move(timer_in)) {}
     uint64_t id = 0;
     Choice choice;
+    SequenceTimer timer;
     bool echoed = false;  // or nothing to echo
     bool first_chunk = true;
     std::vector<TokenLogprob> prompt_logprobs;  // until echoed
     ChoiceContent content;                      // whole answers: grows
   };
 
-  void Take(uint32_t index, SequenceEvent event, Output* out);
+  void Take(uint32_t index, SequenceEvent event, Clock::time_point received, Output* out);
   void Echo(uint32_t index, Output* out);
   void Emit(uint32_t index, ChoiceContent content, Output* out);
   void Fail(const ApiError& error, Output* out);

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "libs/base/strings.h"
+#include "libs/telemetry/page.h"
 #include "services/gateway/openai/json_writer.h"
 
 namespace minke::gateway {
@@ -22,17 +23,18 @@ bool IsGenerate(const std::string& path) {
   return path == "/v1/completions" || path == "/v1/chat/completions";
 }
 
+// Answered without a key.
+bool IsOpen(const std::string& path) { return path == "/health" || path == "/version" || path == "/metrics"; }
+
 // What a path takes; empty: there is no such path.
 const char* AllowedMethods(const std::string& path) {
   if (IsGenerate(path)) return "POST, OPTIONS";
-  if (path == "/health" || path == "/version" || path == kModelsPath ||
+  if (IsOpen(path) || path == kModelsPath ||
       (path.starts_with(StrCat(kModelsPath, "/")) && path.size() > kModelsPath.size() + 1)) {
     return "GET, HEAD, OPTIONS";
   }
   return "";
 }
-
-bool IsOpen(const std::string& path) { return path == "/health" || path == "/version"; }
 
 }  // namespace
 
@@ -67,7 +69,15 @@ std::unique_ptr<Exchange> OpenAiHandler::HandleHead(const HttpRequest& head) {
 std::unique_ptr<Exchange> OpenAiHandler::Get(const HttpRequest& head) const {
   if (head.path == "/health") return Health();
   if (head.path == "/version") return Json(200, "{\"version\":\"" MK_VERSION "\"}");
+  if (head.path == "/metrics") {
+    return std::make_unique<ImmediateExchange>(HttpHead{.content_type = telemetry::kTextContentType},
+                                               options_.metrics());
+  }
   return Models(head.path);
+}
+
+void OpenAiHandler::OnAnswer(const HttpRequest& request, int status) {
+  options_.context.counters->responses.Count(IsGenerate(request.path), status);
 }
 
 std::unique_ptr<Exchange> OpenAiHandler::Health() const {

@@ -20,6 +20,7 @@ class OpenAiHandler final : public HttpHandler {
     ApiKeys keys;
     std::function<std::string()> not_ready_reason;  // what /health says; empty: ready
     std::function<std::string()> refusal_reason;    // why a new request is not taken; empty: it is
+    std::function<std::string()> metrics;           // what /metrics says
     int64_t started_at = 0;                         // Unix seconds, the model's "created"
   };
   explicit OpenAiHandler(Options options) : options_(std::move(options)) {}
@@ -28,6 +29,7 @@ class OpenAiHandler final : public HttpHandler {
   std::unique_ptr<Exchange> Handle(HttpRequest request, std::function<void()> wake) override;
   std::unique_ptr<Exchange> BodyTooLarge(int64_t body_bytes_max) override;
   std::unique_ptr<Exchange> Refuse(int status, const std::string& reason) override;
+  void OnAnswer(const HttpRequest& request, int status) override;
 
  private:
   std::unique_ptr<Exchange> Health() const;

@@ -25,6 +25,9 @@ inline uint32_t ByteId(unsigned char byte) { return 2u + byte; }
 // The log-probability the fake gives a token: many digits, so that rounding would show.
 inline float FakeLogprob(uint32_t id) { return -1.0f / (3.0f + static_cast<float>(id)); }
 
+// What its first event says of the time in the admission queue.
+inline constexpr uint64_t kQueueUs = 400'000;
+
 class FakeAttention final : public inference::v1::Attention::Service {
  public:
   FakeAttention() {
@@ -58,6 +61,17 @@ class FakeAttention final : public inference::v1::Attention::Service {
   void SetFrozen(bool frozen) { frozen_ = frozen; }
   // What every new sequence is answered with; OK: generation.
   void RefuseWith(grpc::StatusCode code) { refuse_ = code; }
+  // What it says of its load.
+  void SetStatus(inference::v1::GetStatusResponse status) {
+    const std::lock_guard lock(mutex_);
+    status_ = std::move(status);
+  }
+  grpc::Status GetStatus(grpc::ServerContext*, const inference::v1::GetStatusRequest*,
+                         inference::v1::GetStatusResponse* response) override {
+    const std::lock_guard lock(mutex_);
+    *response = status_;
+    return grpc::Status::OK;
+  }
   // Breaks every session, as a node that dies does.
   void CutSessions() {
     const std::lock_guard lock(mutex_);
@@ -203,6 +217,7 @@ class FakeAttention final : public inference::v1::Attention::Service {
     }
     auto* event = add_event();
     event->add_token_ids(id);
+    if (sequence.generated == 0) event->set_queue_us(kQueueUs);
     if (sampling.want_logprobs()) AddLogprobs(id, sampling.top_logprobs(), event->add_logprobs());
     ++sequence.generated;
     for (const uint32_t stop : sampling.stop_token_ids()) {
@@ -218,6 +233,7 @@ class FakeAttention final : public inference::v1::Attention::Service {
   std::string script_ = "abc";                       // guarded by mutex_
   std::set<grpc::ServerContext*> contexts_;          // guarded by mutex_
   inference::v1::Submit last_submit_;                // guarded by mutex_
+  inference::v1::GetStatusResponse status_;          // guarded by mutex_
   std::vector<std::pair<uint64_t, bool>> prefixes_;  // guarded by mutex_
   std::atomic<uint32_t> hold_after_{1u << 30};
   std::atomic<grpc::StatusCode> refuse_{grpc::StatusCode::OK};

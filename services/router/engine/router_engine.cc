@@ -1,7 +1,6 @@
 #include "services/router/engine/router_engine.h"
 
 #include <algorithm>
-#include <bit>
 #include <utility>
 
 #include "libs/base/log.h"
@@ -33,16 +32,13 @@ RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<trans
       sender_(config_, precision, *transport_),
       peers_(*transport_),
       placement_(std::make_shared<PlacementTable>()),
-      index_of_layer_(config_.num_hidden_layers, -1),
-      expert_counts_(new std::atomic<uint64_t>[moe_layers_.size() * config_.n_routed_experts]()),
-      unit_rows_(new std::atomic<uint64_t>[moe_layers_.size() * shape_.num_groups]()) {
-  for (size_t i = 0; i < moe_layers_.size(); ++i) index_of_layer_[moe_layers_[i]] = static_cast<int32_t>(i);
-}
+      route_counters_(config_) {}
 
 RouterEngine::~RouterEngine() = default;
 
 void RouterEngine::UpdateCluster(std::map<NodeId, std::string> experts,
                                  std::shared_ptr<const PlacementTable> placement) {
+  route_counters_.SetPlacement(placement);
   {
     const MutexLock lock(mutex_);
     new_experts_ = std::move(experts);
@@ -63,23 +59,6 @@ RouterStatus RouterEngine::status() const {
   return status_;
 }
 
-std::vector<std::vector<uint64_t>> RouterEngine::ExpertCounts() const {
-  std::vector<std::vector<uint64_t>> counts(moe_layers_.size(),
-                                            std::vector<uint64_t>(config_.n_routed_experts));
-  for (size_t layer = 0; layer < counts.size(); ++layer) {
-    for (int32_t e = 0; e < config_.n_routed_experts; ++e) {
-      counts[layer][e] = expert_counts_[layer * config_.n_routed_experts + e].load(std::memory_order_relaxed);
-    }
-  }
-  return counts;
-}
-
-std::vector<uint64_t> RouterEngine::UnitRows() const {
-  std::vector<uint64_t> rows(moe_layers_.size() * shape_.num_groups);
-  for (size_t i = 0; i < rows.size(); ++i) rows[i] = unit_rows_[i].load(std::memory_order_relaxed);
-  return rows;
-}
-
 void RouterEngine::TakeMail(bool publish) {
   if (!publish && !has_mail_.load()) return;
   const MutexLock lock(mutex_);
@@ -89,6 +68,7 @@ void RouterEngine::TakeMail(bool publish) {
     experts_ = new_experts_;
     placement_ = new_placement_;
     peers_.SetWanted(experts_);
+    route_counters_.RetainServers([&](NodeId server) { return experts_.contains(server); });
     reach_changed_ = true;
   }
   if (std::exchange(reach_changed_, false))
@@ -120,8 +100,6 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
               results_.data(), pool_);
   items_.clear();
   assigned_.assign(rows * groups, NodeId{});
-  std::atomic<uint64_t>* counts = &expert_counts_[index_of_layer_[header.layer] * config_.n_routed_experts];
-  std::atomic<uint64_t>* unit_rows = &unit_rows_[index_of_layer_[header.layer] * groups];
   for (int64_t i = 0; i < rows; ++i) {
     uint16_t* experts = experts_scratch_.data() + i * k;
     if (results_[i] == GateResult::kRejected) {
@@ -130,15 +108,7 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
       weights_scratch_[i * k] = wire::kRejectedRowWeight;
       continue;
     }
-    for (int64_t e = 0; e < k; ++e) {
-      std::atomic<uint64_t>& count = counts[experts[e]];
-      count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    }
     const uint64_t groups_of_row = GroupMask(config_, {experts, static_cast<size_t>(k)});
-    for (uint64_t g = groups_of_row; g != 0; g &= g - 1) {
-      std::atomic<uint64_t>& count = unit_rows[std::countr_zero(g)];
-      count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    }
     items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
                       weights_scratch_.data() + i * k, groups_of_row});
   }
@@ -148,6 +118,8 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
         assigned_[(items_[item].row - header.row_begin) * groups + group] = server;
         if (server == NodeId{}) ++counters_.unplaced_rows;
       });
+  route_counters_.Count(header.layer, rows, experts_scratch_.data(), results_.data(), gate_.scores(),
+                        assigned_);
 
   std::vector<NodeId>& servers = servers_;
   servers = assigned_;

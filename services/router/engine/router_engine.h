@@ -17,6 +17,7 @@
 #include "services/router/dispatch/work_sender.h"
 #include "services/router/gating/gate.h"
 #include "services/router/placement/placement_table.h"
+#include "services/router/telemetry/route_counters.h"
 
 namespace minke::router {
 
@@ -38,10 +39,9 @@ class RouterEngine {
   void Run();  // until Stop()
   void Stop();
   RouterStatus status() const;
-  // Rows each expert was chosen for, [moe layer index][expert], since the start.
-  std::vector<std::vector<uint64_t>> ExpertCounts() const;
-  // (row, group) pairs since the start, [moe layer index, group].
-  std::vector<uint64_t> UnitRows() const;
+  RouteCounters& counters() { return route_counters_; }
+  const RouteCounters& counters() const { return route_counters_; }
+  const transport::Transport& transport() const { return *transport_; }  // its statistics are for any thread
   std::vector<int32_t> moe_layers() const { return moe_layers_; }
 
  private:
@@ -61,7 +61,6 @@ class RouterEngine {
   std::map<NodeId, std::string> experts_;
   RouterStatus counters_;
   bool reach_changed_ = true;  // since counters_.connected was found: it looks at every unit
-  std::vector<int32_t> index_of_layer_;
   std::vector<uint16_t> experts_scratch_;
   std::vector<float> weights_scratch_;
   std::vector<GateResult> results_;
@@ -69,9 +68,7 @@ class RouterEngine {
   std::vector<NodeId> assigned_;  // [rows, groups]
   std::vector<NodeId> servers_;   // of one plan
 
-  // Written by the engine thread only; relaxed reads elsewhere.
-  std::unique_ptr<std::atomic<uint64_t>[]> expert_counts_;
-  std::unique_ptr<std::atomic<uint64_t>[]> unit_rows_;
+  RouteCounters route_counters_;
 
   mutable Mutex mutex_;
   bool updated_ ABSL_GUARDED_BY(mutex_) = false;

@@ -33,6 +33,10 @@ class Gate {
   void Route(int32_t layer, uint32_t row_begin, const std::byte* x, int64_t rows, uint16_t* experts,
              float* weights, GateResult* results, ThreadPool& pool);
 
+  // Softmax scores [rows, experts] of the last call of Route, until the next one. Not a number in rejected
+  // rows.
+  const float* scores() const { return scores_.data(); }
+
   // For parity tests, where a near-tie would make two precisions route differently: forces the experts of
   // (layer, row); the weights still come from this gate's scores. Returns false to leave the choice to the
   // gate.

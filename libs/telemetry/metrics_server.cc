@@ -1,40 +1,24 @@
-#include "libs/telemetry/metrics.h"
+#include "libs/telemetry/metrics_server.h"
 
 #include <prometheus/exposer.h>
-#include <prometheus/metric_family.h>
-#include <prometheus/text_serializer.h>
 
 #include <exception>
 
 #include "libs/base/mutex.h"
 #include "libs/base/strings.h"
+#include "libs/telemetry/prometheus_families.h"
 
 namespace minke::telemetry {
 namespace {
-
-std::vector<prometheus::MetricFamily> ToFamilies(const std::vector<Sample>& samples) {
-  std::vector<prometheus::MetricFamily> families;
-  for (const Sample& sample : samples) {
-    const std::string name = "minke_" + sample.name;
-    const bool counter = sample.type == Sample::Type::kCounter;
-    if (families.empty() || families.back().name != name) {
-      families.push_back(
-          {name, sample.help, counter ? prometheus::MetricType::Counter : prometheus::MetricType::Gauge, {}});
-    }
-    prometheus::ClientMetric metric;
-    for (const auto& [label, value] : sample.labels) metric.label.push_back({label, value});
-    (counter ? metric.counter.value : metric.gauge.value) = sample.value;
-    families.back().metric.push_back(std::move(metric));
-  }
-  return families;
-}
 
 class Source final : public prometheus::Collectable {
  public:
   explicit Source(Collector collector) : collector_(std::move(collector)) {}
   std::vector<prometheus::MetricFamily> Collect() const override {
+    Page page;
     const MutexLock lock(mutex_);
-    return collector_ == nullptr ? std::vector<prometheus::MetricFamily>() : ToFamilies(collector_());
+    if (collector_ != nullptr) collector_(page);
+    return ToPrometheus(page);
   }
   // Waits for a scrape under way; later ones find nothing.
   void Clear() {
@@ -54,7 +38,9 @@ struct MetricsServer::Impl {
   std::unique_ptr<prometheus::Exposer> exposer;
 };
 
-MetricsServer::MetricsServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+MetricsServer::MetricsServer(std::unique_ptr<Impl> impl, const std::string& host) : impl_(std::move(impl)) {
+  address_ = StrCat(host, ":", port());
+}
 MetricsServer::~MetricsServer() {
   impl_->source->Clear();
   // Closing the server waits up to 2 s for its poll to end. A process has one, and ends right after this.
@@ -72,13 +58,10 @@ absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::s
         StrCat("metrics: cannot listen on ", listen, ": expected a free port on an address of this host"));
   }
   impl->exposer->RegisterCollectable(impl->source);
-  return std::unique_ptr<MetricsServer>(new MetricsServer(std::move(impl)));
+  return std::unique_ptr<MetricsServer>(
+      new MetricsServer(std::move(impl), listen.substr(0, listen.rfind(':'))));
 }
 
 int MetricsServer::port() const { return impl_->exposer->GetListeningPorts().front(); }
-
-std::string RenderText(const std::vector<Sample>& samples) {
-  return prometheus::TextSerializer().Serialize(ToFamilies(samples));
-}
 
 }  // namespace minke::telemetry
