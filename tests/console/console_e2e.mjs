@@ -75,8 +75,8 @@ async function chatByKeyboard(page) {
   await page.evaluate(() => {
     window.pieces = 0;
     new MutationObserver((changes) => {
-      window.pieces += changes.filter((change) => change.target.matches(".turn.assistant .text")).length;
-    }).observe(document.getElementById("transcript"), { childList: true, subtree: true });
+      window.pieces += changes.filter((change) => change.target.parentElement?.matches(".turn.assistant .text")).length;
+    }).observe(document.getElementById("transcript"), { characterData: true, subtree: true });
   });
   await page.keyboard.press("Enter");
   assert.equal(await text(page, ".turn.user .text"), "O Romeo,\nwherefore art thou Romeo?");
@@ -108,6 +108,7 @@ async function settingsAreSent(page) {
 }
 
 async function stopStops(page) {
+  await page.click("#clear");
   await page.fill("#setting-max_tokens", "3000");
   await page.fill("#prompt", "Tell me all.");
   await page.press("#prompt", "Enter");
