@@ -53,7 +53,8 @@ Arguments ExpertArguments(const UpFlags& flags, const LocalAddresses& addresses,
                DataPlane(flags, addresses),
                Registry(flags, addresses),
                Unless(cpus, "--cpus="),
-               {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format}});
+               {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format,
+                "--load-from=" + flags.load_from}});
 }
 
 Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& addresses, const std::string& cpus,
@@ -78,7 +79,7 @@ Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses
   return Join({Common(flags),
                Registry(flags, addresses),
                {"--http-listen=" + addresses.http, StrCat("--body-max-bytes=", flags.body_max_bytes),
-                "--chat-template=" + flags.chat_template,
+                "--chat-template=" + flags.chat_template, StrCat("--heartbeat-ms=", flags.heartbeat_ms),
                 StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
                flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
                Unless(flags.model_name, "--model-name="),

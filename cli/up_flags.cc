@@ -109,6 +109,11 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--transport", f.transport)
       ->check(CLI::IsMember({"auto", "shm", "tcp", "rdma"}))
       ->capture_default_str();
+  app.add_option("--load-from", f.load_from,
+                 "units of a new expert server: from the checkpoint, or from a server that has them; auto: "
+                 "the faster")
+      ->check(CLI::IsMember({"auto", "checkpoint", "replica"}))
+      ->capture_default_str();
   app.add_option("--poll", f.poll)
       ->check(CLI::IsMember({"adaptive", "spin", "block"}))
       ->capture_default_str();

@@ -21,6 +21,7 @@ struct UpFlags {
   int port = 8000;
   int experts = 2;  // pool sizes: up only
   std::string experts_format = "bf16";
+  std::string load_from = "auto";
   int attention = 1;
   int routers = 1;
   int replicas = 1;               // up only

@@ -1,5 +1,6 @@
 #include "libs/cuda_model/weight_plan.h"
 
+#include "libs/base/hash.h"
 #include "libs/base/status.h"
 #include "libs/model/tensors.h"
 
@@ -119,12 +120,9 @@ absl::Status ReadPlanned(const std::vector<PlannedTensor>& plan, WeightSource& s
 }
 
 uint64_t ChecksumOf(const std::vector<PlannedTensor>& plan) {
-  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
+  uint64_t hash = kFnvStart;
   for (const PlannedTensor& tensor : plan) {
-    for (const unsigned char byte :
-         StrCat(tensor.name, tensor.f32 ? " f32 " : " bf16 ", tensor.bytes, "\n")) {
-      hash = (hash ^ byte) * 0x100000001b3ull;
-    }
+    hash = Fnv1a(StrCat(tensor.name, tensor.f32 ? " f32 " : " bf16 ", tensor.bytes, "\n"), hash);
   }
   return hash;
 }

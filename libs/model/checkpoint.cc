@@ -14,6 +14,7 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_join.h"
 #include "libs/base/dtype.h"
+#include "libs/base/hash.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -35,10 +36,6 @@ std::string Shorten(std::string text) { return text.size() <= 80 ? text : text.s
 
 std::string Dump(const Json& json) {
   return Shorten(json.dump(-1, ' ', false, Json::error_handler_t::replace));
-}
-
-void Mix(uint64_t& hash, std::string_view text) {
-  for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3ull;
 }
 
 // One entry of a safetensors header, checked against the size of the data area.
@@ -216,12 +213,13 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::OpenUnchecked(const std:
   uint64_t hash = checkpoint->config_.Hash();
   for (const auto& [name, view] : checkpoint->tensors_) {
     const MappedFile& file = checkpoint->files_[checkpoint->file_of_tensor_[name]];
-    Mix(hash, StrCat(name, ShapeText(view.shape), ToString(view.dtype), view.data - file.data));
+    hash = Fnv1a(StrCat(name, ShapeText(view.shape), ToString(view.dtype), view.data - file.data), hash);
   }
   // A few values too, so that two trainings of one shape differ: norms are small and every process may read
   // them.
   if (auto norm = checkpoint->tensors_.find("model.norm.weight"); norm != checkpoint->tensors_.end()) {
-    Mix(hash, {reinterpret_cast<const char*>(norm->second.data), static_cast<size_t>(norm->second.bytes())});
+    hash = Fnv1a(
+        {reinterpret_cast<const char*>(norm->second.data), static_cast<size_t>(norm->second.bytes())}, hash);
   }
   checkpoint->fingerprint_ = hash;
   return checkpoint;

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "libs/base/hash.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -294,9 +295,7 @@ uint64_t ModelConfig::Hash() const {
     StrAppend(&text, ",yarn,", yarn->factor, ",", yarn->original_max_position_embeddings, ",",
               yarn->beta_fast, ",", yarn->beta_slow, ",", yarn->mscale, ",", yarn->mscale_all_dim);
   }
-  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
-  for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3ull;
-  return hash;
+  return Fnv1a(text);
 }
 
 }  // namespace minke

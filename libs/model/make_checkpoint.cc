@@ -17,6 +17,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
 #include "libs/base/dtype.h"
+#include "libs/base/hash.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -58,15 +59,9 @@ Distribution DistributionOf(const TensorSpec& spec) {
   return {0.0f, gain / std::sqrt(static_cast<float>(spec.shape[1]))};
 }
 
-uint64_t HashName(std::string_view name) {
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (const unsigned char byte : name) hash = (hash ^ byte) * 0x100000001b3ull;
-  return hash;
-}
-
 void Fill(const TensorSpec& spec, DType dtype, uint64_t seed, int64_t begin, int64_t end, std::byte* out) {
   const Distribution distribution = DistributionOf(spec);
-  const uint64_t key = SplitMix(seed) ^ HashName(spec.name);
+  const uint64_t key = SplitMix(seed) ^ Fnv1a(spec.name);
   for (int64_t i = begin; i < end; ++i) {
     const float value = distribution.mean + distribution.deviation * Normalish(key, static_cast<uint64_t>(i));
     if (dtype == DType::kF32) {

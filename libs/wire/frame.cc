@@ -43,6 +43,12 @@ std::string_view NameOrEmpty(Kind kind) {
       return "PageEnd";
     case Kind::kPageAck:
       return "PageAck";
+    case Kind::kUnitRequest:
+      return "UnitRequest";
+    case Kind::kUnitPiece:
+      return "UnitPiece";
+    case Kind::kUnitAbsent:
+      return "UnitAbsent";
   }
   return {};
 }
@@ -61,7 +67,7 @@ absl::Status ValidateHeader(const FrameHeader& header, size_t payload_bytes_rece
   }
   if (NameOrEmpty(header.kind).empty()) {
     return absl::InvalidArgumentError(
-        StrCat("frame kind: expected 1..6 or 16..26, found ", static_cast<int>(header.kind)));
+        StrCat("frame kind: expected 1..6 or 16..29, found ", static_cast<int>(header.kind)));
   }
   const uint8_t oldest = IsHandshakeKind(header.kind) ? kHandshakeVersion : kVersionOldest;
   const uint8_t newest = IsHandshakeKind(header.kind) ? kHandshakeVersion : kVersion;

@@ -45,6 +45,10 @@ enum class Kind : uint8_t {
   kPageTransfer = 24,  // giver -> fetcher: some layers of a page
   kPageEnd = 25,       // giver -> fetcher: all it has was sent
   kPageAck = 26,       // fetcher -> giver: transfers taken so far
+  // Expert server to expert server; fetcher: the node that loads the unit, and the frames' origin.
+  kUnitRequest = 27,  // fetcher -> giver: pieces of a unit's packed weights
+  kUnitPiece = 28,    // giver -> fetcher: one of them
+  kUnitAbsent = 29,   // giver -> fetcher: the unit is not here, or packed otherwise
 };
 
 // Decode comes before prefill everywhere; the two have separate lanes and credits.

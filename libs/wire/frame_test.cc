@@ -44,7 +44,7 @@ TEST(ValidateHeader, RefusesEveryOtherKind) {
     header.kind = static_cast<Kind>(kind);
     if (!ValidateHeader(header, 128).ok()) ++refused;
   }
-  EXPECT_EQ(refused, 256 - 17);
+  EXPECT_EQ(refused, 256 - 20);
 }
 
 TEST(ValidateHeader, RefusesWrongMagicVersionClassAndReserved) {

@@ -364,4 +364,41 @@ absl::Status CheckPageAck(const FrameHeader& header, std::span<const std::byte> 
   return absl::OkStatus();
 }
 
+absl::StatusOr<uint64_t> ReadUnitRequest(const FrameHeader& header, std::span<const std::byte> payload) {
+  if (header.rows == 0 || header.rows > kUnitPiecesMax || header.pairs != 0) {
+    return absl::InvalidArgumentError(StrCat("UnitRequest: expected 1 ... ", kUnitPiecesMax,
+                                             " pieces and pairs=0, found ", header.rows,
+                                             " and pairs=", header.pairs));
+  }
+  if (payload.size() != sizeof(uint64_t)) {
+    return absl::InvalidArgumentError(
+        StrCat("UnitRequest: expected ", sizeof(uint64_t), " bytes, found ", payload.size()));
+  }
+  return *reinterpret_cast<const uint64_t*>(payload.data());
+}
+
+absl::Status CheckUnitPiece(int64_t bytes, const FrameHeader& header, std::span<const std::byte> payload) {
+  const int64_t pieces = (bytes + kUnitPieceBytes - 1) / kUnitPieceBytes;
+  if (header.pairs != pieces || header.row_begin >= pieces || header.rows != 1) {
+    return absl::InvalidArgumentError(StrCat("UnitPiece: expected one of ", pieces, ", found ", header.rows,
+                                             " from ", header.row_begin, " of ", header.pairs));
+  }
+  const int64_t expected =
+      std::min<int64_t>(kUnitPieceBytes, bytes - int64_t{header.row_begin} * kUnitPieceBytes);
+  if (std::ssize(payload) != expected) {
+    return absl::InvalidArgumentError(StrCat("UnitPiece ", header.row_begin, " of ", pieces, ": expected ",
+                                             expected, " bytes, found ", payload.size()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckUnitAbsent(const FrameHeader& header, std::span<const std::byte> payload) {
+  if (header.pairs != 0 || header.rows != 0 || header.row_begin != 0 || !payload.empty()) {
+    return absl::InvalidArgumentError(StrCat("UnitAbsent: expected a header only, found pairs=", header.pairs,
+                                             " rows=", header.rows, " row_begin=", header.row_begin,
+                                             " bytes=", payload.size()));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace minke::wire

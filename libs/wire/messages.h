@@ -100,6 +100,18 @@ struct PageShape {
   int32_t LayersMax() const { return static_cast<int32_t>(kPayloadBytesMax / layer_bytes); }  // of a transfer
 };
 
+// ---- UnitRequest, UnitPiece, UnitAbsent
+// ----------------------------------------------------------------------- A unit's packed weights on their
+// way between expert servers, in pieces of kUnitPieceBytes (the last one may be shorter). header.step: number
+// of the fetch, the fetcher's; header.origin: the fetcher; layer, microbatch: the unit's layer and group.
+//   UnitRequest   row_begin: first piece wanted; rows: pieces, 1 ... kUnitPiecesMax; payload = uint64, the
+//   name of the
+//                 layout in which the fetcher packs this unit.
+//   UnitPiece     row_begin: which piece; pairs: pieces of the unit; payload = its bytes.
+//   UnitAbsent    no payload.
+inline constexpr uint32_t kUnitPieceBytes = kPayloadBytesMax;
+inline constexpr uint32_t kUnitPiecesMax = 64;  // of one request
+
 // Byte offset of the row data behind `descriptor_bytes` of descriptors.
 inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
   return (descriptor_bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
@@ -178,5 +190,10 @@ absl::StatusOr<const std::byte*> ReadPageTransfer(const PageShape& shape, const 
                                                   std::span<const std::byte> payload);
 absl::Status CheckPageEnd(const FrameHeader& header, std::span<const std::byte> payload);
 absl::Status CheckPageAck(const FrameHeader& header, std::span<const std::byte> payload);
+// The name of the layout.
+absl::StatusOr<uint64_t> ReadUnitRequest(const FrameHeader& header, std::span<const std::byte> payload);
+// OK: the piece is one of a unit of `bytes` bytes, and whole.
+absl::Status CheckUnitPiece(int64_t bytes, const FrameHeader& header, std::span<const std::byte> payload);
+absl::Status CheckUnitAbsent(const FrameHeader& header, std::span<const std::byte> payload);
 
 }  // namespace minke::wire

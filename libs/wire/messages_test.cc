@@ -507,5 +507,45 @@ TEST(PageMessages, LengthsAndIndicesThatDoNotFitAreRefused) {
   EXPECT_FALSE(CheckPageAck(PageHeader(Kind::kPageAck, 0, 0, 0), bytes(8)).ok());
 }
 
+// ---- units
+
+TEST(UnitMessages, LengthsAndIndicesThatDoNotFitAreRefused) {
+  alignas(8) static std::byte payload[kPayloadBytesMax];
+  const auto bytes = [&](size_t count) { return std::span<const std::byte>(payload, count); };
+  const auto request = [&](uint32_t pieces, uint32_t pairs, size_t count) {
+    return ReadUnitRequest(PageHeader(Kind::kUnitRequest, pieces, pairs, 5), bytes(count)).ok();
+  };
+  EXPECT_TRUE(request(1, 0, 8));
+  EXPECT_TRUE(request(kUnitPiecesMax, 0, 8));
+  EXPECT_FALSE(request(0, 0, 8));
+  EXPECT_FALSE(request(kUnitPiecesMax + 1, 0, 8));
+  EXPECT_FALSE(request(1, 1, 8));
+  EXPECT_FALSE(request(1, 0, 7));
+  EXPECT_FALSE(request(1, 0, 0));
+  payload[0] = std::byte{0x12};
+  payload[7] = std::byte{0x34};
+  EXPECT_EQ(*ReadUnitRequest(PageHeader(Kind::kUnitRequest, 1, 0, 0), bytes(8)), 0x3400000000000012u);
+
+  const int64_t two = kUnitPieceBytes + 100;
+  const auto piece = [&](uint32_t index, uint32_t pieces, size_t count, uint32_t rows = 1) {
+    return CheckUnitPiece(two, PageHeader(Kind::kUnitPiece, rows, pieces, index), bytes(count)).ok();
+  };
+  EXPECT_TRUE(piece(0, 2, kUnitPieceBytes));
+  EXPECT_TRUE(piece(1, 2, 100));
+  EXPECT_FALSE(piece(0, 2, 100));
+  EXPECT_FALSE(piece(1, 2, 101));
+  EXPECT_FALSE(piece(1, 2, 0));
+  EXPECT_FALSE(piece(2, 2, 100));
+  EXPECT_FALSE(piece(0xffffffff, 2, 100));
+  EXPECT_FALSE(piece(1, 3, 100));
+  EXPECT_FALSE(piece(0, 2, kUnitPieceBytes, 2));
+  EXPECT_TRUE(
+      CheckUnitPiece(kUnitPieceBytes, PageHeader(Kind::kUnitPiece, 1, 1, 0), bytes(kUnitPieceBytes)).ok());
+
+  EXPECT_TRUE(CheckUnitAbsent(PageHeader(Kind::kUnitAbsent, 0, 0, 0), {}).ok());
+  EXPECT_FALSE(CheckUnitAbsent(PageHeader(Kind::kUnitAbsent, 1, 0, 0), {}).ok());
+  EXPECT_FALSE(CheckUnitAbsent(PageHeader(Kind::kUnitAbsent, 0, 0, 0), bytes(1)).ok());
+}
+
 }  // namespace
 }  // namespace minke::wire

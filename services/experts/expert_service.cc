@@ -34,6 +34,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   service->checkpoint_ = std::move(checkpoint);
   service->options_ = std::move(options);
   const ExpertServiceOptions& o = service->options_;
+  service->sources_.emplace(o.load_from);
   service->pool_ = std::make_unique<ThreadPool>(o.threads);
   service->load_pool_ = std::make_unique<ThreadPool>(o.threads, kLoaderNiceness);
   cluster::v1::Member self;
@@ -98,8 +99,10 @@ cluster::v1::MemberReport ExpertService::ReportLocked() const {
 
 void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   engine_->SetEpoch(cluster::EpochOf(update.view()));
-  const std::map<UnitId, cluster::ReplicaSet> replicas = cluster::Replicas(update.view());
   const MutexLock lock(mutex_);
+  replicas_ = cluster::Replicas(update.view());
+  addresses_ = cluster::DataAddresses(update.view(), cluster::v1::ROLE_EXPERT);
+  const std::map<UnitId, cluster::ReplicaSet>& replicas = replicas_;
   const NodeId self{self_.node_id()};
   const auto published_for = [&](UnitId unit, auto&& who) {
     const auto it = replicas.find(unit);
@@ -135,6 +138,54 @@ void ExpertService::OnUpdate(const cluster::v1::ClusterUpdate& update) {
   report_due_ = true;
 }
 
+std::optional<UnitExchange::Giver> ExpertService::GiverOf(UnitId unit) {
+  const MutexLock lock(mutex_);
+  const auto replicas = replicas_.find(unit);
+  if (replicas == replicas_.end()) return std::nullopt;
+  std::vector<UnitExchange::Giver> givers;
+  for (const NodeId server : replicas->second.servers) {
+    const auto address = addresses_.find(server);
+    if (server.value != self_.node_id() && address != addresses_.end())
+      givers.push_back({server, address->second});
+  }
+  if (givers.empty()) return std::nullopt;
+  return givers[(self_.node_id() + unit.layer + unit.group) % givers.size()];  // several share the work
+}
+
+absl::StatusOr<std::shared_ptr<const UnitWeights>> ExpertService::LoadFromReplica(
+    UnitId unit, const UnitExchange::Giver& giver) {
+  MK_ASSIGN_OR_RETURN(const std::unique_ptr<UnitBuilder> builder, backend_->BuildUnit(unit));
+  MK_RETURN_IF_ERROR(engine_->exchange().Fetch(unit, backend_->UnitLayout(unit), giver, *builder));
+  return builder->Finish();
+}
+
+absl::StatusOr<std::shared_ptr<const UnitWeights>> ExpertService::Load(UnitId unit) {
+  const std::optional<UnitExchange::Giver> giver = GiverOf(unit);
+  const UnitSource source = sources_->Choose(giver.has_value());
+  const auto timed = [&](UnitSource from, auto&& load) {
+    const absl::Time begin = absl::Now();
+    absl::StatusOr<std::shared_ptr<const UnitWeights>> weights = load();
+    const absl::Duration took = absl::Now() - begin;
+    if (!absl::IsCancelled(weights.status()))
+      sources_->Record(from, weights.ok() ? (*weights)->bytes() : 0, took);
+    const MutexLock lock(mutex_);
+    loaded_[static_cast<size_t>(from)] += weights.ok();
+    if (weights.ok()) loading_time_[static_cast<size_t>(from)] += took;
+    return weights;
+  };
+  if (source == UnitSource::kReplica) {
+    auto weights = timed(source, [&] { return LoadFromReplica(unit, *giver); });
+    // Memory that does not suffice for a copy does not suffice for the original.
+    if (weights.ok() || absl::IsInternal(weights.status()) || absl::IsResourceExhausted(weights.status()) ||
+        absl::IsCancelled(weights.status()))
+      return weights;
+    log::Info("experts", StrCat("layer=", unit.layer, " group=", unit.group,
+                                " did not come from=", ToString(giver->node),
+                                ", loading it from the checkpoint: ", weights.status().message()));
+  }
+  return timed(UnitSource::kCheckpoint, [&] { return backend_->LoadUnit(unit); });
+}
+
 bool ExpertService::LoadNext() {
   UnitId unit;
   {
@@ -142,9 +193,8 @@ bool ExpertService::LoadNext() {
     if (to_load_.empty()) return false;
     unit = to_load_.front();
   }
-  const absl::Time begin = absl::Now();
-  auto weights = backend_->LoadUnit(unit);
-  const absl::Duration took = absl::Now() - begin;
+  auto weights = Load(unit);
+  if (absl::IsCancelled(weights.status())) return false;
   if (absl::IsInternal(weights.status())) DeviceLost(weights.status());
   // No room on the device, or a checked file that changed under us. It stays assigned: every update of the
   // cluster names it again, and trying again would fail again.
@@ -160,13 +210,17 @@ bool ExpertService::LoadNext() {
     failed_.insert(unit);
   } else {
     hosted_[unit] = bytes;
-    ++loaded_;
-    loading_time_ += took;
   }
   if (to_load_.empty()) {
     int64_t all = 0;
     for (const auto& [hosted, size] : hosted_) all += size;
-    log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", all));
+    const auto from = [&](UnitSource source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return absl::StrFormat("%d (%.2f GB/s)", loaded_[static_cast<size_t>(source)],
+                             sources_->bytes_per_s(source) / 1e9);
+    };
+    log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", all,
+                                " loaded from checkpoint=", from(UnitSource::kCheckpoint),
+                                " replicas=", from(UnitSource::kReplica)));
   }
   return true;
 }
@@ -185,7 +239,7 @@ bool ExpertService::RetireNext() {
   return false;
 }
 
-ExpertServiceStatus ExpertService::status() {
+ExpertServiceStatus ExpertService::status() const {
   const MutexLock lock(mutex_);
   ExpertServiceStatus status{.node = NodeId{self_.node_id()},
                              .hosted = {},
@@ -215,6 +269,7 @@ void ExpertService::LoadLoop() {
       if (stop_) return;
     }
     const bool loaded = LoadNext();
+    if (!loaded) engine_->exchange().Rest();
     const bool retired = RetireNext();
     cluster::v1::MemberReport report;
     bool all = false;
@@ -267,6 +322,7 @@ ExpertService::~ExpertService() {
     const MutexLock lock(mutex_);
     stop_ = true;
   }
+  if (engine_ != nullptr) engine_->exchange().Stop();
   if (load_thread_.joinable()) load_thread_.join();
   client_.reset();
   if (server_ != nullptr) server_->Shutdown(absl::Seconds(1));

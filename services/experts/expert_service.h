@@ -3,10 +3,12 @@
 // work that goes on, and lets go of those that others have taken over.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -16,12 +18,14 @@
 #include "absl/time/time.h"
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
+#include "libs/cluster/replica_set.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
 #include "services/experts/engine/expert_engine.h"
+#include "services/experts/shard/unit_sources.h"
 
 namespace minke::experts {
 
@@ -34,6 +38,7 @@ struct ExpertServiceOptions {
   ExpertsFormat experts_format = ExpertsFormat::kBF16;
   int threads = 1;
   uint32_t slots = 0;  // units that fit its memory; 0: as many as it is given
+  LoadFrom load_from = LoadFrom::kAuto;
   ExpertEngineOptions engine;
   registry::Registry::OnRefused on_refused;
 };
@@ -44,9 +49,9 @@ struct ExpertServiceStatus {
   std::vector<UnitId> hosted;
   int64_t hosted_bytes = 0;  // packed weights
   int64_t loading = 0, failed = 0,
-          retiring = 0;         // units to load; that could not be; hosted, about to be let go
-  uint64_t loaded = 0;          // since the start
-  absl::Duration loading_time;  // of those
+          retiring = 0;             // units to load; that could not be; hosted, about to be let go
+  std::array<int64_t, 2> loaded{};  // by UnitSource, since the start
+  std::array<absl::Duration, 2> loading_time{};  // of those
 };
 
 class ExpertService {
@@ -58,7 +63,12 @@ class ExpertService {
                                                               ExpertServiceOptions options);
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
-  ExpertServiceStatus status();
+  ExpertServiceStatus status() const;
+  // Units loaded since the start. Any thread.
+  int64_t units_loaded(UnitSource source) const {
+    const MutexLock lock(mutex_);
+    return loaded_[static_cast<size_t>(source)];
+  }
 
   // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
   // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
@@ -71,6 +81,11 @@ class ExpertService {
   void LoadLoop();
   // One unit in, or one out, if that is due. Whether there was anything to do.
   bool LoadNext();
+  // From another server that has it, if there is one and that is faster; else from the checkpoint.
+  absl::StatusOr<std::shared_ptr<const UnitWeights>> Load(UnitId unit);
+  absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadFromReplica(UnitId unit,
+                                                                     const UnitExchange::Giver& giver);
+  std::optional<UnitExchange::Giver> GiverOf(UnitId unit);
   bool RetireNext();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -82,17 +97,20 @@ class ExpertService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
+  std::optional<UnitSources> sources_;  // the loader's
 
-  Mutex mutex_;
+  mutable Mutex mutex_;
+  std::array<int64_t, 2> loaded_ ABSL_GUARDED_BY(mutex_){};               // by UnitSource
+  std::array<absl::Duration, 2> loading_time_ ABSL_GUARDED_BY(mutex_){};  // of those
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
-  std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);  // bytes
-  std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);           // to load
+  std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);                // bytes
+  std::map<UnitId, cluster::ReplicaSet> replicas_ ABSL_GUARDED_BY(mutex_);  // published
+  std::map<NodeId, std::string> addresses_ ABSL_GUARDED_BY(mutex_);         // data planes of expert servers
+  std::set<UnitId> failed_ ABSL_GUARDED_BY(mutex_);                         // to load
   // Hosted, no longer assigned, and published elsewhere: let go at this time.
   std::map<UnitId, absl::Time> retiring_ ABSL_GUARDED_BY(mutex_);
-  uint64_t loaded_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::Duration loading_time_ ABSL_GUARDED_BY(mutex_);
   int64_t published_ ABSL_GUARDED_BY(mutex_) = 0;    // units whose rows may still be sent here
   bool successors_ ABSL_GUARDED_BY(mutex_) = true;   // somebody could take over
   bool report_due_ ABSL_GUARDED_BY(mutex_) = false;  // to the registry, by the loader's thread

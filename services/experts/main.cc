@@ -28,6 +28,11 @@ int main(int argc, char** argv) {
   app.add_option("--slots", options.slots,
                  "(layer, group) units that fit its memory; 0: as many as it is given")
       ->capture_default_str();
+  std::string load_from = "auto";
+  app.add_option("--load-from", load_from,
+                 "units from the checkpoint, or from a server that has them; auto: what proves faster")
+      ->check(CLI::IsMember({"auto", "checkpoint", "replica"}))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "expert", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("expert", status); };
 
@@ -38,6 +43,9 @@ int main(int argc, char** argv) {
   options.device = *device;
   options.experts_format =
       experts_format == "fp8" ? experts::ExpertsFormat::kFP8 : experts::ExpertsFormat::kBF16;
+  options.load_from = load_from == "checkpoint" ? experts::LoadFrom::kCheckpoint
+                      : load_from == "replica"  ? experts::LoadFrom::kReplica
+                                                : experts::LoadFrom::kAuto;
   options.precision = flags.ParsedPrecision();
   const absl::Status possible = experts::CheckBackendOptions(
       {.device = options.device, .format = options.experts_format, .precision = options.precision});

@@ -107,6 +107,7 @@ TEST_F(GatewayFailover, EchoedPromptIsNotScoredTwice) {
 
 TEST_F(GatewayFailover, SequenceAboardTwoLostNodesIsNotGivenToAThird) {
   options_.attention.reconnect_min = options_.attention.reconnect_max = std::chrono::milliseconds(1);
+  options_.unready_wait = std::chrono::minutes(1);
   Start(1);
   TestClient client(gateway_->port());
   StartHeld(client, 2, {{"prompt", "x"}, {"max_tokens", 25}});
@@ -119,7 +120,6 @@ TEST_F(GatewayFailover, SequenceAboardTwoLostNodesIsNotGivenToAThird) {
   EXPECT_THAT(events.back()["error"]["message"].get<std::string>(),
               HasSubstr("was aboard 2 attention nodes"));
   EXPECT_EQ(events.back()["error"]["type"], "server_error");
-  EXPECT_TRUE(Eventually([this] { return gateway_->not_ready_reason().empty(); }));
   Release();
   EXPECT_EQ(Post(kCompletions, {{"prompt", "x"}}).status, 200);
 }
@@ -210,6 +210,92 @@ TEST_F(GatewayFailover, DrainingNodeHandsItsSequencesOverAtOnce) {
   EXPECT_EQ(nodes_[first]->submits(), before);  // nothing new for it
 }
 
+TEST_F(GatewayFailover, SilentNodeLosesItsSequencesWithinTwoHeartbeats) {
+  options_.attention.heartbeat = std::chrono::milliseconds(100);
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(client, 7, {{"prompt", "x"}, {"max_tokens", 25}, {"seed", 3}});
+  EXPECT_EQ(client.ReadHead().status, 200);
+  std::string text;
+  for (int i = 0; i < 7; ++i)
+    text += json::parse(*client.ReadEvent())["choices"][0]["text"].get<std::string>();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));  // silent in between, but alive
+  EXPECT_EQ(nodes_[first]->submits(), 1);
+  nodes_[first]->SetFrozen(true);
+  ASSERT_TRUE(Eventually([&] { return nodes_[1 - first]->active() == 1; }));
+  const auto submit = nodes_[1 - first]->last_submit();
+  EXPECT_EQ(submit.generation(), 1u);
+  EXPECT_EQ(submit.generated_token_ids_size(), 7);
+  EXPECT_EQ(submit.pages_from(), 0u);  // nobody to ask
+  EXPECT_EQ(gateway_->counters().resubmissions.load(), 1u);
+  Release();  // the frozen one goes on too, later, and nobody listens
+  nodes_[first]->SetFrozen(false);
+  EXPECT_EQ(text + JoinText(ReadEvents(client)), "3456789012345678901234567");
+  EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
+}
+
+// Nothing is lost when the only node freezes and goes on; and it is not the sequence's fault that it did.
+TEST_F(GatewayFailover, SilentNodesThatSpeakAgainAreNotLost) {
+  options_.attention.heartbeat = std::chrono::milliseconds(20);
+  options_.attention.lost_sessions_max = 1;
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  size_t on = StartHeld(client, 2, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  for (int i = 0; i < 3; ++i, on = 1 - on) {
+    nodes_[on]->SetFrozen(true);
+    ASSERT_TRUE(Eventually([&] { return nodes_[1 - on]->active() == 1; }));
+    nodes_[on]->SetFrozen(false);
+    ASSERT_TRUE(Eventually([&] { return nodes_[on]->active() == 0; }));
+  }
+  for (const auto& node : nodes_) node->SetFrozen(true);
+  ASSERT_TRUE(Eventually([this] { return !gateway_->not_ready_reason().empty(); }));
+  for (const auto& node : nodes_) node->SetFrozen(false);
+  Release();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+  EXPECT_TRUE(Eventually([this] { return gateway_->not_ready_reason().empty(); }));
+}
+
+// A connection that was cut stays established and says nothing for minutes: a new one is tried.
+TEST_F(GatewayFailover, NodeSilentForLongIsConnectedAnew) {
+  options_.attention.heartbeat = std::chrono::milliseconds(20);
+  options_.attention.absent_grace = std::chrono::milliseconds(200);
+  options_.attention.lost_sessions_max = 2;
+  Start(1, "0123456789");
+  TestClient client(gateway_->port());
+  StartHeld(client, 4, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  nodes_[0]->SetFrozen(true);
+  ASSERT_TRUE(Eventually([this] { return nodes_[0]->active() == 0; }));  // the session has ended
+  Release();
+  nodes_[0]->SetFrozen(false);
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+  EXPECT_EQ(nodes_[0]->submits(), 2);
+}
+
+TEST_F(GatewayFailover, MovedSequenceWaitsForPlaceInAFullQueue) {
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(client, 4, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
+  nodes_[1 - first]->RefuseWith(grpc::StatusCode::RESOURCE_EXHAUSTED);
+  SendView(true, static_cast<int>(first));
+  ASSERT_TRUE(Eventually([&] { return nodes_[1 - first]->submits() == 3; }));
+  nodes_[1 - first]->RefuseWith(grpc::StatusCode::OK);
+  Release();
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_EQ(JoinText(ReadEvents(client)), "0123456789");
+}
+
+TEST_F(GatewayFailover, MovedSequenceDoesNotWaitForPlaceForever) {
+  options_.attention.node_wait_max = std::chrono::milliseconds(500);
+  Start(2, "0123456789");
+  TestClient client(gateway_->port());
+  const size_t first = StartHeld(client, 0, {{"prompt", "x"}, {"max_tokens", 10}});
+  nodes_[1 - first]->RefuseWith(grpc::StatusCode::RESOURCE_EXHAUSTED);
+  SendView(true, static_cast<int>(first));
+  EXPECT_EQ(client.ReadHead().status, 503);
+}
+
 TEST_F(GatewayFailover, MigrationsAreNotLostSessions) {
   options_.attention.lost_sessions_max = 1;
   Start(2, "0123456789");
@@ -265,6 +351,40 @@ TEST_F(GatewayFailover, SilenceEndsARequest) {
   EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
 }
 
+TEST_F(GatewayFailover, ARequestsTimeoutEndsItAndTheNodeKnowsIt) {
+  Start(1, "0123456789");
+  nodes_[0]->HoldAfter(2);
+  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"max_tokens", 9}, {"timeout_s", 0.1}});
+  EXPECT_EQ(answer.status, 504);
+  EXPECT_EQ(answer.code(), "deadline_exceeded");
+  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 0u);
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 100u);
+  TestClient client(gateway_->port());
+  client.Request(
+      "POST", kCompletions,
+      json({{"prompt", "x"}, {"max_tokens", 9}, {"seed", 0}, {"timeout_s", 0.2}, {"stream", true}}).dump());
+  EXPECT_EQ(client.ReadHead().status, 200);
+  const auto events = ReadEvents(client);
+  ASSERT_EQ(events.size(), 3u);
+  EXPECT_EQ(events.back()["error"]["code"], "deadline_exceeded");
+  EXPECT_TRUE(Eventually([this] { return Active() == 0; }));
+  for (const char* bad : {"0", "-1", "86401", "1e40", "\"1\"", "[]"}) {
+    const auto refused = Post(kCompletions, {{"prompt", "x"}, {"timeout_s", json::parse(bad)}});
+    EXPECT_EQ(refused.status, 400) << bad;
+    EXPECT_EQ(refused.json()["error"]["param"], "timeout_s") << bad;
+  }
+}
+
+TEST_F(GatewayFailover, ARequestsTimeoutEndsItWhileItWaitsForANode) {
+  options_.unready_wait = std::chrono::minutes(1);
+  Start(1);
+  nodes_[0]->SetFrozen(true);
+  ASSERT_TRUE(Eventually([this] { return !gateway_->not_ready_reason().empty(); }));
+  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"timeout_s", 0.1}});
+  EXPECT_EQ(answer.status, 504);
+  EXPECT_EQ(answer.code(), "deadline_exceeded");
+}
+
 class GatewayGrpc : public GatewayFixture {
  protected:
   struct Result {
@@ -312,6 +432,8 @@ TEST_F(GatewayGrpc, GeneratesWhatHttpDoes) {
   EXPECT_EQ(result.last.finish_reason(), inference::v1::FINISH_REASON_LENGTH);
   EXPECT_EQ(result.last.prompt_tokens(), 3u);
   EXPECT_EQ(result.last.completion_tokens(), 6u);
+  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 1000u);  // the call's, of 30 s
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 30'000u);
   request.mutable_sampling()->set_max_tokens(100);
   request.add_stop("STOP");
   result = Call(request);

@@ -42,6 +42,11 @@ int main(int argc, char** argv) {
   app.add_flag(
       "--metrics-vllm-names", options.vllm_names,
       "/metrics also shows the cluster as one vLLM server would, for autoscalers that look for its names");
+  int heartbeat_ms = 250;
+  app.add_option("--heartbeat-ms", heartbeat_ms,
+                 "an attention node silent for two of these loses its sequences to others")
+      ->check(CLI::Range(10, 60000))
+      ->capture_default_str();
   if (const int code = node::ParseFlags(app, argc, argv, "gateway", flags); code >= 0) return code;
   const auto fail = [](const absl::Status& status) { return node::Fail("gateway", status); };
 
@@ -52,6 +57,7 @@ int main(int argc, char** argv) {
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
+  options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
   const NodeId node = RandomNodeId();
   options.node = ToString(node);

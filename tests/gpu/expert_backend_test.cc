@@ -224,6 +224,39 @@ TEST(CudaBackend, GroupsOfUnequalSizesMatchTheCpu) {
   Compare(*checkpoint, ExpertsFormat::kBF16, kBF16Bound, "unequal groups, bf16");
 }
 
+// A unit that came in pieces from another server is the same, to the bit.
+TEST(CudaBackend, UnitsMoveInPackedForm) {
+  const auto checkpoint = Checkpoint::Open(kShipped).value();
+  const std::vector<int32_t> groups = {1, 4, 6};
+  std::mt19937 rng(14);
+  const Message message = RandomMessage(checkpoint->config(), 300, groups, rng);
+  for (const ExpertsFormat format : {ExpertsFormat::kBF16, ExpertsFormat::kFP8}) {
+    Server giver(*checkpoint, Device::kCuda, format), fetcher(*checkpoint, Device::kCuda, format);
+    giver.Load(1, groups);
+    ASSERT_FALSE(HasFailure());
+    for (const auto& [id, unit] : giver.units) {
+      ASSERT_EQ(giver.backend->UnitLayout(id), fetcher.backend->UnitLayout(id));
+      auto builder = fetcher.backend->BuildUnit(id);
+      ASSERT_TRUE(builder.ok()) << builder.status();
+      ASSERT_EQ((*builder)->bytes(), unit->bytes());
+      constexpr int64_t kPiece = 10'007;  // some pieces have parts of both matrices
+      for (int64_t begin = 0; begin < unit->bytes(); begin += kPiece) {
+        std::vector<std::byte> piece(std::min(kPiece, unit->bytes() - begin));
+        ASSERT_TRUE(unit->Read(begin, piece).ok());
+        ASSERT_TRUE((*builder)->Write(begin, piece).ok());
+      }
+      auto built = (*builder)->Finish();
+      ASSERT_TRUE(built.ok()) << built.status();
+      fetcher.units[id] = *std::move(built);
+    }
+    EXPECT_EQ(fetcher.Run(1, {message}).sums, giver.Run(1, {message}).sums);
+  }
+  Server bf16(*checkpoint, Device::kCuda), fp8(*checkpoint, Device::kCuda, ExpertsFormat::kFP8),
+      cpu(*checkpoint, Device::kCpu);
+  EXPECT_NE(bf16.backend->UnitLayout({1, 1}), fp8.backend->UnitLayout({1, 1}));
+  EXPECT_NE(bf16.backend->UnitLayout({1, 1}), cpu.backend->UnitLayout({1, 1}));
+}
+
 // More group rows than one pass takes: 2,000 rows of up to three groups, 4,096 a pass.
 TEST(CudaBackend, AResultDoesNotDependOnTheLaunch) {
   const auto checkpoint = Checkpoint::Open(kShipped).value();

@@ -202,6 +202,34 @@ TEST_P(RandomStack, OddSmallShapeMatchesTheCpu) {
 }
 INSTANTIATE_TEST_SUITE_P(Paths, RandomStack, testing::Values(cuda::Path::kAuto, cuda::Path::kPortable));
 
+// What attention nodes do when a sequence moves: its latents, page by page, to other pages of the same shape.
+TEST(ShippedModelOnGpu, ASequenceGoesOnFromPagesThatWereCopied) {
+  Harness harness(kShipped);
+  std::mt19937 rng(21);
+  const Sequence from = harness.NewSequence(131, rng);
+  harness.Compare({{&from, 0, 128}}, "prefix");
+  Sequence to = harness.NewSequence(131, rng);
+  to.tokens = from.tokens;
+  const ModelConfig& config = harness.gpu->attention().config();
+  std::vector<std::byte> latents(64 * config.latent_dim() * 2), back(latents.size());
+  for (int32_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    for (int page = 0; page < 2; ++page) {
+      ASSERT_TRUE(harness.gpu->attention().ReadPage(layer, from.pages[page], latents.data()).ok());
+      ASSERT_TRUE(harness.gpu->attention().WritePage(layer, to.pages[page], latents.data()).ok());
+      ASSERT_TRUE(harness.gpu->attention().ReadPage(layer, to.pages[page], back.data()).ok());
+      EXPECT_EQ(back, latents) << "layer " << layer << " page " << page;
+      EXPECT_NE(latents, std::vector<std::byte>(latents.size())) << "nothing was there to copy";
+    }
+  }
+  const auto logits = [&](const Sequence& sequence) {
+    const std::vector<GpuChunk> chunks = {{std::span(sequence.tokens).subspan(128, 3), 128, sequence.pages}};
+    const auto stepped = harness.gpu->Step(chunks, std::vector<cuda::SampleRow>(1));
+    EXPECT_TRUE(stepped.ok()) << stepped.status();
+    return harness.gpu->attention().DownloadLogits(1).value();
+  };
+  EXPECT_EQ(logits(to), logits(from));
+}
+
 TEST(ShippedModelOnGpu, MatchesTheCpu) {
   Harness h(kShipped);
   if (!HasFailure()) RunMixture(h);

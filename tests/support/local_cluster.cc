@@ -39,15 +39,20 @@ std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) 
   return faulty;
 }
 
+namespace {
+
+void Refused(const absl::Status& status) {
+  log::Error("test", status.ToString());
+  MK_CHECK(false);
+}
+
+}  // namespace
+
 LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)) {
   auto checkpoint = Checkpoint::Open(options_.checkpoint);
   if (!checkpoint.ok()) log::Error("test", checkpoint.status().ToString());
   MK_CHECK(checkpoint.ok());
   checkpoint_ = *std::move(checkpoint);
-  const auto refused = [](const absl::Status& status) {
-    log::Error("test", status.ToString());
-    MK_CHECK(false);
-  };
   auto router = router::RouterService::Start(
       checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
       {.precision = options_.precision,
@@ -57,18 +62,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
        .gate_override = options_.local_routing ? nullptr : options_.gate_override});
   MK_CHECK(router.ok());
   router_ = *std::move(router);
-  for (int i = 0; i < options_.experts; ++i) {
-    auto expert = experts::ExpertService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_EXPERT),
-                                                {.registry = {.router = router_->rpc_address()},
-                                                 .precision = options_.precision,
-                                                 .device = options_.experts_device,
-                                                 .experts_format = options_.experts_format,
-                                                 .threads = options_.threads,
-                                                 .on_refused = refused});
-    if (!expert.ok()) log::Error("test", expert.status().ToString());
-    MK_CHECK(expert.ok());
-    experts_.push_back(*std::move(expert));
-  }
+  for (int i = 0; i < options_.experts; ++i) AddExpert();
   attention::EngineOptions engine;
   engine.limits.step_tokens_max = options_.step_tokens_max;
   engine.limits.reuse_prefixes = options_.reuse_prefixes;
@@ -88,7 +82,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
          .threads = options_.threads,
          .engine = engine,
          .gate_override = options_.local_routing ? options_.gate_override : nullptr,
-         .on_refused = refused});
+         .on_refused = Refused});
     if (!attention.ok()) log::Error("test", attention.status().ToString());
     MK_CHECK(attention.ok());
     attentions_.push_back(*std::move(attention));
@@ -107,6 +101,20 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
     MK_CHECK(absl::Now() < limit);
     absl::SleepFor(absl::Milliseconds(5));
   }
+}
+
+void LocalCluster::AddExpert() {
+  auto expert = experts::ExpertService::Start(checkpoint_, MakeTransport(cluster::v1::ROLE_EXPERT),
+                                              {.registry = {.router = router_->rpc_address()},
+                                               .precision = options_.precision,
+                                               .device = options_.experts_device,
+                                               .experts_format = options_.experts_format,
+                                               .threads = options_.threads,
+                                               .load_from = options_.load_from,
+                                               .on_refused = Refused});
+  if (!expert.ok()) log::Error("test", expert.status().ToString());
+  MK_CHECK(expert.ok());
+  experts_.push_back(*std::move(expert));
 }
 
 LocalCluster::~LocalCluster() {

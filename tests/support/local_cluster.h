@@ -36,6 +36,7 @@ struct ClusterOptions {
   int tensor_parallel = 1;
   std::optional<transport::FaultOptions> faults;         // around every transport
   std::optional<transport::FaultOptions> expert_faults;  // around that of the first expert server
+  experts::LoadFrom load_from = experts::LoadFrom::kAuto;
   attention::ExchangeOptions exchange;
   attention::PageExchangeOptions page_exchange;
   router::Gate::Override gate_override;
@@ -67,6 +68,7 @@ class LocalCluster {
   router::RouterEngine& router_engine() { return router_->engine(); }
   experts::ExpertService& expert(int i) { return *experts_[i]; }
   void StopExpert(int i) { experts_[i].reset(); }
+  void AddExpert();  // what it is given, it loads beside the work
   const std::string& attention_address() const { return attentions_.front()->rpc_address(); }
   cluster::v1::ClusterView view() const { return router_->membership().view(); }
   const std::string& router_address() const { return router_->rpc_address(); }

@@ -51,6 +51,14 @@ absl::StatusOr<FfnWeights> FfnWeights::Load(const Checkpoint& checkpoint, const 
   return weights;
 }
 
+FfnWeights FfnWeights::Empty(int64_t hidden, int64_t inner, Precision precision) {
+  FfnWeights weights;
+  const int64_t half_blocks = (inner + kBlockColumns - 1) / kBlockColumns;
+  weights.gate_up_ = PackedMatrix::Empty(precision, 2 * half_blocks * kBlockColumns, hidden);
+  weights.down_ = PackedMatrix::Empty(precision, hidden, inner);
+  return weights;
+}
+
 FfnWeights FfnWeights::Pack(int64_t hidden, int64_t inner, Precision precision, ElementReader gate,
                             ElementReader up, ElementReader down, ThreadPool& pool) {
   FfnWeights weights;

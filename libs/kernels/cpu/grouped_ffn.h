@@ -1,6 +1,8 @@
 // SwiGLU feed-forward: down(silu(gate(x)) * up(x)), for one matrix triple or many experts in one call.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -24,6 +26,11 @@ class FfnWeights {
   // gate, up: [inner, hidden]; down: [hidden, inner].
   static FfnWeights Pack(int64_t hidden, int64_t inner, Precision precision, ElementReader gate,
                          ElementReader up, ElementReader down, ThreadPool& pool);
+  // Not packed yet: to be written through storage().
+  static FfnWeights Empty(int64_t hidden, int64_t inner, Precision precision);
+  // The packed form, in two parts.
+  std::array<std::span<std::byte>, 2> storage() { return {gate_up_.storage(), down_.storage()}; }
+  std::array<std::span<const std::byte>, 2> storage() const { return {gate_up_.storage(), down_.storage()}; }
   int64_t hidden() const { return down_.n(); }
   int64_t inner() const { return down_.k(); }
   int64_t bytes() const { return gate_up_.bytes() + down_.bytes(); }

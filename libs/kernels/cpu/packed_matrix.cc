@@ -76,14 +76,20 @@ HugeBuffer& HugeBuffer::operator=(HugeBuffer&& other) noexcept {
   return *this;
 }
 
-PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowReader read_row,
-                                ThreadPool& pool) {
+PackedMatrix PackedMatrix::Empty(Precision precision, int64_t n, int64_t k) {
   PackedMatrix packed;
   packed.precision_ = precision;
   packed.n_ = n;
   packed.k_ = k;
+  packed.storage_ =
+      HugeBuffer::Shared(packed.blocks() * BlockElements(precision, k) * ActivationBytes(precision));
+  return packed;
+}
+
+PackedMatrix PackedMatrix::Pack(Precision precision, int64_t n, int64_t k, RowReader read_row,
+                                ThreadPool& pool) {
+  PackedMatrix packed = Empty(precision, n, k);
   const int64_t block_elements = BlockElements(precision, k);
-  packed.storage_ = HugeBuffer::Shared(packed.blocks() * block_elements * ActivationBytes(precision));
   pool.ParallelFor(packed.blocks(), [&](int64_t block) {
     std::vector<float> row(k);
     for (int64_t j = 0; j < std::min(kBlockColumns, n - block * kBlockColumns); ++j) {

@@ -46,7 +46,7 @@ struct Share {
 // threads.
 using ElementReader = absl::FunctionRef<void(int64_t begin, std::span<float> out)>;
 
-// Immutable after Pack; thread-safe. A linear layer y [n] = W x [k], W stored [n, k] in the checkpoint.
+// Immutable once packed; then thread-safe. A linear layer y [n] = W x [k], W stored [n, k] in the checkpoint.
 class PackedMatrix {
  public:
   // read_row(i, out): the i-th of n weight rows, widened to f32 (exact for every supported dtype). Called on
@@ -58,6 +58,14 @@ class PackedMatrix {
   // A whole [n, k] tensor.
   static PackedMatrix Pack(Precision precision, const TensorView& tensor, ThreadPool& pool);
 
+  // Not packed yet: zeros, to be written through storage().
+  static PackedMatrix Empty(Precision precision, int64_t n, int64_t k);
+
+  // The packed form, the same on every CPU.
+  std::span<std::byte> storage() { return {storage_.data(), static_cast<size_t>(storage_.bytes())}; }
+  std::span<const std::byte> storage() const {
+    return {storage_.data(), static_cast<size_t>(storage_.bytes())};
+  }
   Precision precision() const { return precision_; }
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }

@@ -98,6 +98,28 @@ absl::Status GroupedFfnWeights::Load(int32_t expert, const bf16* gate, const bf1
   return absl::OkStatus();
 }
 
+absl::Status GroupedFfnWeights::ReadPacked(int64_t begin, std::span<std::byte> out,
+                                           const Stream& stream) const {
+  const int64_t first = std::clamp<int64_t>(gate_up_.bytes() - begin, 0, std::ssize(out));
+  if (first > 0) {
+    if (absl::Status s = gate_up_.Download(out.data(), first, stream, begin); !s.ok()) return s;
+  }
+  if (first == std::ssize(out)) return absl::OkStatus();
+  return down_.Download(out.data() + first, std::ssize(out) - first, stream,
+                        begin + first - gate_up_.bytes());
+}
+
+absl::Status GroupedFfnWeights::WritePacked(int64_t begin, std::span<const std::byte> bytes,
+                                            const Stream& stream) {
+  const int64_t first = std::clamp<int64_t>(gate_up_.bytes() - begin, 0, std::ssize(bytes));
+  if (first > 0) {
+    if (absl::Status s = gate_up_.Upload(bytes.data(), first, stream, begin); !s.ok()) return s;
+  }
+  if (first == std::ssize(bytes)) return absl::OkStatus();
+  return down_.Upload(bytes.data() + first, std::ssize(bytes) - first, stream,
+                      begin + first - gate_up_.bytes());
+}
+
 absl::Status GroupedFfnWeights::Upload(int32_t expert, const bf16* gate, const bf16* up, const bf16* down,
                                        DeviceBuffer& staging, const Stream& stream) {
   const int64_t values = int64_t{shape_.hidden} * shape_.inner;

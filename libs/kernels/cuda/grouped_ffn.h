@@ -7,7 +7,9 @@
 // layout and schedule.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -50,6 +52,12 @@ class GroupedFfnWeights {
   // synchronised.
   absl::Status Upload(int32_t expert, const bf16* gate, const bf16* up, const bf16* down,
                       DeviceBuffer& staging, const Stream& stream);
+
+  // The packed form, gate and up before down, for another GPU's weights of the same shape and format: bytes
+  // [begin, begin + out.size()) of it to the host, and from there. In stream order; OUT_OF_RANGE beyond
+  // bytes().
+  absl::Status ReadPacked(int64_t begin, std::span<std::byte> out, const Stream& stream) const;
+  absl::Status WritePacked(int64_t begin, std::span<const std::byte> bytes, const Stream& stream);
 
   const GroupedFfnShape& shape() const { return shape_; }
   FfnFormat format() const { return format_; }

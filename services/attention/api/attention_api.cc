@@ -67,6 +67,10 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   p.top_prompt_logprobs = s.top_prompt_logprobs();
   if (submit.waiting_ms_max() > 0)
     request.waiting_until = absl::Now() + absl::Milliseconds(submit.waiting_ms_max());
+  if (submit.deadline_ms() > 0) {
+    request.deadline = absl::Now() + absl::Milliseconds(submit.deadline_ms());
+    request.waiting_until = std::min(request.waiting_until, request.deadline);
+  }
   return request;
 }
 
@@ -139,6 +143,12 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
     }
     WriteNextLocked();
   }
+  void AnswerBeat(uint64_t number) {
+    const MutexLock lock(mutex_);
+    if (finished_) return;
+    pending_.set_beat(number);
+    WriteNextLocked();
+  }
   void Close(const grpc::Status& status) {
     const MutexLock lock(mutex_);
     CloseLocked(status);
@@ -158,6 +168,8 @@ class AttentionApi::SessionStream final : public grpc::ServerBidiReactor<Gateway
       }
     } else if (message_.has_cancel()) {
       api_.engine_->Cancel({id_, message_.cancel().request_id(), message_.cancel().generation()});
+    } else if (message_.has_beat()) {
+      AnswerBeat(message_.beat());
     }
     StartRead(&message_);
   }

@@ -294,12 +294,11 @@ void Engine::Run() {
     PollTransport();
     ExchangePages();
     std::vector<RequestEvent> refused;
-    std::vector<StepChunk> chunks = scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence) {
-      refused.push_back(
-          {.key = sequence.request.key,
-           .finish = FinishReason::kError,
-           .error = absl::ResourceExhaustedError("not admitted in time: the attention node is overloaded")});
-    });
+    std::vector<StepChunk> chunks =
+        scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence, absl::Status error) {
+          refused.push_back(
+              {.key = sequence.request.key, .finish = FinishReason::kError, .error = std::move(error)});
+        });
     Emit(std::move(refused));
     PublishStatus();
     if (chunks.empty()) {

@@ -70,6 +70,25 @@ void Scheduler::DropCancelled() {
   std::erase_if(waiting_, [](const auto& sequence) { return sequence->cancelled; });
 }
 
+void Scheduler::DropLate(absl::Time now, const std::function<void(const Sequence&, absl::Status)>& ended) {
+  const auto late = [&](const std::unique_ptr<Sequence>& sequence) {
+    if (sequence->request.deadline >= now) return false;
+    ended(*sequence, absl::DeadlineExceededError(StrCat("the request's deadline passed after ",
+                                                        sequence->generated_size(), " generated tokens")));
+    ReleasePages(*sequence);
+    return true;
+  };
+  const auto not_admitted = [&](const std::unique_ptr<Sequence>& sequence) {
+    if (sequence->request.waiting_until >= now || sequence->computed > 0 ||
+        sequence->generated_size() > std::ssize(sequence->request.generated))
+      return false;
+    ended(*sequence, absl::ResourceExhaustedError("not admitted in time: the attention node is overloaded"));
+    return true;
+  };
+  std::erase_if(running_, late);
+  std::erase_if(waiting_, [&](const auto& sequence) { return late(sequence) || not_admitted(sequence); });
+}
+
 void Scheduler::Finish(Sequence* sequence) {
   auto it =
       std::find_if(running_.begin(), running_.end(), [&](const auto& s) { return s.get() == sequence; });
@@ -132,17 +151,9 @@ int64_t Scheduler::PromptBudget(int64_t decode_rows, int64_t budget) const {
 }
 
 std::vector<StepChunk> Scheduler::PlanStep(absl::Time now,
-                                           const std::function<void(const Sequence&)>& refused) {
+                                           const std::function<void(const Sequence&, absl::Status)>& ended) {
   DropCancelled();
-  for (auto it = waiting_.begin(); it != waiting_.end();) {
-    if ((*it)->request.waiting_until < now && (*it)->computed == 0 &&
-        (*it)->generated_size() == std::ssize((*it)->request.generated)) {
-      refused(**it);
-      it = waiting_.erase(it);
-    } else {
-      ++it;
-    }
-  }
+  DropLate(now, ended);
   std::vector<StepChunk> chunks;
   int64_t budget = limits_.step_tokens_max;
   const auto left = [](const Sequence& s) { return std::ssize(s.tokens) - s.computed; };

@@ -43,8 +43,10 @@ class Scheduler {
   void CancelSession(uint64_t session);
 
   // Removes cancelled sequences, admits waiting ones, and takes the pages the chunks need. Every running
-  // sequence has at most one chunk. `refused` is told of waiting sequences whose time is over.
-  std::vector<StepChunk> PlanStep(absl::Time now, const std::function<void(const Sequence&)>& refused);
+  // sequence has at most one chunk. `ended` is told of sequences whose time is over, waiting
+  // (RESOURCE_EXHAUSTED) or not (DEADLINE_EXCEEDED); they are gone afterwards.
+  std::vector<StepChunk> PlanStep(absl::Time now,
+                                  const std::function<void(const Sequence&, absl::Status)>& ended);
 
   // What a planned step took, by which the next ones' prompts are cut.
   void StepTook(absl::Duration duration, int64_t decode_rows, int64_t prompt_rows);
@@ -70,6 +72,7 @@ class Scheduler {
   void ReleasePages(Sequence& sequence);
   void PreemptLast();
   void DropCancelled();
+  void DropLate(absl::Time now, const std::function<void(const Sequence&, absl::Status)>& ended);
 
   const SchedulerLimits limits_;
   PagePool& pages_;

@@ -24,8 +24,9 @@ std::unique_ptr<Sequence> MakeSequence(uint64_t id, int64_t prompt,
 struct Fixture {
   explicit Fixture(int64_t pages, SchedulerLimits limits = {}) : pool(pages), scheduler(limits, pool) {}
   std::vector<StepChunk> Plan() {
-    return scheduler.PlanStep(absl::Now(),
-                              [&](const Sequence& s) { refused.push_back(s.request.key.request); });
+    return scheduler.PlanStep(absl::Now(), [&](const Sequence& s, const absl::Status& error) {
+      (absl::IsDeadlineExceeded(error) ? late : refused).push_back(s.request.key.request);
+    });
   }
   // What the engine does with a step: everything computed, one token sampled where a prompt ended.
   void Apply(const std::vector<StepChunk>& chunks) {
@@ -37,7 +38,7 @@ struct Fixture {
   }
   PagePool pool;
   Scheduler scheduler;
-  std::vector<uint64_t> refused;
+  std::vector<uint64_t> refused, late;
 };
 
 TEST(Scheduler, FullQueueRefuses) {
@@ -52,6 +53,31 @@ TEST(Scheduler, PromptLargerThanTheCacheIsRefused) {
   EXPECT_EQ(f.scheduler.Add(MakeSequence(1, 129)).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(f.scheduler.Add(MakeSequence(2, 128)).ok());
   EXPECT_EQ(f.Plan().size(), 1u);  // fits exactly, alone
+}
+
+TEST(Scheduler, ADeadlineEndsWhatRunsAndWhatWaits) {
+  Fixture f(10, {.sequences_max = 1});
+  const auto add = [&](uint64_t id, absl::Time deadline) {
+    auto sequence = MakeSequence(id, 100);
+    sequence->request.deadline = deadline;
+    ASSERT_TRUE(f.scheduler.Add(std::move(sequence)).ok());
+  };
+  const absl::Time soon = absl::Now() + absl::Milliseconds(100);
+  add(1, soon);
+  add(2, soon);
+  add(3, absl::InfiniteFuture());
+  f.Apply(f.Plan());
+  EXPECT_EQ(f.scheduler.running(), 1);
+  EXPECT_TRUE(f.late.empty());
+  absl::SleepFor(soon - absl::Now() + absl::Milliseconds(1));
+  const auto chunks = f.Plan();
+  EXPECT_EQ(f.late, (std::vector<uint64_t>{1, 2}));
+  EXPECT_TRUE(f.refused.empty());
+  ASSERT_EQ(chunks.size(), 1u);
+  EXPECT_EQ(chunks[0].sequence->request.key.request, 3u);
+  f.scheduler.Cancel({1, 3, 0});
+  f.Plan();
+  EXPECT_EQ(f.pool.available(), 10);
 }
 
 TEST(Scheduler, WaitingEndsAtItsTime) {

@@ -29,6 +29,7 @@ struct Request {
   SamplingParams sampling;
   absl::Time received = absl::InfinitePast();         // by this node
   absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
+  absl::Time deadline = absl::InfiniteFuture();       // ends with an error if it is still not through
   NodeId pages_from;                                  // whose latents may be taken over; zero: nobody's
 };
 

@@ -4,12 +4,21 @@
 #include <cstring>
 
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
 #include "services/experts/shard/cpu_unit.h"
 
 namespace minke::experts {
 
 absl::StatusOr<std::shared_ptr<const UnitWeights>> CpuBackend::LoadUnit(UnitId unit) {
   return LoadCpuUnit(checkpoint_, unit, precision_, load_pool_);
+}
+
+absl::StatusOr<std::unique_ptr<UnitBuilder>> CpuBackend::BuildUnit(UnitId unit) {
+  return BuildCpuUnit(config_, unit, precision_);
+}
+
+uint64_t CpuBackend::UnitLayout(UnitId unit) const {
+  return LayoutName(StrCat("cpu 1 ", ToString(precision_)), config_, unit);
 }
 
 absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,

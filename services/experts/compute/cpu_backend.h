@@ -25,6 +25,8 @@ class CpuBackend final : public ExpertBackend {
         load_pool_(load_pool) {}
 
   absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadUnit(UnitId unit) override;
+  absl::StatusOr<std::unique_ptr<UnitBuilder>> BuildUnit(UnitId unit) override;
+  uint64_t UnitLayout(UnitId unit) const override;
   absl::Status Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
                    std::span<const GroupRow> rows, std::span<std::byte* const> outs,
                    std::span<uint8_t> finite) override;

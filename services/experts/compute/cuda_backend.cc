@@ -18,9 +18,34 @@ constexpr int32_t kOutputsMax = 4096;
 constexpr int64_t kCopyBytes = 128 << 10;
 
 struct CudaUnit final : UnitWeights {
-  explicit CudaUnit(cuda::GroupedFfnWeights loaded) : weights(std::move(loaded)) {}
+  CudaUnit(cuda::GroupedFfnWeights loaded, const cuda::Stream& gives)
+      : weights(std::move(loaded)), gives(gives) {}
   int64_t bytes() const override { return weights.bytes(); }
+  absl::Status Read(int64_t begin, std::span<std::byte> out) const override {
+    MK_RETURN_IF_ERROR(weights.ReadPacked(begin, out, gives));
+    return gives.Synchronize();
+  }
   const cuda::GroupedFfnWeights weights;
+  const cuda::Stream& gives;  // the engine's
+};
+
+class CudaUnitBuilder final : public UnitBuilder {
+ public:
+  CudaUnitBuilder(cuda::GroupedFfnWeights empty, const cuda::Stream& loads, const cuda::Stream& gives)
+      : weights_(std::move(empty)), loads_(loads), gives_(gives) {}
+  int64_t bytes() const override { return weights_.bytes(); }
+  absl::Status Write(int64_t begin, std::span<const std::byte> bytes) override {
+    return weights_.WritePacked(begin, bytes, loads_);
+  }
+  absl::StatusOr<std::shared_ptr<const UnitWeights>> Finish() override {
+    MK_RETURN_IF_ERROR(loads_.Synchronize());  // launches are on another stream
+    return std::make_shared<const CudaUnit>(std::move(weights_), gives_);
+  }
+
+ private:
+  cuda::GroupedFfnWeights weights_;
+  const cuda::Stream& loads_;
+  const cuda::Stream& gives_;
 };
 
 cuda::GroupedFfnShape ShapeOf(const ModelConfig& config, int32_t experts) {
@@ -45,12 +70,14 @@ void CopyRows(ThreadPool& pool, int64_t count, int64_t row_bytes, absl::Function
 }  // namespace
 
 CudaBackend::CudaBackend(const ModelConfig& config, cuda::FfnFormat format, ThreadPool& pool,
-                         cuda::Stream launches, cuda::Stream loads, cuda_model::CheckpointSource source)
+                         cuda::Stream launches, cuda::Stream gives, cuda::Stream loads,
+                         cuda_model::CheckpointSource source)
     : config_(config),
       format_(format),
       pool_(pool),
       plan_(config),
       launches_(std::move(launches)),
+      gives_(std::move(gives)),
       loads_(std::move(loads)),
       source_(std::move(source)) {}
 
@@ -60,12 +87,13 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Checkpoin
   MK_RETURN_IF_ERROR(cuda_model::CheckSupported(config));
   MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::CurrentDevice());
   MK_ASSIGN_OR_RETURN(cuda::Stream launches, cuda::Stream::Create());
+  MK_ASSIGN_OR_RETURN(cuda::Stream gives, cuda::Stream::Create());
   MK_ASSIGN_OR_RETURN(cuda::Stream loads, cuda::Stream::Create());
   MK_ASSIGN_OR_RETURN(cuda_model::CheckpointSource source, cuda_model::CheckpointSource::Create(checkpoint));
   const bool fp8 = format == ExpertsFormat::kFP8;
   std::unique_ptr<CudaBackend> backend(
       new CudaBackend(config, fp8 ? cuda::FfnFormat::kFP8 : cuda::FfnFormat::kBF16, pool, std::move(launches),
-                      std::move(loads), std::move(source)));
+                      std::move(gives), std::move(loads), std::move(source)));
   if (config.n_routed_experts > 0) MK_RETURN_IF_ERROR(backend->AllocateWorkspace());
   log::Info("experts", StrCat("device=cuda name=\"", device.name, "\" format=", fp8 ? "fp8" : "bf16"));
   return backend;
@@ -107,7 +135,22 @@ absl::StatusOr<std::shared_ptr<const UnitWeights>> CudaBackend::LoadUnit(UnitId 
                       StrCat("a unit of ", range.size(), " experts"));
   }
   MK_RETURN_IF_ERROR(loads_.Synchronize());  // launches are on another stream
-  return std::make_shared<const CudaUnit>(*std::move(weights));
+  return std::make_shared<const CudaUnit>(*std::move(weights), gives_);
+}
+
+absl::StatusOr<std::unique_ptr<UnitBuilder>> CudaBackend::BuildUnit(UnitId unit) {
+  const cuda::GroupedFfnShape shape =
+      ShapeOf(config_, config_.GroupExperts(static_cast<int32_t>(unit.group)).size());
+  auto empty = cuda::GroupedFfnWeights::Create(shape, format_);
+  if (!empty.ok()) {
+    return NameMemory(empty.status(), cuda::GroupedFfnWeights::Bytes(shape, format_),
+                      StrCat("a unit of ", shape.experts, " experts"));
+  }
+  return std::make_unique<CudaUnitBuilder>(*std::move(empty), loads_, gives_);
+}
+
+uint64_t CudaBackend::UnitLayout(UnitId unit) const {
+  return LayoutName(format_ == cuda::FfnFormat::kFP8 ? "cuda 1 fp8" : "cuda 1 bf16", config_, unit);
 }
 
 absl::Status CudaBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,

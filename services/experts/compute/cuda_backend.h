@@ -24,13 +24,15 @@ class CudaBackend final : public ExpertBackend {
                                                              ExpertsFormat format, ThreadPool& pool);
 
   absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadUnit(UnitId unit) override;
+  absl::StatusOr<std::unique_ptr<UnitBuilder>> BuildUnit(UnitId unit) override;
+  uint64_t UnitLayout(UnitId unit) const override;
   absl::Status Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
                    std::span<const GroupRow> rows, std::span<std::byte* const> outs,
                    std::span<uint8_t> finite) override;
 
  private:
   CudaBackend(const ModelConfig& config, cuda::FfnFormat format, ThreadPool& pool, cuda::Stream launches,
-              cuda::Stream loads, cuda_model::CheckpointSource source);
+              cuda::Stream gives, cuda::Stream loads, cuda_model::CheckpointSource source);
   absl::Status AllocateWorkspace();
   // At most kOutputsMax rows.
   absl::Status RunChunk(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
@@ -43,7 +45,7 @@ class CudaBackend final : public ExpertBackend {
   // The engine's.
   ThreadPool& pool_;
   LaunchPlan plan_;
-  cuda::Stream launches_;
+  cuda::Stream launches_, gives_;
   // By experts of a unit: where the model's groups differ, by one expert, there are two.
   std::map<int32_t, cuda::GroupedFfn> ffn_;
   cuda::PinnedBuffer host_up_, host_down_;  // laid out by launch_plan.h

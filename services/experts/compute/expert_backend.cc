@@ -2,8 +2,10 @@
 
 #include <unistd.h>
 
+#include "libs/base/hash.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
 #include "services/experts/compute/cpu_backend.h"
 #if MK_HAVE_CUDA
 #include "services/experts/compute/cuda_backend.h"
@@ -43,6 +45,11 @@ absl::StatusOr<std::unique_ptr<ExpertBackend>> MakeBackend(const Checkpoint& che
 #endif
   }
   return absl::InternalError("device");
+}
+
+uint64_t LayoutName(std::string_view packing, const ModelConfig& config, UnitId unit) {
+  return Fnv1a(StrCat(packing, " experts=", config.GroupExperts(static_cast<int32_t>(unit.group)).size(),
+                      " hidden=", config.hidden_size, " inner=", config.moe_intermediate_size));
 }
 
 void DeviceLost(const absl::Status& status) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 
 #include "absl/status/statusor.h"
 #include "libs/base/device.h"
@@ -16,7 +17,8 @@
 
 namespace minke::experts {
 
-// Two threads: the loader calls LoadUnit, the engine Run, at the same time; neither waits for the other.
+// Two threads: the loader calls LoadUnit and BuildUnit, the engine Run, at the same time; neither waits for
+// the other.
 class ExpertBackend {
  public:
   virtual ~ExpertBackend() = default;
@@ -25,6 +27,11 @@ class ExpertBackend {
   // this backend's Run. RESOURCE_EXHAUSTED if it does not fit the device, naming bytes needed and free.
   // INTERNAL: the device is lost, see DeviceLost.
   virtual absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadUnit(UnitId unit) = 0;
+
+  // The same from the packed form of another server whose layout of the unit has the same name.
+  virtual absl::StatusOr<std::unique_ptr<UnitBuilder>> BuildUnit(UnitId unit) = 0;
+  // Names how this backend packs the unit: device, format, shape. Any thread.
+  virtual uint64_t UnitLayout(UnitId unit) const = 0;
 
   // One launch. For every group row: the sum over its pairs, in expert order, of weight x expert(row), in
   // f32, rounded to the activation dtype at outs[i] [hidden]. finite[i] is 0 where the sum has a NaN or an
@@ -52,6 +59,10 @@ absl::Status CheckBackendOptions(const BackendOptions& options);
 absl::StatusOr<std::unique_ptr<ExpertBackend>> MakeBackend(const Checkpoint& checkpoint,
                                                            const BackendOptions& options, ThreadPool& pool,
                                                            ThreadPool& load_pool);
+
+// The name of a layout: `packing` (raise its number when the packed form changes) and the unit's shape, as
+// one number.
+uint64_t LayoutName(std::string_view packing, const ModelConfig& config, UnitId unit);
 
 // A GPU's errors stay: every later call of the process fails too. One log line, and the process ends with
 // code 1, so that the cluster gives its work to others (docs/protocol.md).

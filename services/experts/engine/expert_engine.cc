@@ -60,6 +60,7 @@ ExpertEngine::ExpertEngine(const ModelConfig& config, Precision precision,
       options_(options),
       transport_(std::move(transport)),
       backend_(backend),
+      exchange_(options.exchange, *transport_),
       live_counters_(config) {}
 
 ExpertEngine::~ExpertEngine() = default;
@@ -91,6 +92,7 @@ void ExpertEngine::SetEpoch(Epoch epoch) {
 }
 
 void ExpertEngine::Stop() {
+  exchange_.Stop();
   stop_.store(true);
   transport_->Wake();
 }
@@ -157,10 +159,13 @@ void ExpertEngine::PollTransport() {
   transport_->Poll([&](transport::Event& event) {
     switch (event.kind) {
       case transport::Event::Kind::kFrame:
+        if (UnitExchange::IsUnitKind(event.frame.header().kind))
+          return exchange_.OnFrame(event.peer, event.frame);
         return Accept(event);
       case transport::Event::Kind::kPeerUp:
-        return;
+        return exchange_.OnPeerUp(event.peer);
       case transport::Event::Kind::kPeerLost:
+        exchange_.OnPeerLost(event.peer);
         log::Info("experts", StrCat("peer lost peer=", ToString(event.peer), ": ", event.reason.message()));
         return;
     }
@@ -303,7 +308,11 @@ void ExpertEngine::Run() {
     if (due) published = now;
     TakeMail(due);
     PollTransport();
-    if (RunLaunch()) continue;
+    const bool launched = RunLaunch();
+    const absl::Status ticked = exchange_.Tick(
+        units_, [this](UnitId unit) { return backend_.UnitLayout(unit); }, launched);
+    if (!ticked.ok()) DeviceLost(ticked);
+    if (launched || exchange_.Due()) continue;
     TakeMail(/*publish=*/true);
     const Clock::time_point begin = Clock::now();
     transport_->Wait(kIdleWait);

@@ -1,5 +1,6 @@
 // The expert server's loop: takes ExpertWork from the transport, merges what is queued for one layer into a
-// launch (decode before prefill), and answers each message's attention node with its partial sums.
+// launch (decode before prefill), and answers each message's attention node with its partial sums. In between
+// it gives units to other servers.
 //
 // Threads: Run() is the engine thread; the rest is thread-safe.
 #pragma once
@@ -15,6 +16,7 @@
 #include "libs/telemetry/histogram.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
+#include "services/experts/shard/unit_exchange.h"
 
 namespace minke::experts {
 
@@ -23,6 +25,7 @@ struct ExpertEngineOptions {
   // milliseconds at most.
   int64_t decode_rows_max = 4096;
   int64_t prefill_rows_max = 512;
+  UnitExchangeOptions exchange;
   // Rows queued; beyond it messages are dropped (a peer within its credit never gets there).
   int64_t queued_rows_max = 1 << 20;
 };
@@ -61,6 +64,9 @@ class ExpertEngine {
   std::vector<std::shared_ptr<const UnitWeights>> TakeRemoved();
   void SetEpoch(Epoch epoch);  // newest placement this server knows of; named in Nacks
 
+  // For the loader's thread.
+  UnitExchange& exchange() { return exchange_; }
+
   void Run();  // until Stop()
   void Stop();
   ExpertEngineStatus status() const;
@@ -92,6 +98,7 @@ class ExpertEngine {
   const ExpertEngineOptions options_;
   std::unique_ptr<transport::Transport> transport_;
   ExpertBackend& backend_;
+  UnitExchange exchange_;
   Units units_;
   std::vector<UnitId> removing_;
   Epoch epoch_;

@@ -23,7 +23,8 @@ GenerateReactor::GenerateReactor(const GenerateContext& context, Request request
     const std::lock_guard lock(door->mutex);
     if (door->reactor != nullptr) door->reactor->PumpLocked();
   });
-  const uint64_t sequence = context_.pool->Start({request_.prompt, request_.sampling}, queue_->SinkFor(0));
+  const uint64_t sequence =
+      context_.pool->Start({request_.prompt, request_.sampling, request_.deadline}, queue_->SinkFor(0));
   const std::lock_guard lock(door_->mutex);
   sequence_ = sequence;
   door_->reactor = this;

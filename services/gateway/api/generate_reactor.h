@@ -22,6 +22,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
     Sampling sampling;
     std::vector<std::string> stops;
     std::string request_id;
+    std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
   };
   // Refuses the call.
   explicit GenerateReactor(const grpc::Status& refusal)

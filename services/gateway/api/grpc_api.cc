@@ -130,6 +130,13 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
       return refuse(*error);
     }
     generate.request_id = absl::StrFormat("grpc-%016x", RandomSeed());
+    // gRPC ends the call by itself then; the cluster is to know beforehand.
+    if (const auto deadline = context->deadline(); deadline != std::chrono::system_clock::time_point::max()) {
+      const auto left = std::clamp<std::chrono::system_clock::duration>(
+          deadline - std::chrono::system_clock::now(), std::chrono::milliseconds(1),
+          std::chrono::seconds(kTimeoutSecondsMax));
+      generate.deadline = std::chrono::steady_clock::now() + left;
+    }
     Admission::Permit permit = options_.admission->TryAcquire(1);
     if (!permit) {
       options_.context.counters->generations_refused.fetch_add(1);

@@ -15,6 +15,7 @@
 #include "libs/cluster/prefix_hash.h"
 #include "services/gateway/attention_client/convert.h"
 #include "services/gateway/attention_client/session.h"
+#include "services/gateway/attention_client/session_health.h"
 
 namespace minke::gateway {
 namespace {
@@ -26,7 +27,9 @@ constexpr char kTag[] = "gateway/attention_client";
 // Log-probabilities of a long prompt with alternatives are the largest messages.
 constexpr int kMessageBytesMax = 256 << 20;
 // How often waiting sequences and channels are looked at when nothing wakes the thread.
-constexpr std::chrono::milliseconds kTick{50};
+constexpr std::chrono::milliseconds kTickMax{50};
+// A sequence that was moved and finds the next node's admission queue full tries again after this.
+constexpr std::chrono::milliseconds kRefusedPause{200};
 constexpr size_t kPrefixesMax = 1 << 22;  // remembered of one node: 64 MiB
 // A node may have so many sequences more than twice the idlest one's, and still be preferred for what its
 // cache holds.
@@ -39,7 +42,8 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 2000);  // how long one attempt may take
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // nodes are reached directly
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);          // nodes are reached directly
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a new channel is a new connection
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
 }
 
@@ -68,12 +72,19 @@ class AttentionPool::Impl final : public SessionOwner {
     std::unique_ptr<v1::Attention::Stub> stub;
     Session* session = nullptr;  // owns itself; null: none
     bool cancelling = false;     // its session was told to end
+    SessionHealth health;        // of its session
+    bool silent = false;
     int64_t sequences = 0;
     absl::flat_hash_set<uint64_t> prefixes;  // what its latent cache can reuse
     bool in_view = true;
     Clock::time_point absent_since{};
     Clock::time_point connect_at{};
     std::chrono::milliseconds pause{0};
+
+    bool takes_new() const {
+      return session != nullptr && !cancelling && health.open() && !silent && in_view && info.ready &&
+             !info.draining;
+    }
   };
   struct Sequence {
     SequenceSpec spec;
@@ -85,8 +96,11 @@ class AttentionPool::Impl final : public SessionOwner {
     size_t prompt_logprobs_now = 0;  // received in this generation
     Node* node = nullptr;            // null: waits for one
     Clock::time_point wait_until{};
+    Clock::time_point not_before{};  // tries again then
+    bool refused = false;            // by a node with a full queue, since it last was aboard one
     int lost_sessions = 0;
-    uint64_t pages_from = 0;  // node whose latents the next one may take over; 0: none
+    std::vector<uint64_t> left_silent;  // nodes that were silent when it left, and have not been heard since
+    uint64_t pages_from = 0;            // node whose latents the next one may take over; 0: none
   };
   // Sinks are called after the lock is released.
   using Deliveries = std::vector<std::pair<std::shared_ptr<SequenceSink>, SequenceEvent>>;
@@ -96,8 +110,10 @@ class AttentionPool::Impl final : public SessionOwner {
   // Tells the node to forget the sequence.
   void LeaveNodeLocked(uint64_t id, Sequence* sequence);
   void PlaceWaitingLocked(Deliveries* deliveries);
-  void MoveFromDrainingLocked();
+  void MoveFromLeavingLocked();
   void ConnectLocked(Node* node);
+  void CheckHealthLocked(Node* node, Clock::time_point now);
+  void HeardLocked(Session* session, uint64_t beat);
   void FailLocked(uint64_t id, absl::Status status, Deliveries* deliveries);
   bool TakeEventLocked(Session* session, const v1::Event& proto, SequenceEvent* event,
                        std::shared_ptr<SequenceSink>* sink);
@@ -170,9 +186,7 @@ AttentionPool::Impl::Node* AttentionPool::Impl::PickLocked(const std::vector<uin
   Node* nearest = nullptr;  // holds the longest prefix
   int64_t nearest_pages = 0;
   for (const auto& [id, node] : nodes_) {
-    if (node->session == nullptr || node->cancelling || !node->in_view || !node->info.ready ||
-        node->info.draining)
-      continue;
+    if (!node->takes_new()) continue;
     if (idlest == nullptr || node->sequences < idlest->sequences) idlest = node.get();
     const auto miss =
         std::find_if(prefixes.begin(), prefixes.end(),
@@ -217,6 +231,11 @@ void AttentionPool::Impl::PlaceLocked(uint64_t id, Sequence* sequence, Node* nod
     submit->mutable_sampling()->set_want_prompt_logprobs(false);  // the client has them all
   }
   submit->set_waiting_ms_max(options_.waiting_ms_max);
+  if (sequence->spec.deadline != Clock::time_point::max()) {
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(sequence->spec.deadline - Clock::now()).count();
+    submit->set_deadline_ms(static_cast<uint32_t>(std::clamp<int64_t>(left, 1, UINT32_MAX)));
+  }
   submit->set_pages_from(std::exchange(sequence->pages_from, 0));
   sequence->node = node;
   sequence->prompt_logprobs_now = 0;
@@ -264,6 +283,18 @@ bool AttentionPool::Impl::TakeEventLocked(Session* session, const v1::Event& pro
       sequence.generation != proto.generation())
     return false;
   sequence.node->pause = {};  // this session works
+  if (absl::IsResourceExhausted(event->error) && sequence.generation > 0) {
+    // It was let in once, and lost its place through no fault of its own.
+    const Clock::time_point now = Clock::now();
+    if (!std::exchange(sequence.refused, true)) sequence.wait_until = now + options_.node_wait_max;
+    sequence.not_before = now + kRefusedPause;
+    --sequence.node->sequences;
+    sequence.node = nullptr;
+    ++sequence.generation;
+    waiting_.push_back(proto.request_id());
+    return false;
+  }
+  sequence.refused = false;
   sequence.generated.insert(sequence.generated.end(), event->token_ids.begin(), event->token_ids.end());
   if (!event->prompt_logprobs.empty()) {
     // A resubmission computes the prompt again: what was delivered before is not delivered twice.
@@ -310,6 +341,7 @@ void AttentionPool::Impl::OnMessage(Session* session, v1::AttentionMessage* mess
   deliveries.reserve(events.size());
   {
     const std::lock_guard lock(mutex_);
+    HeardLocked(session, message->beat());
     TakePrefixesLocked(session, *message);
     for (size_t i = 0; i < events.size(); ++i) {
       std::shared_ptr<SequenceSink> sink;
@@ -332,12 +364,18 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
     node->session = nullptr;
     node->prefixes.clear();  // a new session is told all again
     node->cancelling = false;
+    // An established connection would go on waiting for whoever was cut off.
+    if (std::exchange(node->silent, false) || !node->health.open()) {
+      node->channel = Connect(node->info.address);
+      node->stub = v1::Attention::NewStub(node->channel);
+    }
     node->pause = std::min(std::max(node->pause * 2, options_.reconnect_min), options_.reconnect_max);
     node->connect_at = Clock::now() + node->pause;
     size_t moved = 0;
     std::vector<uint64_t> quarantined;
     if (!stopping_) {
       for (auto& [id, sequence] : sequences_) {
+        if (std::erase(sequence.left_silent, node->info.node_id) > 0) ++sequence.lost_sessions;
         if (sequence.node != node) continue;
         sequence.node = nullptr;
         ++sequence.generation;  // late events of the old one are dropped
@@ -347,6 +385,7 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
           continue;
         }
         sequence.wait_until = Clock::now() + options_.node_wait_max;
+        sequence.not_before = {};
         waiting_.push_back(id);
         ++moved;
       }
@@ -375,7 +414,13 @@ void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
   for (const uint64_t id : waiting_) {
     const auto found = sequences_.find(id);
     if (found == sequences_.end() || found->second.node != nullptr) continue;
-    if (Node* node = PickLocked(found->second.prefixes)) {
+    Node* node = now < found->second.not_before ? nullptr : PickLocked(found->second.prefixes);
+    if (now >= found->second.spec.deadline) {
+      FailLocked(
+          id,
+          absl::DeadlineExceededError("the request's deadline passed while it waited for an attention node"),
+          deliveries);
+    } else if (node != nullptr && (now < found->second.wait_until || !found->second.refused)) {
       PlaceLocked(id, &found->second, node);
     } else if (now >= found->second.wait_until) {
       FailLocked(id, absl::UnavailableError("no attention node can take the request"), deliveries);
@@ -386,33 +431,78 @@ void AttentionPool::Impl::PlaceWaitingLocked(Deliveries* deliveries) {
   waiting_ = std::move(still_waiting);
 }
 
-// What a draining node generates from here on is dropped, and generated again by the next one: the draw is a
-// function of seed and position. Where there is no other node the sequences finish where they are.
-void AttentionPool::Impl::MoveFromDrainingLocked() {
-  if (std::none_of(nodes_.begin(), nodes_.end(), [](const auto& entry) {
-        return entry.second->info.draining && entry.second->sequences > 0;
-      }))
+// What the old node generates from here on is dropped, and generated again by the next one: the draw is a
+// function of seed and position. Where there is no other node the sequences stay where they are: a draining
+// node finishes them, a silent one may speak again.
+void AttentionPool::Impl::MoveFromLeavingLocked() {
+  const auto leaving = [](const Node& node) { return node.info.draining || node.silent; };
+  if (std::none_of(nodes_.begin(), nodes_.end(),
+                   [&](const auto& entry) { return leaving(*entry.second) && entry.second->sequences > 0; }))
     return;
-  size_t moved = 0;
+  size_t migrated = 0, resubmitted = 0;
   for (auto& [id, sequence] : sequences_) {
-    if (sequence.node == nullptr || !sequence.node->info.draining) continue;
+    if (sequence.node == nullptr || !leaving(*sequence.node)) continue;
     Node* next = PickLocked(sequence.prefixes);
     if (next == nullptr) break;
-    sequence.pages_from = sequence.node->info.node_id;
+    const uint64_t from = sequence.node->info.node_id;
+    if (sequence.node->silent) {
+      sequence.left_silent.push_back(from);
+      ++resubmitted;
+    } else {
+      sequence.pages_from = from;
+      ++migrated;
+    }
     LeaveNodeLocked(id, &sequence);
     ++sequence.generation;  // late events of the old one are dropped
     PlaceLocked(id, &sequence, next);
-    ++moved;
   }
-  if (moved == 0) return;
-  counters_.migrations.fetch_add(moved);
-  log::Info(kTag, StrCat("sequences moved away from draining nodes: ", moved));
+  if (migrated + resubmitted == 0) return;
+  counters_.migrations.fetch_add(migrated);
+  counters_.resubmissions.fetch_add(resubmitted);
+  log::Info(kTag, StrCat("sequences moved away from draining nodes: ", migrated,
+                         ", from silent ones: ", resubmitted));
+}
+
+void AttentionPool::Impl::HeardLocked(Session* session, uint64_t beat) {
+  const auto found = std::find_if(nodes_.begin(), nodes_.end(),
+                                  [&](const auto& entry) { return entry.second->session == session; });
+  if (found == nodes_.end()) return;
+  Node& node = *found->second;
+  const bool was_open = node.health.open();
+  node.health.Heard(Clock::now(), beat);
+  if (std::exchange(node.silent, false)) {
+    for (auto& [id, sequence] : sequences_) std::erase(sequence.left_silent, node.info.node_id);
+    log::Info(kTag,
+              absl::StrFormat("node=%016x address=%s speaks again", node.info.node_id, node.info.address));
+  } else if (was_open == node.health.open()) {
+    return;
+  }
+  poke_ = true;  // it takes sequences now
+  changed_.notify_all();
+}
+
+void AttentionPool::Impl::CheckHealthLocked(Node* node, Clock::time_point now) {
+  if (node->session == nullptr || node->cancelling) return;
+  if (const uint64_t beat = node->health.NextBeat(now)) {
+    v1::GatewayMessage message;
+    message.set_beat(beat);
+    node->session->Send(std::move(message));
+  }
+  if (!node->health.silent(now)) return;
+  if (!std::exchange(node->silent, true)) {
+    log::Warning(kTag, absl::StrFormat("node=%016x address=%s silent for two heartbeats, sequences: %d",
+                                       node->info.node_id, node->info.address, node->sequences));
+  }
+  if (node->health.silence(now) < options_.absent_grace) return;
+  node->cancelling = true;
+  node->session->TryCancel();  // OnSessionDone moves its sequences
 }
 
 void AttentionPool::Impl::ConnectLocked(Node* node) {
   if (node->session != nullptr || !node->in_view || Clock::now() < node->connect_at) return;
   if (node->channel->GetState(/*try_to_connect=*/true) != GRPC_CHANNEL_READY) return;
   node->session = new Session(this, node->stub.get());  // deletes itself
+  node->health = SessionHealth(options_.heartbeat, Clock::now());
   node->session->Start();
   log::Info(kTag,
             absl::StrFormat("node=%016x address=%s session opened", node->info.node_id, node->info.address));
@@ -421,12 +511,17 @@ void AttentionPool::Impl::ConnectLocked(Node* node) {
 void AttentionPool::Impl::Maintain() {
   std::unique_lock lock(mutex_);
   bool was_connected = false;
+  const auto tick = std::min(kTickMax, std::max(options_.heartbeat / 4, std::chrono::milliseconds(1)));
+  Clock::time_point last = Clock::now();
   while (!stopping_) {
     Deliveries deliveries;
     const Clock::time_point now = Clock::now();
+    const bool was_frozen = now - std::exchange(last, now) > options_.heartbeat;  // this process
     for (auto entry = nodes_.begin(); entry != nodes_.end();) {
       Node& node = *entry->second;
+      if (was_frozen) node.health.Excuse(now);
       ConnectLocked(&node);
+      CheckHealthLocked(&node, now);
       const bool gone = !node.in_view && now - node.absent_since >= options_.absent_grace;
       if (gone && node.session != nullptr && !node.cancelling) {
         node.cancelling = true;
@@ -435,7 +530,7 @@ void AttentionPool::Impl::Maintain() {
       entry = gone && node.session == nullptr ? nodes_.erase(entry) : std::next(entry);
     }
     PlaceWaitingLocked(&deliveries);
-    MoveFromDrainingLocked();
+    MoveFromLeavingLocked();
     const bool is_connected = PickLocked({}) != nullptr;
     const bool flipped = std::exchange(was_connected, is_connected) != is_connected;
     poke_ = false;
@@ -443,7 +538,7 @@ void AttentionPool::Impl::Maintain() {
     Deliver(std::move(deliveries));
     if (flipped) on_connected_(is_connected);
     lock.lock();
-    changed_.wait_for(lock, kTick, [this] { return stopping_ || poke_; });
+    changed_.wait_for(lock, tick, [this] { return stopping_ || poke_; });
   }
 }
 

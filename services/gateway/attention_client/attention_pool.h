@@ -2,8 +2,9 @@
 // sequences. A sequence goes to the ready node whose latent cache holds most of its prompt, unless that node
 // has far more to do than others; else to the one with the fewest sequences. When a node's session is lost
 // its sequences go on elsewhere under a new generation, with the tokens the client already has, so that the
-// client's stream does not notice. So do those of a node that drains, as soon as another one is ready; the
-// new node is told whose latents it can take over. Thread-safe. One thread of its own (reconnecting, waiting
+// client's stream does not notice. So do those of a node that is silent for two heartbeats or that drains, as
+// soon as another one is ready; in the latter case the new node is told whose latents it can take over.
+// Thread-safe. One thread of its own (reconnecting, waiting
 // sequences) beside gRPC's callbacks.
 #pragma once
 
@@ -29,11 +30,14 @@ struct AttentionNode {
 struct AttentionPoolOptions {
   std::chrono::milliseconds node_wait_max{
       60'000};  // a sequence waits so long for a node, then fails: UNAVAILABLE
-  std::chrono::milliseconds absent_grace{5'000};  // a node gone from the view keeps its session so long
-  std::chrono::milliseconds reconnect_min{50};    // pause after a lost session; doubles
+  // A node gone from the view, or silent, keeps its session so long; then it is connected anew.
+  std::chrono::milliseconds absent_grace{5'000};
+  std::chrono::milliseconds heartbeat{250};  // a node silent for two of these loses its sequences to others
+  std::chrono::milliseconds reconnect_min{50};  // pause after a lost session; doubles
   std::chrono::milliseconds reconnect_max{2'000};
   uint32_t waiting_ms_max = 0;  // in a node's admission queue; 0: no limit
-  // A sequence that was aboard so many nodes that went without draining fails: INTERNAL.
+  // A sequence that was aboard so many nodes that went without draining fails: INTERNAL. A silent node counts
+  // only if it does not speak again.
   int lost_sessions_max = 2;
 };
 

@@ -39,6 +39,7 @@ struct Sampling {
 struct SequenceSpec {
   std::shared_ptr<const TokenIds> prompt;  // shared by the n choices of a prompt and by the pool
   Sampling sampling;
+  std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();  // max: none
 };
 
 struct TokenLogprob {

@@ -37,7 +37,7 @@ ApiError FromStatus(const absl::Status& status) {
     case absl::StatusCode::kUnavailable:
       return {503, message, "", "unavailable", kRetryAfterSeconds};
     case absl::StatusCode::kDeadlineExceeded:
-      return {503, message, "", "timeout", kRetryAfterSeconds};
+      return {504, message, "", "deadline_exceeded", 0};
     default:
       return {500, message, "", "internal_error", 0};
   }
@@ -54,6 +54,8 @@ absl::Status ToStatus(const ApiError& error) {
       return absl::ResourceExhaustedError(message);
     case 503:
       return absl::UnavailableError(message);
+    case 504:
+      return absl::DeadlineExceededError(message);
     default:
       return error.http_status >= 500 ? absl::InternalError(message) : absl::InvalidArgumentError(message);
   }

@@ -40,7 +40,11 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
       head_(MakeHead(context, request_, request_id)),
       queue_(std::make_shared<EventQueue>(std::move(wake))),
       unfinished_(request_.num_sequences()),
-      deadline_(Clock::now() + context.silence_max) {
+      silent_at_(Clock::now() + context.silence_max),
+      late_at_(request_.timeout_s == 0
+                   ? Clock::time_point::max()
+                   : Clock::now() +
+                         std::chrono::milliseconds(static_cast<int64_t>(1e3 * double{request_.timeout_s}))) {
   context_.counters->generations.fetch_add(1);
   for (const PreparedPrompt& prompt : request_.prompts)
     context_.counters->prompt_tokens.fetch_add(prompt.ids->size());
@@ -56,7 +60,7 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
     sequences_.back().content = NewContent(index);
   }
   for (uint32_t index = 0; index < sequences_.size(); ++index) {
-    SequenceSpec spec{PromptOf(index).ids, request_.sampling};
+    SequenceSpec spec{PromptOf(index).ids, request_.sampling, late_at_};
     // Choices of a prompt differ; the same prompt draws the same numbers wherever it stands in a list.
     spec.sampling.seed += index % request_.n;
     sequences_[index].id = context_.pool->Start(std::move(spec), queue_->SinkFor(index));
@@ -85,8 +89,10 @@ ChoiceContent GenerateExchange::NewContent(uint32_t index) const {
 void GenerateExchange::Poll(Output* out) {
   std::vector<EventQueue::Item> items = queue_->Take();
   if (!items.empty()) {
-    deadline_ = Clock::now() + context_.silence_max;
-  } else if (!done_ && Clock::now() >= deadline_) {
+    silent_at_ = Clock::now() + context_.silence_max;
+  } else if (!done_ && Clock::now() >= late_at_) {
+    Fail({504, "the request was not through by its timeout_s", "", "deadline_exceeded", 0}, out);
+  } else if (!done_ && Clock::now() >= silent_at_) {
     Fail({503, "the cluster did not answer in time", "", "timeout", 1}, out);
   }
   for (EventQueue::Item& item : items) {
@@ -99,10 +105,7 @@ void GenerateExchange::Poll(Output* out) {
 void GenerateExchange::Take(uint32_t index, SequenceEvent event, Clock::time_point received, Output* out) {
   Sequence& sequence = sequences_[index];
   if (sequence.choice.finished()) return;  // an event that was on its way when the sequence was cancelled
-  if (event.finish == FinishReason::kError) {
-    sequence.timer.End(SequenceEnd::kError);
-    return Fail(FromStatus(event.error), out);
-  }
+  if (event.finish == FinishReason::kError) return Fail(FromStatus(event.error), out);
   const std::chrono::microseconds queue_time = event.queue_time;
 
   cached_tokens_ += event.cached_prompt_tokens;
@@ -193,9 +196,10 @@ void GenerateExchange::Finish(Output* out) {
 
 void GenerateExchange::Fail(const ApiError& error, Output* out) {
   done_ = true;
+  for (Sequence& sequence : sequences_) sequence.timer.End(SequenceEnd::kError);
   CancelAll();
   if (head_sent_) {
-    context_.counters->stream_errors.fetch_add(1);
+    if (error.http_status != 504) context_.counters->stream_errors.fetch_add(1);  // the client's own deadline
     AppendErrorEvent(error, &out->body);
     return;
   }

@@ -31,7 +31,7 @@ class GenerateExchange final : public Exchange {
                    const std::string& request_id, std::function<void()> wake);
   ~GenerateExchange() override;
   void Poll(Output* out) override;
-  std::chrono::steady_clock::time_point deadline() const override { return deadline_; }
+  std::chrono::steady_clock::time_point deadline() const override { return std::min(silent_at_, late_at_); }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -66,7 +66,7 @@ class GenerateExchange final : public Exchange {
   uint64_t cached_tokens_ = 0;
   bool head_sent_ = false;
   bool done_ = false;
-  std::chrono::steady_clock::time_point deadline_;
+  std::chrono::steady_clock::time_point silent_at_, late_at_;
 };
 
 // An answer that is known at once.

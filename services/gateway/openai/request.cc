@@ -191,6 +191,15 @@ void ReadStreamOptions(RequestFields* fields, GenerateRequest* request) {
   request->include_usage = usage.get<bool>();
 }
 
+void ReadTimeout(RequestFields* fields, float* timeout_s) {
+  if (fields->Find("timeout_s") == nullptr) return;
+  fields->Number("timeout_s", timeout_s);
+  if (!fields->failed() && !(*timeout_s > 0 && *timeout_s <= kTimeoutSecondsMax)) {
+    fields->Fail("timeout_s", StrCat("timeout_s: expected more than 0 and at most ", kTimeoutSecondsMax,
+                                     ", found ", *timeout_s));
+  }
+}
+
 // The text of one prompt or its ids, whichever it is; appends to `request`.
 void AddPrompt(const json& prompt, const GatewayModel& model, RequestFields* fields,
                GenerateRequest* request) {
@@ -338,6 +347,7 @@ std::variant<GenerateRequest, ApiError> ParseRequest(Endpoint endpoint, std::str
   ReadStreamOptions(&fields, &request);
   if (endpoint == Endpoint::kCompletions) fields.Bool("echo", &request.echo);
   fields.Bool("return_token_ids", &request.return_token_ids);
+  ReadTimeout(&fields, &request.timeout_s);
   ReadStops(&fields, &request.stops);
   ReadLogprobs(endpoint, &fields, &request.sampling);
   request.sampling.prompt_logprobs = request.echo && request.sampling.logprobs.has_value();

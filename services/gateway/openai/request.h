@@ -30,6 +30,7 @@ struct GenerateRequest {
   bool include_usage = false;
   bool echo = false;
   bool return_token_ids = false;
+  float timeout_s = 0;  // from its arrival until everything is generated; 0: none
   std::vector<std::string> stops;
   Sampling sampling;
 
@@ -41,6 +42,7 @@ inline constexpr size_t kSequencesPerRequestMax = 1024;
 inline constexpr size_t kStopStringsMax = 16;
 inline constexpr size_t kStopStringBytesMax = 1024;
 inline constexpr uint32_t kTopLogprobsMax = 20;
+inline constexpr int kTimeoutSecondsMax = 86'400;
 // Nested deeper than any real body; keeps recursive code about JSON values off the stack's end.
 inline constexpr int kJsonDepthMax = 64;
 

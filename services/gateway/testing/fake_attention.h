@@ -12,6 +12,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "proto/inference/inference.grpc.pb.h"
@@ -56,6 +57,8 @@ class FakeAttention final : public inference::v1::Attention::Service {
     const std::lock_guard lock(mutex_);
     for (const uint64_t name : names) prefixes_.emplace_back(name, held);
   }
+  // Says nothing any more, not even that it is alive, as a stopped process or one without a network.
+  void SetFrozen(bool frozen) { frozen_ = frozen; }
   // What every new sequence is answered with; OK: generation.
   void RefuseWith(grpc::StatusCode code) { refuse_ = code; }
   // What it says of its load.
@@ -93,12 +96,19 @@ class FakeAttention final : public inference::v1::Attention::Service {
     struct State {
       std::mutex mutex;
       std::map<uint64_t, Sequence> sequences;
+      uint64_t beat = 0;  // to answer
       bool done = false;
     } state;
     std::thread engine([&] {
       size_t told = 0;  // of prefixes_
       for (;;) {
         inference::v1::AttentionMessage message;
+        if (frozen_) {
+          const std::lock_guard lock(state.mutex);
+          if (state.done) return;
+          std::this_thread::sleep_for(std::chrono::microseconds(500));
+          continue;
+        }
         {
           const std::lock_guard lock2(mutex_);
           for (; told < prefixes_.size(); ++told) {
@@ -109,20 +119,23 @@ class FakeAttention final : public inference::v1::Attention::Service {
         {
           const std::lock_guard lock(state.mutex);
           if (state.done) return;
+          message.set_beat(std::exchange(state.beat, 0));
           for (auto entry = state.sequences.begin(); entry != state.sequences.end();) {
             const bool finished = Step(entry->second, &message);
             if (finished) --active_;
             entry = finished ? state.sequences.erase(entry) : std::next(entry);
           }
         }
-        if (message.events_size() + message.prefixes_size() > 0 && !stream->Write(message)) return;
+        if (message.ByteSizeLong() > 0 && !stream->Write(message)) return;
         std::this_thread::sleep_for(std::chrono::microseconds(500));
       }
     });
     inference::v1::GatewayMessage message;
     while (stream->Read(&message)) {
       const std::lock_guard lock(state.mutex);
-      if (message.has_submit()) {
+      if (message.has_beat()) {
+        state.beat = message.beat();
+      } else if (message.has_submit()) {
         ++submits_;
         ++active_;
         const uint64_t id = message.submit().request_id();
@@ -224,6 +237,7 @@ class FakeAttention final : public inference::v1::Attention::Service {
   std::vector<std::pair<uint64_t, bool>> prefixes_;  // guarded by mutex_
   std::atomic<uint32_t> hold_after_{1u << 30};
   std::atomic<grpc::StatusCode> refuse_{grpc::StatusCode::OK};
+  std::atomic<bool> frozen_{false};
   std::atomic<int> active_{0}, cancels_{0}, submits_{0};
   std::string address_;
   std::unique_ptr<grpc::Server> server_;
