@@ -1,6 +1,6 @@
 """A real Prometheus (Debian's) scrapes a real cluster under load: every panel's and every alert's query has data, the documented
 metrics are those that are shown, activations really travel over UCX, and members that come, go and die are followed."""
-import glob, http.client, json, math, os, re, shutil, subprocess, sys, tempfile, time, unittest, urllib.parse
+import glob, http.client, json, math, os, re, shutil, signal, subprocess, sys, tempfile, time, unittest, urllib.parse
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "e2e"))
 import harness
@@ -313,13 +313,18 @@ class Monitoring(unittest.TestCase):
         self.assertEqual(scaled.returncode, 0, scaled.stderr)
         self.assertTrue(wait_until(lambda: "attention 1" not in [member for member, _, _ in self.targets()], 10), self.targets())
         self.assertTrue(wait_until(lambda: "attention 1" not in self.up(), 15), self.up())
-        # A member that dies stays, down, and its alert begins; its peers count the lost connection.
-        os.kill(self.cluster.pids("expert")[2], 9)
+        # A member that dies stays, down, and its alert begins; its peers count the lost connection, and what they took over.
+        victim = self.cluster.pids("expert")[2]
+        os.kill(victim, signal.SIGSTOP)   # so that it surely has rows
+        time.sleep(0.5)
+        os.kill(victim, signal.SIGKILL)
         self.assertTrue(wait_until(lambda: self.up().get("expert 2") == 0, 15), self.up())
         pending = 'ALERTS{alertname="MinkeProcessDown", member="expert 2"}'
         self.assertTrue(wait_until(lambda: self.prometheus.query(pending), 10))
         lost = lambda: [v for _, v in self.prometheus.query('sum(minke:ucx_errors_total{job="minke-attention"})')]
         self.assertTrue(wait_until(lambda: lost()[0] >= 1, 15), lost())
+        for query in ('minke:failovers_total{kind="expert"} >= 1', "minke:redispatched_rows_total >= 1"):
+            self.assertTrue(wait_until(lambda: self.prometheus.query(query), 10), query)
         # Its series by unit go to those who take over.
         three = "count(count by (server) (minke:expert_rows_total)) == 2"
         self.assertTrue(wait_until(lambda: self.prometheus.query(three), 20))
@@ -359,6 +364,19 @@ class OneProcess(unittest.TestCase):
         self.assertGreater(total(page, "minke:expert_rows_total"), 0)
         samples = re.findall(r"^([\w:]+(?:\{.*\})?) \S+$", page, re.M)
         self.assertEqual(len(samples), len(set(samples)), "series that are there twice")
+
+    def test_an_attention_node_that_gates_by_itself_counts_where_rows_go(self):
+        with Cluster(MODEL, "--threads=1", "--routing=local", verb="serve") as cluster:
+            cluster.complete(prompt="ROMEO:", max_tokens=8, ignore_eos=True)
+            page = scrape(cluster.url[len("http://"):])
+        rows = total(page, "minke:dispatched_rows_total")
+        self.assertGreater(rows, 0)
+        self.assertEqual(total(page, "minke:router_rows_total"), 0)
+        self.assertEqual(total(page, "minke:fan_out_servers_count"), rows)
+        self.assertEqual(total(page, "minke:group_rows_total"), total(page, "minke:expert_rows_total"))
+        with open(os.path.join(MODEL, "config.json")) as f:
+            self.assertEqual(total(page, "minke:expert_selections_total"), rows * json.load(f)["num_experts_per_tok"])
+        self.assertIn('minke:balance_factor{layer="1",kind="expert"}', page)
 
 
 if __name__ == "__main__":
