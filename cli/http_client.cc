@@ -1,9 +1,9 @@
 #include "cli/http_client.h"
 
+#include <poll.h>
 #include <sys/socket.h>
-#include <sys/time.h>
 
-#include <boost/asio/connect.hpp>
+#include <boost/asio/error.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/beast/core.hpp>
@@ -20,24 +20,84 @@ namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = beast::http;
 using tcp = asio::ip::tcp;
+using boost::system::error_code;
 
-absl::Status Connect(const Url& url, absl::Duration timeout, tcp::socket& socket, asio::io_context& context) {
-  boost::system::error_code error;
-  const auto endpoints = tcp::resolver(context).resolve(url.host, url.port, error);
-  if (!error) asio::connect(socket, endpoints, error);
-  if (error)
+// A connection each wait of which ends: Asio's own blocking calls look at no timeout, SO_RCVTIMEO neither.
+class TimedStream {
+ public:
+  explicit TimedStream(absl::Duration timeout)
+      : timeout_ms_(static_cast<int>(absl::ToInt64Milliseconds(timeout))), socket_(context_) {}
+
+  absl::Status Connect(const Url& url) {
+    error_code error;
+    const auto endpoints = tcp::resolver(context_).resolve(url.host, url.port, error);
+    for (const auto& endpoint : endpoints) {
+      ConnectTo(endpoint.endpoint(), error);
+      if (!error) break;
+    }
+    if (!error) return absl::OkStatus();
     return absl::UnavailableError(StrCat("cannot reach ", url.host, ":", url.port, ": ", error.message()));
-  const timeval limit = absl::ToTimeval(timeout);
-  ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-  ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-  return absl::OkStatus();
-}
+  }
 
-absl::Status ReadError(const boost::system::error_code& error) {
+  // What Beast wants of a stream.
+  template <typename Buffers>
+  size_t read_some(const Buffers& buffers, error_code& error) {
+    return Try(POLLIN, error, [&] { return socket_.read_some(buffers, error); });
+  }
+  template <typename Buffers>
+  size_t write_some(const Buffers& buffers, error_code& error) {
+    return Try(POLLOUT, error, [&] { return socket_.write_some(buffers, error); });
+  }
+  // Named by Beast's requirements, and never called: they would throw.
+  template <typename Buffers>
+  size_t read_some(const Buffers& buffers);
+  template <typename Buffers>
+  size_t write_some(const Buffers& buffers);
+
+ private:
+  void ConnectTo(const tcp::endpoint& endpoint, error_code& error) {
+    socket_ = tcp::socket(context_);
+    socket_.open(endpoint.protocol(), error);
+    if (!error) socket_.non_blocking(true, error);
+    if (error) return;
+    if (::connect(socket_.native_handle(), endpoint.data(), static_cast<socklen_t>(endpoint.size())) == 0)
+      return;
+    int reason = errno;
+    if (reason == EINPROGRESS && Ready(POLLOUT, error)) {
+      socklen_t size = sizeof reason;
+      ::getsockopt(socket_.native_handle(), SOL_SOCKET, SO_ERROR, &reason, &size);
+    }
+    if (!error && reason != 0) error.assign(reason, boost::system::system_category());
+  }
+
+  bool Ready(short what, error_code& error) {
+    pollfd fd{socket_.native_handle(), what, 0};
+    if (::poll(&fd, 1, timeout_ms_) > 0) return true;
+    error = asio::error::timed_out;
+    return false;
+  }
+
+  template <typename Call>
+  size_t Try(short what, error_code& error, const Call& call) {
+    while (true) {
+      const size_t bytes = call();
+      if (error != asio::error::would_block && error != asio::error::try_again) return bytes;
+      error = {};
+      if (!Ready(what, error)) return 0;
+    }
+  }
+
+  const int timeout_ms_;
+  asio::io_context context_;
+  tcp::socket socket_;
+};
+
+absl::Status ReadError(const error_code& error) {
   return absl::UnavailableError(StrCat("the server stopped answering: ", error.message()));
 }
 
-// The message of an OpenAI error object, or the text itself.
+}  // namespace
+
 std::string ErrorText(const std::string& body) {
   const nlohmann::json json = nlohmann::json::parse(body, nullptr, false);
   if (json.is_object() && json.contains("error") && json["error"].is_object() &&
@@ -47,16 +107,15 @@ std::string ErrorText(const std::string& body) {
   return body;
 }
 
-}  // namespace
-
-absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout) {
-  asio::io_context context;
-  tcp::socket socket(context);
-  MK_RETURN_IF_ERROR(Connect(url, timeout, socket, context));
+absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout,
+                                   const std::string& api_key) {
+  TimedStream socket(timeout);
+  MK_RETURN_IF_ERROR(socket.Connect(url));
   http::request<http::empty_body> request{http::verb::get, target, 11};
   request.set(http::field::host, url.host);
   request.keep_alive(false);
-  boost::system::error_code error;
+  if (!api_key.empty()) request.set(http::field::authorization, "Bearer " + api_key);
+  error_code error;
   http::write(socket, request, error);
   if (error) return ReadError(error);
   beast::flat_buffer buffer;
@@ -69,16 +128,15 @@ absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, ab
 absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json,
                             const std::string& api_key, absl::Duration silence_max,
                             absl::FunctionRef<bool(const std::string&)> on_data) {
-  asio::io_context context;
-  tcp::socket socket(context);
-  MK_RETURN_IF_ERROR(Connect(url, silence_max, socket, context));
+  TimedStream socket(silence_max);
+  MK_RETURN_IF_ERROR(socket.Connect(url));
   http::request<http::string_body> request{http::verb::post, target, 11};
   request.set(http::field::host, url.host);
   request.set(http::field::content_type, "application/json");
   if (!api_key.empty()) request.set(http::field::authorization, "Bearer " + api_key);
   request.body() = json;
   request.prepare_payload();
-  boost::system::error_code error;
+  error_code error;
   http::write(socket, request, error);
   if (error) return ReadError(error);
 

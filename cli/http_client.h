@@ -14,7 +14,11 @@ struct HttpAnswer {
   int status = 0;
   std::string body;
 };
-absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout);
+// `timeout`: to connect, and between two pieces of the answer. `api_key`: empty for none.
+absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout,
+                                   const std::string& api_key = "");
+// The message of an OpenAI error object, or the text itself.
+std::string ErrorText(const std::string& body);
 
 // POSTs JSON and hands over each "data:" line of a 200 answer as it arrives; returning false ends the stream.
 // Another status: its body as the error's text. `silence_max`: between two pieces of the answer.

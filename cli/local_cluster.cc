@@ -94,6 +94,7 @@ LocalCluster::~LocalCluster() {
 absl::StatusOr<Url> LocalCluster::Start(int stop_fd) {
   MK_ASSIGN_OR_RETURN(directory_, MakeRunDirectory());
   addresses_.secret_file = directory_ + "/cluster-secret";
+  if (!flags_.operator_token_file.empty()) addresses_.operator_socket = directory_ + "/operator.sock";
   if (UsesEtcd(flags_) && flags_.etcd.empty()) MK_RETURN_IF_ERROR(StartEtcd());
   const auto add_all = [&](Role role, int count) {
     absl::Status status;
@@ -289,13 +290,37 @@ absl::StatusOr<ScaleAnswer> LocalCluster::Scale(Role role, int64_t count) {
     *answer.add_started() = members_.back().info;
   }
   for (const size_t index : plan.drain) {
-    Member& member = members_[index];
-    member.info.set_state(CHILD_STATE_DRAINING);
-    if (!member.process.ended) ::kill(member.process.pid, SIGTERM);
-    log::Info("up", StrCat("draining ", Named(member.info)));
-    *answer.add_draining() = member.info;
+    AskToLeave(members_[index]);
+    *answer.add_draining() = members_[index].info;
   }
   return answer;
+}
+
+absl::StatusOr<DrainAnswer> LocalCluster::Drain(Role role, int32_t pid) {
+  const StatusAnswer now = Status();
+  const std::vector<cluster::v1::Child> children(now.children().begin(), now.children().end());
+  MK_ASSIGN_OR_RETURN(const size_t index, PlanDrain(children, role, pid,
+                                                    {.etcd = UsesEtcd(flags_), .replicas = flags_.replicas}));
+  if (!ready_.load())
+    return absl::FailedPreconditionError("the cluster is still starting: try again once it is ready");
+  AskToLeave(members_[index]);
+  DrainAnswer answer;
+  *answer.mutable_draining() = members_[index].info;
+  return answer;
+}
+
+void LocalCluster::AskToLeave(Member& member) {
+  member.info.set_state(CHILD_STATE_DRAINING);
+  if (!member.process.ended) ::kill(member.process.pid, SIGTERM);
+  log::Info("up", StrCat("draining ", Named(member.info)));
+}
+
+absl::Status LocalCluster::LinkOperatorSocket(const std::string& path) const {
+  if (addresses_.operator_socket.empty()) return absl::OkStatus();
+  std::error_code error;
+  std::filesystem::create_symlink(path, addresses_.operator_socket, error);
+  return error ? absl::UnavailableError(StrCat(addresses_.operator_socket, ": ", error.message()))
+               : absl::OkStatus();
 }
 
 StatusAnswer LocalCluster::Status() const {

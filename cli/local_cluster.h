@@ -45,7 +45,10 @@ class LocalCluster {
   const std::string& targets_file() const { return targets_file_; }
 
   absl::StatusOr<cluster::v1::ScaleAnswer> Scale(Role role, int64_t count);
+  absl::StatusOr<cluster::v1::DrainAnswer> Drain(Role role, int32_t pid);
   cluster::v1::StatusAnswer Status() const;
+  // Where the operator's socket is: the gateway was told a name for it that is known before the HTTP port is.
+  absl::Status LinkOperatorSocket(const std::string& path) const;
 
  private:
   struct Member {
@@ -70,6 +73,7 @@ class LocalCluster {
   // What becomes of a member whose process has ended. OK: it may stay or was restarted.
   absl::Status OnEnd(Member& member, int status);
   void Restart(Member& member);
+  void AskToLeave(Member& member);
   void Schedule(Member& member, absl::Duration life, const std::string& what);
 
   const UpFlags flags_;

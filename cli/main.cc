@@ -10,6 +10,7 @@
 #include "cli/demo_command.h"
 #include "cli/plan_command.h"
 #include "cli/scale_command.h"
+#include "cli/top_command.h"
 #include "cli/up_command.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
@@ -52,6 +53,11 @@ int main(int argc, char** argv) {
     node::UnblockSignals();
     exit_code = Finish(cli::RunScale(scale_flags, std::cout));
   });
+
+  cli::TopFlags top_flags;
+  CLI::App* top = app.add_subcommand("top", "the cluster in a terminal, once a second");
+  cli::AddTopFlags(*top, top_flags);
+  top->callback([&] { exit_code = Finish(cli::RunTop(top_flags, std::cout)); });
 
   cli::DemoFlags demo_flags;
   CLI::App* demo = app.add_subcommand("demo", "start a cluster on a small model and stream a completion");

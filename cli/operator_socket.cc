@@ -101,6 +101,13 @@ class OperatorServer::Impl final : public cluster::v1::Operator::Service {
       return absl::OkStatus();
     }));
   }
+  grpc::Status Drain(grpc::ServerContext*, const cluster::v1::DrainRequest* request,
+                     cluster::v1::DrainAnswer* answer) override {
+    return rpc::ToGrpc(OnOwner([&]() -> absl::Status {
+      MK_ASSIGN_OR_RETURN(*answer, calls_.drain(*request));
+      return absl::OkStatus();
+    }));
+  }
   grpc::Status Status(grpc::ServerContext*, const cluster::v1::StatusRequest*,
                       cluster::v1::StatusAnswer* answer) override {
     return rpc::ToGrpc(OnOwner([&] {

@@ -1,5 +1,5 @@
-// How `minke scale` reaches the `minke up` of the same user: gRPC (proto/cluster/operator.proto) on a unix
-// socket that is named by the cluster's HTTP port.
+// How `minke scale` (and the gateway, services/gateway/operator_client) reaches the `minke up` of the same
+// user: gRPC (proto/cluster/operator.proto) on a unix socket that is named by the cluster's HTTP port.
 #pragma once
 
 #include <functional>
@@ -21,6 +21,7 @@ class OperatorServer {
  public:
   struct Calls {
     std::function<absl::StatusOr<cluster::v1::ScaleAnswer>(const cluster::v1::ScaleRequest&)> scale;
+    std::function<absl::StatusOr<cluster::v1::DrainAnswer>(const cluster::v1::DrainRequest&)> drain;
     std::function<cluster::v1::StatusAnswer()> status;
   };
   // Listens at `path`, for this user only. A socket there that nobody listens on is replaced; ALREADY_EXISTS

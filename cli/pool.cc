@@ -78,6 +78,26 @@ absl::StatusOr<ScalePlan> PlanScale(std::span<const cluster::v1::Child> children
   return plan;
 }
 
+absl::StatusOr<size_t> PlanDrain(std::span<const cluster::v1::Child> children, Role role, int32_t pid,
+                                 const PoolLimits& limits) {
+  const auto child = std::find_if(children.begin(), children.end(), [&](const cluster::v1::Child& candidate) {
+    return candidate.role() == role && candidate.pid() == pid && Stays(candidate.state());
+  });
+  const Pool* pool = Find(role);
+  if (pool == nullptr || child == children.end()) {
+    return absl::NotFoundError(StrCat(PoolName(role), ": no process of this minke up has pid ", pid));
+  }
+  if (role == cluster::v1::ROLE_GATEWAY) {
+    return absl::InvalidArgumentError("gateway: cannot be drained: nobody else listens on the HTTP port");
+  }
+  const auto staying =
+      std::count_if(children.begin(), children.end(), [role](const cluster::v1::Child& candidate) {
+        return candidate.role() == role && Stays(candidate.state());
+      });
+  MK_RETURN_IF_ERROR(CheckCount(*pool, staying - 1, limits));
+  return static_cast<size_t>(child - children.begin());
+}
+
 absl::Duration RestartPause::Next(absl::Duration life) {
   if (life >= kLongLife) next_ = kFirst;
   const absl::Duration pause = next_;

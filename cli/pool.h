@@ -41,6 +41,11 @@ struct ScalePlan {
 absl::StatusOr<ScalePlan> PlanScale(std::span<const cluster::v1::Child> children, Role role, int64_t count,
                                     const PoolLimits& limits);
 
+// Which child to ask to leave, as an index. NOT_FOUND: none that is to stay has that role and pid;
+// INVALID_ARGUMENT: the others would be too few.
+absl::StatusOr<size_t> PlanDrain(std::span<const cluster::v1::Child> children, Role role, int32_t pid,
+                                 const PoolLimits& limits);
+
 // How long to wait before the next start of a process that dies: twice as long each time, unless it lived for
 // a while.
 class RestartPause {

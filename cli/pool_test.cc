@@ -73,6 +73,33 @@ TEST(PlanScale, RoutersNeedEtcdOnlyForMoreThanOne) {
   EXPECT_TRUE(PlanScale(SomeCluster(), ROLE_ROUTER, 1, {}).ok());
 }
 
+TEST(PlanDrain, RefusesWhatCannotBeHad) {
+  std::vector<Child> children = SomeCluster();
+  for (size_t i = 0; i < children.size(); ++i) children[i].set_pid(static_cast<int>(100 + i));
+  const auto refusal = [&](Role role, int32_t pid, const PoolLimits& limits = {}) {
+    const auto plan = PlanDrain(children, role, pid, limits);
+    EXPECT_FALSE(plan.ok());
+    return std::string(plan.status().message());
+  };
+  EXPECT_EQ(refusal(ROLE_EXPERT, 99), "experts: no process of this minke up has pid 99");
+  EXPECT_THAT(refusal(ROLE_EXPERT, 103), HasSubstr("no process"));  // an attention node's
+  EXPECT_THAT(refusal(ROLE_EXPERT, 102), HasSubstr("no process"));  // has ended
+  EXPECT_THAT(refusal(ROLE_EXPERT, 106), HasSubstr("no process"));  // drains already
+  EXPECT_THAT(refusal(ROLE_UNSPECIFIED, 0), HasSubstr("no process"));
+  EXPECT_EQ(refusal(ROLE_ATTENTION, 103), "attention: expected at least 1, found 0");
+  EXPECT_THAT(refusal(ROLE_ROUTER, 100), HasSubstr("at least 1"));
+  EXPECT_THAT(refusal(ROLE_GATEWAY, 104), HasSubstr("cannot be drained"));
+  EXPECT_THAT(refusal(ROLE_EXPERT, 101, {.replicas = 3}), HasSubstr("--replicas (3), found 2"));
+}
+
+TEST(PlanDrain, FindsTheOneAsked) {
+  std::vector<Child> children = SomeCluster();
+  for (size_t i = 0; i < children.size(); ++i) children[i].set_pid(static_cast<int>(100 + i));
+  const auto plan = PlanDrain(children, ROLE_EXPERT, 105, {.replicas = 2});
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(*plan, 5u);
+}
+
 TEST(ParsePool, NamesOfWhatCanBeScaled) {
   EXPECT_THAT(ParsePool("gateway").status().message(), HasSubstr("cannot be scaled"));
   EXPECT_THAT(ParsePool("expert").status().message(), HasSubstr("found 'expert'"));

@@ -83,7 +83,9 @@ Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses
                 StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
                flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
                Unless(flags.model_name, "--model-name="),
-               Unless(flags.api_key_file, "--api-key-file=")});
+               Unless(flags.api_key_file, "--api-key-file="),
+               Unless(addresses.operator_socket, "--operator-socket="),
+               Unless(flags.operator_token_file, "--operator-token-file=")});
 }
 
 }  // namespace minke::cli

@@ -11,6 +11,7 @@ namespace minke::cli {
 // Where they find each other. What is set here stays the same when a process is started again, so that the
 // others find it where it was.
 struct LocalAddresses {
+  std::string operator_socket;  // empty: the gateway is not to use it
   std::string secret_file;
   std::string router;  // HOST:PORT, static registry: empty until the router has chosen its port
   std::string etcd;    // HOST:PORT[,...], etcd as registry

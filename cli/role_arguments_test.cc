@@ -46,6 +46,16 @@ TEST(RoleArguments, MembersNameTheRouterOrEtcd) {
   }
 }
 
+TEST(RoleArguments, TheGatewayOperatesOnlyWithATokenFile) {
+  EXPECT_THAT(GatewayArguments(kFlags, kStatic), Not(Contains(StartsWith("--operator"))));
+  UpFlags flags = kFlags;
+  flags.operator_token_file = "/run/tokens";
+  LocalAddresses addresses = kStatic;
+  addresses.operator_socket = "/run/operator.sock";
+  EXPECT_THAT(GatewayArguments(flags, addresses),
+              IsSupersetOf({"--operator-socket=/run/operator.sock", "--operator-token-file=/run/tokens"}));
+}
+
 TEST(RoleArguments, EveryValueIsGiven) {
   UpFlags flags = kFlags;
   flags.trace_file = "/tmp/trace.json";

@@ -27,6 +27,7 @@
 #include "services/experts/expert_service.h"
 #include "services/experts/metrics.h"
 #include "services/gateway/gateway.h"
+#include "services/gateway/self_reporter.h"
 #include "services/router/metrics.h"
 #include "services/router/router_service.h"
 
@@ -117,12 +118,18 @@ std::unique_ptr<OperatorServer> ServeOperator(LocalCluster& cluster, const Url& 
                                                  [&](const cluster::v1::ScaleRequest& request) {
                                                    return cluster.Scale(request.role(), request.count());
                                                  },
+                                             .drain =
+                                                 [&](const cluster::v1::DrainRequest& request) {
+                                                   return cluster.Drain(request.role(), request.pid());
+                                                 },
                                              .status = [&] { return cluster.Status(); }});
   if (!server.ok()) {
     log::Warning("up", StrCat("minke scale will not work: ", server.status().message()));
     return nullptr;
   }
   log::Info("up", StrCat("operator socket ", path));
+  if (const absl::Status linked = cluster.LinkOperatorSocket(path); !linked.ok())
+    log::Warning("up", StrCat("the console cannot scale or drain: ", linked.message()));
   return *std::move(server);
 }
 
@@ -175,6 +182,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.http.body_bytes_max = flags.body_max_bytes;
   gateway_options.api_key_file = flags.api_key_file;
   gateway_options.vllm_names = flags.vllm_names;
+  gateway_options.node_id = RandomNodeId();
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
   MK_ASSIGN_OR_RETURN(auto router,
                       router::RouterService::Start(
@@ -223,15 +231,18 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   });
   const absl::Cleanup no_metrics = [&] { gateway->AddMetrics(nullptr); };
   cluster::v1::MemberReport report;
-  report.mutable_member()->set_node_id(RandomNodeId().value);
+  report.mutable_member()->set_node_id(gateway->node_id().value);
+  report.mutable_member()->set_pid(static_cast<uint32_t>(::getpid()));
+  report.mutable_member()->set_rpc_address(gateway->rpc_address());
   report.mutable_member()->set_role(cluster::v1::ROLE_GATEWAY);
   report.mutable_member()->set_ready(true);
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));
   report.set_precision(std::string(ToString(precision)));
   const auto client = registry::Join(
       {.router = router->rpc_address()}, report,
-      [&gateway](const cluster::v1::ClusterUpdate& update) { gateway->UpdateView(update.view()); }, refused);
+      [&gateway](const cluster::v1::ClusterUpdate& update) { gateway->OnUpdate(update); }, refused);
   {
+    const gateway::SelfReporter self(*gateway, *client, report);
     ReadyWatch watch(Url{ReachableHost(flags.host), StrCat(gateway->port())}, on_ready);
     while (!signals.Wait(absl::Hours(1))) {
     }

@@ -90,6 +90,8 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--replicas", f.replicas, "servers per (layer, group)")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  app.add_option("--operator-token-file", f.operator_token_file,
+                 "tokens that may scale and drain from the console, one per line (default: nobody may)");
   app.add_flag("--supervise", f.supervise, "start what dies again");
   app.add_option("--attention-threads", f.attention_threads,
                  "compute threads of an attention node; 0: as --threads")

@@ -40,6 +40,7 @@ struct UpFlags {
   std::string model_name;
   std::string chat_template = "auto";
   std::string api_key_file;
+  std::string operator_token_file;  // up only
   std::string transport = "auto";
   std::string poll = "adaptive";
   int heartbeat_ms = 250;

@@ -13,7 +13,7 @@ ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "service
                "services/router/telemetry/")
 HEADERS = {  # third-party headers that stay in one place
     r"^(ucp|uct|ucs)/": ("libs/transport/ucx/",),
-    r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/attention/api/",
+    r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/gateway/operator_client/", "services/attention/api/",
                   "services/router/api/", "tests/", "services/gateway/gateway", "cli/operator_socket.cc"),
     r"^spdlog/": ("libs/base/",),
     r"^(cuda|cublas|nv)": ("libs/kernels/cuda/", "bench/gpu/"),  # CUDA's own headers

@@ -31,6 +31,23 @@ std::string NotReadyReason(const Members& members, const v1::PlacementRecord& re
 
 }  // namespace
 
+void AddStatuses(const Members& members, NodeId leader, v1::ClusterUpdate& update) {
+  update.set_leader(leader.value);
+  for (const auto& [id, report] : members) {
+    v1::MemberStatus* status = update.add_statuses();
+    status->set_node_id(id.value);
+    *status->mutable_load() = report.load();
+    *status->mutable_lost() = report.lost();
+  }
+}
+
+bool OnlyLoadDiffers(const v1::MemberReport& before, const v1::MemberReport& now) {
+  v1::MemberReport with_its_load = before;
+  *with_its_load.mutable_load() = now.load();
+  if (!now.has_load()) with_its_load.clear_load();
+  return with_its_load.SerializeAsString() == now.SerializeAsString();
+}
+
 v1::ClusterView MakeView(const Members& members, const v1::PlacementRecord& record) {
   v1::ClusterView view;
   *view.mutable_epoch() = record.epoch();

@@ -25,7 +25,8 @@ using cluster::v1::PlacementRecord;
 
 constexpr absl::Duration kGather = absl::Milliseconds(20);  // a starting cluster changes often
 constexpr absl::Duration kPause = absl::Milliseconds(200);  // after a report that could not be written
-constexpr int kModelTries = 3;                              // of agreeing while others change the same key
+constexpr absl::Duration kStatusesPeriod = absl::Milliseconds(900);  // members renew theirs once a second
+constexpr int kModelTries = 3;  // of agreeing while others change the same key
 
 NodeId ParseNodeId(std::string_view hex) {
   NodeId id;
@@ -65,6 +66,7 @@ struct EtcdRegistry::Impl {
   const EtcdOptions options;
   const Keys keys;
   const NodeId self;
+  const bool gateway;       // is told the members' statuses too
   const std::string model;  // what the cluster has to agree about
   const OnUpdate on_update;
   const OnRefused on_refused;
@@ -79,6 +81,7 @@ struct EtcdRegistry::Impl {
   bool registered ABSL_GUARDED_BY(mutex) = false;
   bool register_again ABSL_GUARDED_BY(mutex) = false;  // the lease or a key of ours is gone
   bool dirty ABSL_GUARDED_BY(mutex) = false;           // a view may have to be delivered
+  bool loads_dirty ABSL_GUARDED_BY(mutex) = false;     // of members, nothing else changed; gateways care
   bool outage ABSL_GUARDED_BY(mutex) = false;
   bool stop ABSL_GUARDED_BY(mutex) = false;
   std::unique_ptr<etcd::Lease> lease ABSL_GUARDED_BY(mutex);  // replaced by the member thread only
@@ -91,7 +94,8 @@ struct EtcdRegistry::Impl {
   // Mirror's thread.
   void OnChange(const etcd::Mirror::Change& change);
   void OnLost(const absl::Status& why);
-  void PutLocked(const etcd::KeyValue& kv) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
+  // Whether more than a member's load changed.
+  bool PutLocked(const etcd::KeyValue& kv) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
   void GoneLocked(const std::string& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
   void MemberGoneLocked(NodeId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
   void ChangedLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
@@ -115,6 +119,7 @@ EtcdRegistry::Impl::Impl(EtcdOptions options_in, MemberReport report_in, OnUpdat
     : options(std::move(options_in)),
       keys(options.cluster),
       self{report_in.member().node_id()},
+      gateway(report_in.member().role() == cluster::v1::ROLE_GATEWAY),
       model(StrCat(report_in.model_fingerprint(), " ", report_in.precision())),
       on_update(std::move(on_update)),
       on_refused(std::move(on_refused)),
@@ -131,21 +136,25 @@ void EtcdRegistry::Impl::MemberGoneLocked(NodeId id) {
   }
 }
 
-void EtcdRegistry::Impl::PutLocked(const etcd::KeyValue& kv) {
+bool EtcdRegistry::Impl::PutLocked(const etcd::KeyValue& kv) {
   if (kv.key.starts_with(keys.members)) {
     const NodeId id = ParseNodeId(std::string_view(kv.key).substr(keys.members.size()));
     MemberReport member;
     if (id == NodeId{} || !member.ParseFromString(kv.value) || member.member().node_id() != id.value) {
       log::Warning("registry", StrCat("key=", kv.key, " is no member's report; it does not count"));
-      return;
+      return false;
     }
-    kept.erase(id);
-    state.members[id] = std::move(member);
+    const bool was_kept = kept.erase(id) > 0;
+    const auto [it, fresh] = state.members.try_emplace(id);
+    const bool only_load = !fresh && !was_kept && cluster::OnlyLoadDiffers(it->second, member);
+    it->second = std::move(member);
+    loads_dirty = true;
+    return !only_load;
   } else if (kv.key == keys.placement) {
     PlacementRecord record;
     if (!record.ParseFromString(kv.value)) {
       log::Warning("registry", StrCat("key=", kv.key, " is no placement; the last one stays"));
-      return;
+      return false;
     }
     state.record = std::move(record);
     state.record_revision = kv.mod_revision;
@@ -153,7 +162,9 @@ void EtcdRegistry::Impl::PutLocked(const etcd::KeyValue& kv) {
     state.leader = ParseNodeId(kv.value);
     state.leader_revision = kv.create_revision;
     state.leader_lease = kv.lease;
+    loads_dirty = true;
   }
+  return true;
 }
 
 void EtcdRegistry::Impl::GoneLocked(const std::string& key) {
@@ -191,9 +202,10 @@ void EtcdRegistry::Impl::OnChange(const etcd::Mirror::Change& change) {
       if (registered && !there.contains(keys.Member(self))) register_again = true;
       state.synced = true;
     }
-    for (const etcd::KeyValue& kv : change.put) PutLocked(kv);
+    bool changed = change.snapshot || !change.deleted.empty();
+    for (const etcd::KeyValue& kv : change.put) changed |= PutLocked(kv);
     for (const std::string& key : change.deleted) GoneLocked(key);
-    ChangedLocked();
+    if (changed) ChangedLocked();
   }
   if (back) log::Info("registry", "etcd is back");
 }
@@ -315,13 +327,16 @@ ClusterUpdate EtcdRegistry::Impl::UpdateLocked() const {
 void EtcdRegistry::Impl::Deliver() {
   SetThreadName("registry-view");
   std::string last;
+  absl::Time last_statuses = absl::InfinitePast();
   while (true) {
     {
       const MutexLock lock(mutex);
       const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return stop || dirty; };
-      if (kept.empty()) {
-        mutex.Await(due);
-      } else if (!mutex.AwaitFor(std::max(keep_until - absl::Now(), absl::ZeroDuration()), due)) {
+      absl::Duration patience = absl::Hours(1);
+      if (!kept.empty()) patience = std::max(keep_until - absl::Now(), absl::ZeroDuration());
+      if (gateway) patience = std::min(patience, kStatusesPeriod);
+      const bool in_time = mutex.AwaitFor(patience, due);
+      if (!in_time && !kept.empty() && absl::Now() >= keep_until) {
         for (const NodeId id : kept) state.members.erase(id);
         kept.clear();
         ChangedLocked();
@@ -329,7 +344,7 @@ void EtcdRegistry::Impl::Deliver() {
       if (stop) return;
     }
     absl::SleepFor(kGather);
-    ClusterUpdate update;
+    ClusterUpdate update, statuses;
     {
       const MutexLock lock(mutex);
       if (stop) return;
@@ -337,10 +352,20 @@ void EtcdRegistry::Impl::Deliver() {
       // Nothing before a place in the cluster is sure.
       if (!registered || (state.version == 0)) continue;
       update = UpdateLocked();
+      if (gateway && loads_dirty && absl::Now() - last_statuses >= kStatusesPeriod) {
+        loads_dirty = false;
+        last_statuses = absl::Now();
+        cluster::AddStatuses(state.members, state.leader, statuses);
+      }
     }
     std::string bytes = update.SerializeAsString();
-    if (bytes == last) continue;
+    if (bytes == last) {
+      if (statuses.statuses_size() == 0) continue;
+      update.clear_view();
+      update.clear_assigned();
+    }
     last = std::move(bytes);
+    update.MergeFrom(statuses);
     on_update(update);
   }
 }

@@ -27,7 +27,8 @@ struct RegistryAddress {
 // Thread-safe.
 class Registry {
  public:
-  // Called on the registry's own thread with every update that carries a view.
+  // Called on the registry's own thread with every update that carries a view; for gateways also with those
+  // that carry the members' statuses only.
   using OnUpdate = std::function<void(const cluster::v1::ClusterUpdate&)>;
   // Called when the cluster refuses this process for good (another model or precision). May end the process.
   using OnRefused = std::function<void(const absl::Status&)>;

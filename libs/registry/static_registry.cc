@@ -80,7 +80,7 @@ grpc::Status StaticRegistry::Impl::RunOnce(Membership::Stub& stub) {
     connected.store(true);
     heard_ms.store(absl::ToUnixMillis(absl::Now()));
     if (update.lease_ms() > 0) lease_ms.store(update.lease_ms());
-    if (update.has_view()) on_update(update);
+    if (update.has_view() || update.statuses_size() > 0) on_update(update);
   }
   connected.store(false);
   done.store(true);

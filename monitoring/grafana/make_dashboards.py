@@ -251,7 +251,7 @@ CAPACITY = dashboard(
         lines("Weights", [("minke:expert_weight_bytes{%s}" % C, "{{member}}")], "Packed, of the units hosted", "bytes"),
         lines("Loading a unit, mean", [("sum by (source) (minke:unit_load_seconds_sum{%s}) / sum by (source) (minke:unit_load_seconds_count{%s})" % (C, C), "from {{source}}")],
               "Since the servers' starts", "s"),
-        lines("Weights between servers", [(rate("minke:unit_bytes_moved_total", "direction"), "{{direction}}")], "Packed units that servers take from each other", "Bps")),
+        lines("Weights between servers", [(rate("minke:unit_exchange_bytes_total", "direction"), "{{direction}}")], "Packed units that servers take from each other", "Bps")),
     row("Gateways and hosts",
         lines("Gateway fill", [("minke:gateway_sequences{%s} / minke:gateway_sequences_max{%s}" % (C, C), "{{member}}")], "Sequences held, of those it may hold; beyond: 429", "percentunit"),
         lines("HTTP connections", [("minke:gateway_connections{%s}" % C, "{{member}}")], "", "none"),

@@ -1,5 +1,7 @@
 #include "services/attention/attention_service.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "absl/strings/str_format.h"
@@ -8,6 +10,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
+#include "libs/cluster/rate_meter.h"
 #include "libs/cluster/view.h"
 #include "libs/collective/local_group.h"
 #include "services/attention/layers/cpu_attention_model.h"
@@ -42,6 +45,17 @@ std::map<NodeId, std::string> RoutersOf(const cluster::v1::ClusterView& view) {
     if (router != all.end() && !member.draining()) staying.insert(*router);
   }
   return staying.empty() ? all : staying;
+}
+
+// How busy the node is; renewed every second.
+void UpdateLoad(const EngineStatus& status, cluster::RateMeter& meter, cluster::v1::MemberLoad& load) {
+  if (!meter.Begin(absl::Now())) return;
+  load.set_running(static_cast<uint32_t>(status.running));
+  load.set_waiting(static_cast<uint32_t>(status.waiting));
+  load.set_cache_pages_used(static_cast<uint32_t>(status.pages_used));
+  load.set_cache_pages_total(static_cast<uint32_t>(status.pages_total));
+  load.set_tokens_per_s(meter.PerSecond(status.generated_tokens));
+  load.set_redispatched_rows(status.redispatched_rows);
 }
 
 absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<const Checkpoint>& checkpoint,
@@ -113,6 +127,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->self_.set_node_id(transport->self().value);
   service->self_.set_role(cluster::v1::ROLE_ATTENTION);
   service->self_.set_data_address(transport->address());
+  service->self_.set_pid(static_cast<uint32_t>(::getpid()));
   service->giver_ = std::make_unique<WeightGiver>(
       IdentityOf(*checkpoint, o), NewWeightsGroup,
       [raw = model.get()](const std::string& group, const std::atomic<bool>& stop) {
@@ -153,8 +168,11 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   };
   service->client_ = registry::Join(o.registry, report, on_update, o.on_refused);
   service->watch_thread_ = std::thread([raw = service.get(), report]() mutable {
+    cluster::RateMeter meter;
     while (!raw->stop_.load()) {
-      const bool ready = raw->engine_->status().connected, draining = raw->draining_.load();
+      const EngineStatus status = raw->engine_->status();
+      const bool ready = status.connected, draining = raw->draining_.load();
+      UpdateLoad(status, meter, *report.mutable_load());
       report.mutable_member()->set_ready(ready);
       report.mutable_member()->set_draining(draining);
       report.mutable_member()->set_detail(ready ? "" : "connecting to the data plane");

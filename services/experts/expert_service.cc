@@ -1,5 +1,7 @@
 #include "services/experts/expert_service.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "absl/strings/str_format.h"
@@ -41,6 +43,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   self.set_node_id(transport->self().value);
   self.set_role(cluster::v1::ROLE_EXPERT);
   self.set_data_address(transport->address());
+  self.set_pid(static_cast<uint32_t>(::getpid()));
   MK_ASSIGN_OR_RETURN(service->backend_,
                       MakeBackend(*service->checkpoint_,
                                   {.device = o.device, .format = o.experts_format, .precision = o.precision},
@@ -74,6 +77,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
 cluster::v1::MemberReport ExpertService::ReportLocked() const {
   cluster::v1::MemberReport report;
   *report.mutable_member() = self_;
+  *report.mutable_load() = load_;
   report.mutable_member()->set_ready(!assigned_.empty() && to_load_.empty() && failed_.empty());
   if (!failed_.empty()) {
     report.mutable_member()->set_detail(StrCat(failed_.size(), " units could not be loaded"));
@@ -165,12 +169,15 @@ absl::StatusOr<std::shared_ptr<const UnitWeights>> ExpertService::Load(UnitId un
   const auto timed = [&](UnitSource from, auto&& load) {
     const absl::Time begin = absl::Now();
     absl::StatusOr<std::shared_ptr<const UnitWeights>> weights = load();
+    if (absl::IsCancelled(weights.status())) return weights;
     const absl::Duration took = absl::Now() - begin;
-    if (!absl::IsCancelled(weights.status()))
-      sources_->Record(from, weights.ok() ? (*weights)->bytes() : 0, took);
-    const MutexLock lock(mutex_);
-    loaded_[static_cast<size_t>(from)] += weights.ok();
-    if (weights.ok()) loading_time_[static_cast<size_t>(from)] += took;
+    sources_->Record(from, weights.ok() ? (*weights)->bytes() : 0, took);
+    if (weights.ok()) {
+      const MutexLock lock(mutex_);
+      ExpertServiceStatus::Loads& loads = loaded_[static_cast<size_t>(from)];
+      ++loads.units;
+      loads.time += took;
+    }
     return weights;
   };
   if (source == UnitSource::kReplica) {
@@ -215,7 +222,7 @@ bool ExpertService::LoadNext() {
     int64_t all = 0;
     for (const auto& [hosted, size] : hosted_) all += size;
     const auto from = [&](UnitSource source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-      return absl::StrFormat("%d (%.2f GB/s)", loaded_[static_cast<size_t>(source)],
+      return absl::StrFormat("%d (%.2f GB/s)", loaded_[static_cast<size_t>(source)].units,
                              sources_->bytes_per_s(source) / 1e9);
     };
     log::Info("experts", StrCat("hosting units=", hosted_.size(), " packed_bytes=", all,
@@ -246,13 +253,35 @@ ExpertServiceStatus ExpertService::status() const {
                              .loading = std::ssize(to_load_),
                              .failed = std::ssize(failed_),
                              .retiring = std::ssize(retiring_),
-                             .loaded = loaded_,
-                             .loading_time = loading_time_};
+                             .loaded = loaded_};
   for (const auto& [unit, bytes] : hosted_) {
     status.hosted.push_back(unit);
     status.hosted_bytes += bytes;
   }
   return status;
+}
+
+void ExpertService::UpdateLoad() {
+  if (!meter_.Begin(absl::Now())) return;
+  const ExpertEngineStatus status = engine_->status();
+  cluster::v1::MemberLoad load;
+  load.set_rows_per_s(meter_.PerSecond(status.rows));
+  load.set_queued_rows(static_cast<uint32_t>(std::min<int64_t>(status.queued_rows, UINT32_MAX)));
+  const ExpertEngineCounters& counters = engine_->counters();
+  const ModelConfig& config = checkpoint_->config();
+  for (const int32_t layer : config.MoeLayers()) {
+    uint64_t rows = 0;
+    for (int32_t group = 0; group < config.placement_groups(); ++group) {
+      rows += counters.UnitRows({static_cast<uint32_t>(layer), static_cast<uint32_t>(group)})
+                  .load(std::memory_order_relaxed);
+    }
+    load.add_layer_rows_per_s(meter_.PerSecond(rows));
+  }
+  if (load.rows_per_s() == 0) load.clear_layer_rows_per_s();
+  const MutexLock lock(mutex_);
+  if (load.SerializeAsString() == load_.SerializeAsString()) return;
+  load_ = std::move(load);
+  report_due_ = true;
 }
 
 void ExpertService::LoadLoop() {
@@ -268,6 +297,7 @@ void ExpertService::LoadLoop() {
       mutex_.AwaitFor(kRetirePeriod, due);
       if (stop_) return;
     }
+    UpdateLoad();
     const bool loaded = LoadNext();
     if (!loaded) engine_->exchange().Rest();
     const bool retired = RetireNext();

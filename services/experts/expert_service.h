@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "libs/base/mutex.h"
 #include "libs/base/thread_pool.h"
+#include "libs/cluster/rate_meter.h"
 #include "libs/cluster/replica_set.h"
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
@@ -49,9 +50,12 @@ struct ExpertServiceStatus {
   std::vector<UnitId> hosted;
   int64_t hosted_bytes = 0;  // packed weights
   int64_t loading = 0, failed = 0,
-          retiring = 0;             // units to load; that could not be; hosted, about to be let go
-  std::array<int64_t, 2> loaded{};  // by UnitSource, since the start
-  std::array<absl::Duration, 2> loading_time{};  // of those
+          retiring = 0;  // units to load; that could not be; hosted, about to be let go
+  struct Loads {
+    uint64_t units = 0;  // since the start
+    absl::Duration time;
+  };
+  std::array<Loads, 2> loaded;  // by UnitSource
 };
 
 class ExpertService {
@@ -64,11 +68,6 @@ class ExpertService {
   ~ExpertService();
   ExpertEngine& engine() { return *engine_; }
   ExpertServiceStatus status() const;
-  // Units loaded since the start. Any thread.
-  int64_t units_loaded(UnitSource source) const {
-    const MutexLock lock(mutex_);
-    return loaded_[static_cast<size_t>(source)];
-  }
 
   // Asks the others to take over what is hosted here, and waits until they have. DEADLINE_EXCEEDED if they
   // have not within `limit`; FAILED_PRECONDITION at once if nobody is there to do it; CANCELLED once
@@ -87,6 +86,8 @@ class ExpertService {
                                                                      const UnitExchange::Giver& giver);
   std::optional<UnitExchange::Giver> GiverOf(UnitId unit);
   bool RetireNext();
+  // How busy the server is; renewed every second, and reported if it has changed.
+  void UpdateLoad();
   cluster::v1::MemberReport ReportLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   std::shared_ptr<const Checkpoint> checkpoint_;  // shared with the process's other roles
@@ -97,12 +98,13 @@ class ExpertService {
   std::unique_ptr<rpc::GrpcServer> server_;
   std::unique_ptr<registry::Registry> client_;
   std::thread engine_thread_, load_thread_;
+  cluster::RateMeter meter_;            // of the loader's thread
   std::optional<UnitSources> sources_;  // the loader's
 
   mutable Mutex mutex_;
-  std::array<int64_t, 2> loaded_ ABSL_GUARDED_BY(mutex_){};               // by UnitSource
-  std::array<absl::Duration, 2> loading_time_ ABSL_GUARDED_BY(mutex_){};  // of those
+  std::array<ExpertServiceStatus::Loads, 2> loaded_ ABSL_GUARDED_BY(mutex_);  // by UnitSource
   cluster::v1::Member self_ ABSL_GUARDED_BY(mutex_);
+  cluster::v1::MemberLoad load_ ABSL_GUARDED_BY(mutex_);
   std::deque<UnitId> to_load_ ABSL_GUARDED_BY(mutex_);
   std::set<UnitId> assigned_ ABSL_GUARDED_BY(mutex_);
   std::map<UnitId, int64_t> hosted_ ABSL_GUARDED_BY(mutex_);                // bytes

@@ -67,18 +67,18 @@ void CollectMetrics(ExpertService& service, telemetry::Page& page) {
   page.Gauge("minke:expert_weight_bytes", "Packed weights of the hosted units",
              static_cast<double>(status.hosted_bytes));
   for (const auto& [source, name] :
-       {std::pair{UnitSource::kCheckpoint, "checkpoint"}, {UnitSource::kReplica, "replica"}}) {
-    const auto i = static_cast<size_t>(source);
-    page.Summary("minke:unit_load_seconds", "Loading a unit", absl::ToDoubleSeconds(status.loading_time[i]),
-                 static_cast<uint64_t>(status.loaded[i]), {{"source", name}});
+       {std::pair{UnitSource::kCheckpoint, "checkpoint"}, std::pair{UnitSource::kReplica, "replica"}}) {
+    const ExpertServiceStatus::Loads& loads = status.loaded[static_cast<size_t>(source)];
+    page.Summary("minke:unit_load_seconds", "Loading a unit", absl::ToDoubleSeconds(loads.time), loads.units,
+                 {{"source", name}});
   }
-  const UnitExchangeCounters moved = service.engine().exchange().counters();
-  const auto bytes = [&](const char* direction, uint64_t count) {
-    page.Counter("minke:unit_bytes_moved_total", "Packed weights from and to other expert servers",
-                 static_cast<double>(count), {{"direction", direction}});
+  const UnitExchangeCounters exchange = service.engine().exchange().counters();
+  const auto moved = [&](const char* direction, uint64_t bytes) {
+    page.Counter("minke:unit_exchange_bytes_total", "Packed weights from and to other expert servers",
+                 static_cast<double>(bytes), {{"direction", direction}});
   };
-  bytes("fetched", moved.bytes_fetched);
-  bytes("given", moved.bytes_given);
+  moved("fetched", exchange.bytes_fetched);
+  moved("given", exchange.bytes_given);
 }
 
 }  // namespace minke::experts

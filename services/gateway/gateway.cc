@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/model/config.h"
@@ -16,6 +17,10 @@
 #include "proto/cluster/cluster.pb.h"
 #include "services/gateway/api/grpc_api.h"
 #include "services/gateway/attention_client/status_poller.h"
+#include "services/gateway/cluster_view/cluster_feed.h"
+#include "services/gateway/cluster_view/cluster_monitor.h"
+#include "services/gateway/cluster_view/metered_pool.h"
+#include "services/gateway/console/console_handler.h"
 #include "services/gateway/http/api_keys.h"
 #include "services/gateway/metrics/gateway_metrics.h"
 #include "services/gateway/metrics/vllm_names.h"
@@ -84,7 +89,10 @@ class Gateway::Impl {
       : options_(std::move(options)),
         model_(std::move(model)),
         counters_(model_.context_length),
-        admission_(options_.sequences_max) {}
+        admission_(options_.sequences_max),
+        meter_(TrafficMeter::Clock::now()),
+        monitor_(std::make_shared<ClusterMonitor>(&counters_)),
+        feed_(std::make_shared<ClusterFeed>([this] { return ClusterJson(); })) {}
 
   ~Impl() {
     Shutdown(std::chrono::milliseconds(0));
@@ -103,19 +111,21 @@ class Gateway::Impl {
       pool_connected_ = connected;
       Refresh();
     });
-    const GenerateContext context{&model_, pool_.get(), &counters_, options_.silence_max};
+    metered_pool_ = std::make_unique<MeteredPool>(pool_.get(), &meter_);
+    const GenerateContext context{&model_, metered_pool_.get(), &counters_, options_.silence_max};
     const auto not_ready_reason = [this] { return NotReadyReason(); };
     const auto refusal_reason = [this] { return RefusalReason(); };
     handler_ = std::make_unique<OpenAiHandler>(
         OpenAiHandler::Options{context, &admission_, keys, not_ready_reason, refusal_reason,
                                [this] { return Metrics(); }, static_cast<int64_t>(std::time(nullptr))});
+    MK_RETURN_IF_ERROR(MakeConsole(keys));
     if (options_.vllm_names) poller_ = std::make_unique<StatusPoller>();
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
       MK_ASSIGN_OR_RETURN(grpc,
                           GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, refusal_reason}));
     }
-    MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, handler_.get()));
+    MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, console_.get()));
     {
       const std::lock_guard lock(mutex_);
       grpc_ = std::move(grpc);
@@ -125,7 +135,12 @@ class Gateway::Impl {
     return absl::OkStatus();
   }
 
-  void UpdateView(const cluster::v1::ClusterView& view) {
+  void OnUpdate(const cluster::v1::ClusterUpdate& update) {
+    monitor_->OnUpdate(update, absl::Now());
+    if (update.has_view()) TakeView(update.view());
+  }
+
+  void TakeView(const cluster::v1::ClusterView& view) {
     std::vector<AttentionNode> nodes;
     for (const cluster::v1::Member& member : view.members()) {
       if (member.role() == cluster::v1::ROLE_ATTENTION)
@@ -164,7 +179,7 @@ class Gateway::Impl {
 
   std::string Metrics() const {
     telemetry::Page page;
-    telemetry::CollectProcess("gateway", options_.node, page);
+    telemetry::CollectProcess("gateway", ToString(options_.node_id), page);
     CollectMetrics(model_.name, counters_, page);
     page.Gauge("minke:gateway_ready", "Whether requests can be served", NotReadyReason().empty() ? 1 : 0);
     page.Gauge("minke:gateway_sequences", "Sequences held", static_cast<double>(admission_.active()));
@@ -191,6 +206,7 @@ class Gateway::Impl {
   }
 
   void Shutdown(std::chrono::milliseconds grace) {
+    feed_->Stop();  // those who watch would keep it open
     const auto deadline = std::chrono::steady_clock::now() + grace;
     if (http_ != nullptr) http_->Shutdown(grace);
     if (grpc_ != nullptr) {
@@ -200,6 +216,11 @@ class Gateway::Impl {
     }
   }
 
+  ClusterMonitor& monitor() { return *monitor_; }
+  NodeId node_id() const { return options_.node_id; }
+  std::string rpc_address() const {
+    return grpc_port() == 0 ? "" : StrCat(HostOf(options_.grpc_listen), ":", grpc_port());
+  }
   const HttpServer& http() const { return *http_; }
   int connections() const {
     const std::lock_guard lock(mutex_);
@@ -210,6 +231,35 @@ class Gateway::Impl {
   const Admission& admission() const { return admission_; }
 
  private:
+  absl::Status MakeConsole(const ApiKeys& keys) {
+    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys, .feed = feed_, .monitor = monitor_};
+    if (options_.operator_socket.empty() != options_.operator_token_file.empty()) {
+      return absl::InvalidArgumentError(
+          StrCat("--operator-socket and --operator-token-file: expected both or neither, found only ",
+                 options_.operator_socket.empty() ? "--operator-token-file" : "--operator-socket"));
+    }
+    if (!options_.operator_socket.empty()) {
+      MK_ASSIGN_OR_RETURN(console.operator_tokens,
+                          ApiKeys::Load(options_.operator_token_file, "operator token"));
+      console.operator_client = std::make_shared<OperatorClient>(options_.operator_socket);
+    }
+    console_ = std::make_unique<ConsoleHandler>(std::move(console));
+    return absl::OkStatus();
+  }
+
+  std::string ClusterJson() {
+    return ToJson(monitor_->Snapshot(absl::Now()), {.id = options_.node_id,
+                                                    .version = MK_VERSION,
+                                                    .model = model_.name,
+                                                    .context_length = model_.context_length,
+                                                    .chat = model_.chat_template.has_value(),
+                                                    .registry = options_.registry,
+                                                    .operated = !options_.operator_socket.empty(),
+                                                    .not_ready_reason = NotReadyReason(),
+                                                    .sequences = admission_.active(),
+                                                    .traffic = meter_.Summarise(TrafficMeter::Clock::now())});
+  }
+
   // Recomputes readiness; says so when it changes.
   void Refresh() {
     const std::lock_guard lock(mutex_);
@@ -235,6 +285,9 @@ class Gateway::Impl {
   const GatewayModel model_;
   GatewayCounters counters_;
   Admission admission_;
+  TrafficMeter meter_;
+  const std::shared_ptr<ClusterMonitor> monitor_;  // shared with calls of the operator
+  const std::shared_ptr<ClusterFeed> feed_;        // shared with the streams
   std::atomic<bool> pool_connected_{false}, draining_{false};
   mutable std::mutex mutex_;
   bool view_ready_ = false;                              // guarded by mutex_
@@ -248,15 +301,27 @@ class Gateway::Impl {
   // Destroyed bottom up: the servers first, then the pool they use.
   std::unique_ptr<StatusPoller> poller_;  // null: nobody asks for the cluster's load
   std::unique_ptr<AttentionPool> pool_;
+  std::unique_ptr<MeteredPool> metered_pool_;
   std::unique_ptr<OpenAiHandler> handler_;
+  std::unique_ptr<ConsoleHandler> console_;
   std::unique_ptr<HttpServer> http_;
   std::unique_ptr<GrpcApi> grpc_;  // set once, under mutex_
 };
 
 Gateway::Gateway(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Gateway::~Gateway() { Shutdown(std::chrono::milliseconds(0)); }
-void Gateway::UpdateView(const cluster::v1::ClusterView& view) { impl_->UpdateView(view); }
 void Gateway::AddMetrics(telemetry::Collector collector) { impl_->AddMetrics(std::move(collector)); }
+void Gateway::OnUpdate(const cluster::v1::ClusterUpdate& update) { impl_->OnUpdate(update); }
+void Gateway::SetRegistryConnected(bool connected) {
+  impl_->monitor().SetRegistryConnected(connected, absl::Now());
+}
+void Gateway::UpdateView(const cluster::v1::ClusterView& view) {
+  cluster::v1::ClusterUpdate update;
+  *update.mutable_view() = view;
+  impl_->OnUpdate(update);
+}
+NodeId Gateway::node_id() const { return impl_->node_id(); }
+std::string Gateway::rpc_address() const { return impl_->rpc_address(); }
 int Gateway::port() const { return impl_->http().port(); }
 int Gateway::grpc_port() const { return impl_->grpc_port(); }
 std::string Gateway::not_ready_reason() const { return impl_->NotReadyReason(); }

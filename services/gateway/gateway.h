@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "absl/status/statusor.h"
+#include "libs/base/ids.h"
 #include "libs/telemetry/metrics_server.h"
 #include "services/gateway/attention_client/attention_pool.h"
 #include "services/gateway/generation/admission.h"
@@ -17,8 +18,9 @@
 #include "services/gateway/http/server.h"
 
 namespace minke::cluster::v1 {
+class ClusterUpdate;
 class ClusterView;
-}
+}  // namespace minke::cluster::v1
 
 namespace minke::gateway {
 
@@ -32,8 +34,12 @@ struct GatewayOptions {
   // not at all.
   std::chrono::milliseconds unready_wait{0};
   AttentionPoolOptions attention;
-  std::string node;         // this process's node id, as /metrics names it
   bool vllm_names = false;  // /metrics also shows the cluster under the names of vLLM's metrics
+  // The cluster's view and the console (docs/console.md).
+  NodeId node_id;                   // of this gateway in the registry
+  std::string registry = "static";  // for people
+  // Both or neither: where `minke up` can be asked to scale and to drain, and the tokens that callers need.
+  std::string operator_socket, operator_token_file;
 };
 
 // The checkpoint as a gateway needs it: config.json, and the tokenizer where there is one.
@@ -49,7 +55,11 @@ class Gateway {
   static absl::StatusOr<std::unique_ptr<Gateway>> Create(GatewayOptions options, GatewayModel model);
   ~Gateway();  // Shutdown(0) if it was not called
 
-  // The cluster as the router sees it; from any thread. Logs `ready` with the address when it becomes so.
+  // What the registry tells; from one thread at a time. Logs `ready` with the address when it becomes so.
+  void OnUpdate(const cluster::v1::ClusterUpdate& update);
+  // Whether the registry answers, for people; from any thread.
+  void SetRegistryConnected(bool connected);
+  // An update that is a view only.
   void UpdateView(const cluster::v1::ClusterView& view);
 
   // What /metrics shows besides the gateway's own; for `minke serve`, whose other roles have no server of
@@ -58,6 +68,8 @@ class Gateway {
 
   int port() const;       // HTTP
   int grpc_port() const;  // 0: no gRPC API
+  NodeId node_id() const;
+  std::string rpc_address() const;  // of the gRPC API, empty without
   // Why requests cannot be served; empty: they can. What /health says.
   std::string not_ready_reason() const;
   const GatewayCounters& counters() const;

@@ -3,12 +3,14 @@
 
 #include <CLI/CLI.hpp>
 #include <csignal>
+#include <memory>
 
 #include "absl/strings/str_format.h"
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "services/gateway/gateway.h"
+#include "services/gateway/self_reporter.h"
 
 int main(int argc, char** argv) {
   using namespace minke;
@@ -42,6 +44,10 @@ int main(int argc, char** argv) {
   app.add_flag(
       "--metrics-vllm-names", options.vllm_names,
       "/metrics also shows the cluster as one vLLM server would, for autoscalers that look for its names");
+  app.add_option("--operator-socket", options.operator_socket,
+                 "socket of this host's minke up, for the console's scale and drain");
+  app.add_option("--operator-token-file", options.operator_token_file,
+                 "tokens that may scale and drain, one per line");
   int heartbeat_ms = 250;
   app.add_option("--heartbeat-ms", heartbeat_ms,
                  "an attention node silent for two of these loses its sequences to others")
@@ -57,39 +63,41 @@ int main(int argc, char** argv) {
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
+  options.node_id = RandomNodeId();
+  options.registry = registry_flags.registry;
   options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);
-  const NodeId node = RandomNodeId();
-  options.node = ToString(node);
   auto gateway = gateway::Gateway::Create(options, *std::move(model));
   if (!gateway.ok()) return fail(gateway.status());
   cluster::v1::MemberReport report;
-  report.mutable_member()->set_node_id(node.value);
+  report.mutable_member()->set_node_id((*gateway)->node_id().value);
+  report.mutable_member()->set_pid(static_cast<uint32_t>(::getpid()));
+  report.mutable_member()->set_rpc_address((*gateway)->rpc_address());
   report.mutable_member()->set_role(cluster::v1::ROLE_GATEWAY);
   report.mutable_member()->set_ready(true);
   report.set_model_fingerprint(absl::StrFormat("%016x", (*checkpoint)->fingerprint()));
   report.set_precision(flags.precision);
   auto client = registry::Join(
-      *registry, report,
-      [&](const cluster::v1::ClusterUpdate& update) { (*gateway)->UpdateView(update.view()); },
+      *registry, report, [&](const cluster::v1::ClusterUpdate& update) { (*gateway)->OnUpdate(update); },
       [](const absl::Status& status) {
         node::Fail("gateway", status);
         ::_exit(1);  // refused for good: nothing here is worth an orderly end
       });
+  auto self = std::make_unique<gateway::SelfReporter>(**gateway, *client, report);
   // An address to connect to: what listens everywhere is reached by loopback too.
   const std::string host = options.http.listen.substr(0, options.http.listen.rfind(':'));
   node::ReportAddress(flags, StrCat((*gateway)->port()),
                       StrCat(host == "0.0.0.0" ? "127.0.0.1" : host, ":", (*gateway)->port()));
   if (node::WaitForSignal() == SIGTERM) {
     log::Info("gateway", "draining");
-    report.mutable_member()->set_draining(true);
-    client->SetReport(report);
+    self->SetDraining();
     if (!(*gateway)->Drain(std::chrono::seconds(flags.drain_timeout_s), node::SignalPending))
       log::Warning("gateway",
                    StrCat("left before it was drained: open sequences=", (*gateway)->active_sequences()));
   }
   log::Info("gateway", "stopping");
   (*gateway)->Shutdown(std::chrono::seconds(2));
+  self.reset();
   client.reset();
   return 0;
 }

@@ -1,5 +1,7 @@
 #include "services/router/router_service.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -9,6 +11,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
+#include "libs/cluster/rate_meter.h"
 #include "libs/cluster/view.h"
 #include "services/router/placement/placement_table.h"
 
@@ -82,6 +85,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   report.mutable_member()->set_node_id(transport->self().value);
   report.mutable_member()->set_role(cluster::v1::ROLE_ROUTER);
   report.mutable_member()->set_data_address(transport->address());
+  report.mutable_member()->set_pid(static_cast<uint32_t>(::getpid()));
   report.mutable_member()->set_detail("connecting to expert servers");
   service->engine_ = std::make_unique<RouterEngine>(std::move(gate), options.precision, std::move(transport),
                                                     *service->pool_);
@@ -107,12 +111,13 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
     SetThreadName("router-engine");
     raw->engine_->Run();
   });
+  report.mutable_member()->set_rpc_address(service->rpc_address_);
   if (etcd) {
-    report.mutable_member()->set_rpc_address(service->rpc_address_);
     service->JoinEtcd(options, coordinator, report);
   }
   service->watch_thread_ = std::thread([raw = service.get(), routes, report]() mutable {
     LoadMeter meter;
+    cluster::RateMeter rates;
     while (!raw->stop_.load()) {
       const RouterStatus status = raw->engine_->status();
       const bool ready = !routes || status.connected;
@@ -121,6 +126,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
       report.mutable_member()->set_detail(ready ? "" : "connecting to expert servers");
       report.clear_lost();
       for (const NodeId server : status.lost) report.add_lost(server.value);
+      if (rates.Begin(absl::Now())) report.mutable_load()->set_rows_per_s(rates.PerSecond(status.rows));
       if (routes) meter.Update(*raw->engine_, status, absl::Now(), report);
       raw->engine_->counters().Tick(absl::Now());
       if (raw->membership_ != nullptr) {

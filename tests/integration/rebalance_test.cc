@@ -1,8 +1,9 @@
 // Groups of which all the hot ones happen to lie on one server: seen by the router, moved by the coordinator
 // while requests run, and nothing of an answer changes.
+#include <algorithm>
 #include <atomic>
+#include <functional>
 #include <map>
-#include <set>
 
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
@@ -49,32 +50,47 @@ TEST(Rebalance, HotGroupsOfOneServerAreSpreadWhileRequestsRun) {
     }
     return all;
   };
-  const int32_t layer = config.MoeLayers().front();
   const std::map<UnitId, NodeId> before = servers();
-  const auto at = [&](const std::map<UnitId, NodeId>& all, int group) {
-    return all.at({static_cast<uint32_t>(layer), static_cast<uint32_t>(group)});
-  };
-  int a = 0, b = 1;
-  while (at(before, b) != at(before, a)) ++b;
+  const auto layer = static_cast<uint32_t>(config.MoeLayers().front());
+  uint32_t a = 0, b = 1;
+  while (before.at({layer, b}) != before.at({layer, a})) ++b;
 
-  first = a;
-  second = b;
+  first = static_cast<int>(a);
+  second = static_cast<int>(b);
   const inference::v1::Submit request = Greedy(golden.input_ids, 24, false);
   const Generation want = cluster.Run(request);
   ASSERT_TRUE(want.error.ok()) << want.error;
-  int64_t requests = 0;
-  const absl::Time limit = absl::Now() + absl::Seconds(60);
-  bool spread = false;
-  for (; !spread && absl::Now() < limit; ++requests) {
-    const Generation got = cluster.Run(request);
-    ASSERT_TRUE(got.error.ok()) << got.error;
-    ASSERT_EQ(got.tokens, want.tokens);
-    ASSERT_EQ(got.logprobs, want.logprobs);
+  const auto all_spread = [&] {
     const std::map<UnitId, NodeId> now = servers();
-    spread = !(at(now, a) == at(now, b));
-  }
-  EXPECT_TRUE(spread) << "both hot groups of layer " << layer << " are still on one server after " << requests
-                      << " requests";
+    return std::ranges::all_of(config.MoeLayers(), [&](int32_t moe_layer) {
+      const auto at = static_cast<uint32_t>(moe_layer);
+      return !(now.at({at, a}) == now.at({at, b}));
+    });
+  };
+  const auto serve_until = [&](absl::Duration limit, const std::function<bool()>& done) {
+    for (const absl::Time end = absl::Now() + limit; absl::Now() < end && !done();) {
+      const Generation got = cluster.Run(request);
+      ASSERT_TRUE(got.error.ok()) << got.error;
+      ASSERT_EQ(got.tokens, want.tokens);
+      ASSERT_EQ(got.logprobs, want.logprobs);
+    }
+  };
+  serve_until(absl::Seconds(60), all_spread);
+  ASSERT_TRUE(all_spread()) << "hot groups " << a << " and " << b << " share a server after 60 s";
+  // Both servers are back at their part of the units, and nothing moves any more.
+  const auto at_rest = [&] {
+    std::map<NodeId, int> hosted;
+    for (const auto& [unit, replicas] : cluster::Replicas(cluster.view())) {
+      for (const NodeId server : replicas.servers) ++hosted[server];
+    }
+    return std::ranges::all_of(hosted,
+                               [&](const auto& entry) { return entry.second <= std::ssize(before) / 2; });
+  };
+  serve_until(absl::Seconds(60), at_rest);
+  EXPECT_TRUE(at_rest());
+  const uint32_t epoch = cluster.view().epoch().counter();
+  serve_until(absl::Seconds(2), [] { return false; });
+  EXPECT_EQ(cluster.view().epoch().counter(), epoch);
 }
 
 }  // namespace

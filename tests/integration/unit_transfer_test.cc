@@ -18,6 +18,10 @@ using testing_support::Golden;
 using testing_support::Greedy;
 using testing_support::LocalCluster;
 
+int64_t Loaded(LocalCluster& cluster, int expert, UnitSource source) {
+  return static_cast<int64_t>(cluster.expert(expert).status().loaded[static_cast<size_t>(source)].units);
+}
+
 struct Case {
   const char* name;
   const char* model;
@@ -70,11 +74,11 @@ TEST_P(UnitTransfer, GivesTheSameBits) {
   LocalCluster cluster(Options(LoadFrom::kReplica));
   const Generation want = Ask(cluster);
   ASSERT_TRUE(want.error.ok()) << want.error;
-  ASSERT_EQ(cluster.expert(0).units_loaded(UnitSource::kReplica), 0);
-  const int64_t units = cluster.expert(0).units_loaded(UnitSource::kCheckpoint);
+  ASSERT_EQ(Loaded(cluster, 0, UnitSource::kReplica), 0);
+  const int64_t units = Loaded(cluster, 0, UnitSource::kCheckpoint);
   MoveAll(cluster);
-  EXPECT_EQ(cluster.expert(1).units_loaded(UnitSource::kReplica), units);
-  EXPECT_EQ(cluster.expert(1).units_loaded(UnitSource::kCheckpoint), 0);
+  EXPECT_EQ(Loaded(cluster, 1, UnitSource::kReplica), units);
+  EXPECT_EQ(Loaded(cluster, 1, UnitSource::kCheckpoint), 0);
   const Generation got = Ask(cluster);
   EXPECT_TRUE(got.error.ok()) << got.error;
   EXPECT_EQ(got.tokens, want.tokens);
@@ -86,8 +90,8 @@ TEST_P(UnitTransfer, BySpeedBothAreTried) {
   LocalCluster cluster(Options(LoadFrom::kAuto));
   const Generation want = Ask(cluster);
   MoveAll(cluster);
-  EXPECT_GT(cluster.expert(1).units_loaded(UnitSource::kReplica), 0);
-  EXPECT_GT(cluster.expert(1).units_loaded(UnitSource::kCheckpoint), 0);
+  EXPECT_GT(Loaded(cluster, 1, UnitSource::kReplica), 0);
+  EXPECT_GT(Loaded(cluster, 1, UnitSource::kCheckpoint), 0);
   EXPECT_EQ(Ask(cluster).logprobs, want.logprobs);
 }
 

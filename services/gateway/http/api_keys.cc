@@ -20,9 +20,9 @@ bool EqualInConstantTime(std::string_view key, std::string_view candidate) {
 
 }  // namespace
 
-absl::StatusOr<ApiKeys> ApiKeys::Load(const std::string& path) {
+absl::StatusOr<ApiKeys> ApiKeys::Load(const std::string& path, std::string_view what) {
   std::ifstream file(path);
-  if (!file) return absl::NotFoundError(StrCat(path, ": the API key file cannot be read"));
+  if (!file) return absl::NotFoundError(StrCat(path, ": the ", what, " file cannot be read"));
   ApiKeys result;
   std::string line;
   while (std::getline(file, line)) {
@@ -30,7 +30,7 @@ absl::StatusOr<ApiKeys> ApiKeys::Load(const std::string& path) {
     if (!key.empty() && key[0] != '#') result.keys_.emplace_back(key);
   }
   if (result.keys_.empty())
-    return absl::InvalidArgumentError(StrCat(path, ": expected one API key per line, found none"));
+    return absl::InvalidArgumentError(StrCat(path, ": expected one ", what, " per line, found none"));
   return result;
 }
 

@@ -12,9 +12,9 @@ namespace minke::gateway {
 class ApiKeys {
  public:
   ApiKeys() = default;  // no keys: everybody may call
-  // One key per line; blank lines and lines that begin with # are skipped. An error if the file cannot be
-  // read or has no key: a server that was meant to be closed must not open.
-  static absl::StatusOr<ApiKeys> Load(const std::string& path);
+  // One key per line (`what` they are, for messages); blank lines and lines that begin with # are skipped. An
+  // error if the file cannot be read or has no key: a server that was meant to be closed must not open.
+  static absl::StatusOr<ApiKeys> Load(const std::string& path, std::string_view what = "API key");
 
   bool required() const { return !keys_.empty(); }
   // `authorization` is the header's value, "Bearer KEY". Takes the same time whichever key it is, and however

@@ -7,6 +7,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace minke::gateway {
 
@@ -14,7 +16,8 @@ struct HttpRequest {
   std::string method;
   std::string path;           // without query, percent-decoded
   std::string authorization;  // header fields
-  std::string request_id;     // the client's own if it is sane, else made here; in every answer
+  std::string if_none_match;
+  std::string request_id;  // the client's own if it is sane, else made here; in every answer
   std::string body;
 };
 
@@ -24,6 +27,7 @@ struct HttpHead {
   bool stream = false;    // the body comes in pieces, and its length is not known ahead
   int retry_after_s = 0;  // 0: no Retry-After
   std::string allow;      // empty: no Allow
+  std::vector<std::pair<std::string, std::string>> fields = {};  // more header fields, names in lower case
 };
 
 // One request being answered. All calls come from one thread at a time. Destroying it before it is done means

@@ -92,6 +92,7 @@ HttpRequest MakeRequest(const http::request<Body>& message) {
   }
   request.path = PercentDecoded(target.substr(0, target.find('?')));
   request.authorization = std::string(View(message[http::field::authorization]));
+  request.if_none_match = std::string(View(message[http::field::if_none_match]));
   request.request_id = RequestId(View(message["x-request-id"]));
   return request;
 }
@@ -258,7 +259,7 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   const auto watching =
       std::make_shared<bool>(exchange == nullptr);  // an answer that is there needs no watch
   if (exchange == nullptr) {
-    HttpRequest head{request.method, request.path, "", request.request_id, ""};
+    HttpRequest head{.method = request.method, .path = request.path, .request_id = request.request_id};
     exchange = co_await HandleBody(std::move(request));
     request = std::move(head);
     if (exchange == nullptr) co_return Next::kClose;
@@ -342,7 +343,7 @@ asio::awaitable<bool> HttpServer::Impl::Connection::Answer(Exchange& exchange, c
       out.body += "\r\n";
     }
     if (chunked && out.done) out.body += "0\r\n\r\n";
-    if (head_only || (out.head && out.head->status == 204)) out.body.clear();
+    if (head_only || (out.head && (out.head->status == 204 || out.head->status == 304))) out.body.clear();
     if (!head.empty() || !out.body.empty()) {
       const bool written = co_await Write(head, out.body);
       if (!written) co_return false;
@@ -357,15 +358,17 @@ std::string HttpServer::Impl::Connection::FormatHead(const HttpHead& head, const
   std::string text = StrCat("HTTP/1.1 ", head.status, " ",
                             View(http::obsolete_reason(static_cast<http::status>(head.status))),
                             "\r\nserver: minke\r\nx-request-id: ", request.request_id, "\r\n");
-  if (head.status != 204) StrAppend(&text, "content-type: ", head.content_type, "\r\n");
+  const bool no_body = head.status == 204 || head.status == 304;
+  if (!no_body) StrAppend(&text, "content-type: ", head.content_type, "\r\n");
   if (head.stream) {
     StrAppend(&text, "cache-control: no-cache\r\nx-accel-buffering: no\r\n");
     if (!until_close) StrAppend(&text, "transfer-encoding: chunked\r\n");
-  } else if (head.status != 204) {
+  } else if (!no_body) {
     StrAppend(&text, "content-length: ", body_bytes, "\r\n");
   }
   if (head.retry_after_s > 0) StrAppend(&text, "retry-after: ", head.retry_after_s, "\r\n");
   if (!head.allow.empty()) StrAppend(&text, "allow: ", head.allow, "\r\n");
+  for (const auto& [name, value] : head.fields) StrAppend(&text, name, ": ", value, "\r\n");
   if (head.status == 401) StrAppend(&text, "www-authenticate: Bearer\r\n");
   StrAppend(&text, "connection: ", keep_alive && !until_close ? "keep-alive" : "close", "\r\n\r\n");
   return text;

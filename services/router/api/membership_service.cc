@@ -6,6 +6,7 @@
 #include "google/protobuf/util/message_differencer.h"
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
+#include "libs/cluster/make_view.h"
 #include "services/router/placement/policy.h"
 #include "services/router/placement/step_time.h"
 
@@ -22,9 +23,10 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
   void Start() { StartRead(&report_); }
 
   // Sends an update, with the view if `with_view`, once the line is free.
-  void Notify(bool with_view) {
+  void Notify(bool with_view, bool with_statuses) {
     const MutexLock lock(mutex_);
     view_pending_ |= with_view;
+    statuses_pending_ |= with_statuses;
     pending_ = true;
     WriteNextLocked();
   }
@@ -57,8 +59,8 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
   void WriteNextLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (writing_ || finished_ || !pending_) return;
     update_.Clear();
-    service_.FillUpdate(member_, view_pending_, update_);
-    pending_ = view_pending_ = false;
+    service_.FillUpdate(member_, view_pending_, statuses_pending_, update_);
+    pending_ = view_pending_ = statuses_pending_ = false;
     writing_ = true;
     StartWrite(&update_);
   }
@@ -71,6 +73,7 @@ class MembershipService::Stream final : public grpc::ServerBidiReactor<MemberRep
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool pending_ ABSL_GUARDED_BY(mutex_) = false;
   bool view_pending_ ABSL_GUARDED_BY(mutex_) = false;
+  bool statuses_pending_ ABSL_GUARDED_BY(mutex_) = false;
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
@@ -138,6 +141,7 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
   if (report.member().role() == cluster::v1::ROLE_ROUTER) {
     return refuse("more than one router needs --registry=etcd; expected one router with a static registry");
   }
+  stream->SetMember(id);  // not under mutex_, which streams take under their own
   bool changed = false;
   {
     const MutexLock lock(mutex_);
@@ -151,17 +155,18 @@ grpc::Status MembershipService::OnReport(Stream* stream, const MemberReport& rep
           StrCat("precision: expected ", self.precision(), " (the router's), found ", report.precision()));
     }
     if (id == self_) return refuse("member.node_id: expected another one than the router's");
-    stream->SetMember(id);
     const auto [it, fresh] = members_.try_emplace(id);
+    const bool more_than_load = fresh || !cluster::OnlyLoadDiffers(it->second, report);
     if (fresh)
       log::Info("membership",
                 StrCat("joined role=", Role_Name(report.member().role()), " node=", ToString(id)));
-    changed = fresh || it->second.SerializeAsString() != report.SerializeAsString();
+    changed = more_than_load;
+    statuses_dirty_ |= it->second.load().SerializeAsString() != report.load().SerializeAsString();
     it->second = report;
     leases_[id] = {stream, absl::Now()};
     if (changed) RebuildLocked();
   }
-  stream->Notify(/*with_view=*/changed);
+  stream->Notify(/*with_view=*/changed, /*with_statuses=*/changed);
   return grpc::Status::OK;
 }
 
@@ -198,6 +203,7 @@ void MembershipService::SetSelf(MemberReport self) {
   MemberReport& mine = members_.at(self_);
   if (mine.SerializeAsString() == self.SerializeAsString()) return;
   mine = std::move(self);
+  statuses_dirty_ = true;
   RebuildLocked();
 }
 
@@ -206,9 +212,14 @@ ClusterView MembershipService::view() const {
   return view_;
 }
 
-void MembershipService::FillUpdate(NodeId member, bool with_view, ClusterUpdate& update) const {
+void MembershipService::FillUpdate(NodeId member, bool with_view, bool with_statuses,
+                                   ClusterUpdate& update) const {
   const MutexLock lock(mutex_);
   update.set_lease_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(options_.lease)));
+  if (const auto it = members_.find(member);
+      with_statuses && it != members_.end() && it->second.member().role() == cluster::v1::ROLE_GATEWAY) {
+    cluster::AddStatuses(members_, self_, update);
+  }
   if (!with_view) return;
   *update.mutable_view() = view_;
   for (const cluster::v1::Assignment& assignment : record_.assigned()) {
@@ -220,12 +231,13 @@ void MembershipService::FillUpdate(NodeId member, bool with_view, ClusterUpdate&
 // and ends leases.
 void MembershipService::Timer() {
   constexpr absl::Duration kGather = absl::Milliseconds(20);
-  absl::Time last_renewal = absl::Now();
+  constexpr absl::Duration kStatusesPeriod = absl::Milliseconds(900);  // members renew theirs once a second
+  absl::Time last_renewal = absl::Now(), last_statuses = absl::InfinitePast();
   while (true) {
     ClusterView view;
     std::vector<std::shared_ptr<Stream>> streams;
     std::vector<Stream*> expired;
-    bool publish = false, renew = false;
+    bool publish = false, renew = false, statuses = false;
     {
       const MutexLock lock(mutex_);
       const auto due = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || dirty_; };
@@ -237,6 +249,11 @@ void MembershipService::Timer() {
       if (renew) last_renewal = now;
       publish = dirty_;
       dirty_ = false;
+      statuses = publish || (statuses_dirty_ && now - last_statuses >= kStatusesPeriod);
+      if (statuses) {
+        statuses_dirty_ = false;
+        last_statuses = now;
+      }
       view = view_;
       for (const auto& [raw, stream] : streams_) streams.push_back(stream);
       for (const auto& [id, lease] : leases_) {
@@ -247,8 +264,8 @@ void MembershipService::Timer() {
     for (const auto& stream : streams) {
       if (std::find(expired.begin(), expired.end(), stream.get()) != expired.end()) {
         stream->Close(grpc::Status(grpc::StatusCode::DEADLINE_EXCEEDED, "lease ran out"));
-      } else if (publish || renew) {
-        stream->Notify(publish);
+      } else if (publish || renew || statuses) {
+        stream->Notify(publish, statuses);
       }
     }
     absl::SleepFor(kGather);

@@ -51,7 +51,9 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
   // From streams.
   grpc::Status OnReport(Stream* stream, const cluster::v1::MemberReport& report);
   void OnGone(Stream* stream);
-  void FillUpdate(NodeId member, bool with_view, cluster::v1::ClusterUpdate& update) const;
+  // `with_statuses`: if the member is a gateway.
+  void FillUpdate(NodeId member, bool with_view, bool with_statuses,
+                  cluster::v1::ClusterUpdate& update) const;
 
   void RebuildLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Timer();
@@ -66,7 +68,8 @@ class MembershipService final : public cluster::v1::Membership::CallbackService 
       ABSL_GUARDED_BY(mutex_);  // shared with whoever is notifying them
   cluster::v1::PlacementRecord record_ ABSL_GUARDED_BY(mutex_);
   cluster::v1::ClusterView view_ ABSL_GUARDED_BY(mutex_);
-  bool dirty_ ABSL_GUARDED_BY(mutex_) = false;  // view_ or record_ changed since it was last sent
+  bool dirty_ ABSL_GUARDED_BY(mutex_) = false;           // view_ or record_ changed since it was last sent
+  bool statuses_dirty_ ABSL_GUARDED_BY(mutex_) = false;  // loads or lost servers of some report did
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread timer_;
 };

@@ -46,6 +46,9 @@ std::set<NodeId> Unreachable(const cluster::Members& members) {
 constexpr double kRowsUnobserved = 1;
 // Fewer exchanges are no load to place by.
 constexpr double kExchangesMin = 1;
+// Servers that do not say how much room they have may be given one more unit for every so many: nothing could
+// move to a full server.
+constexpr int64_t kUnitsPerMovingSlot = 16;
 // Weights that differ by less are the same.
 constexpr double kWeightNoise = 1e-3;
 
@@ -99,7 +102,9 @@ struct Pool {
     const int64_t copies = std::ssize(options.units) * std::min(options.replicas, std::max(joined, 1));
     const int64_t part = (copies + std::max(joined, 1) - 1) / std::max(joined, 1);
     for (ServerSnapshot& server : snapshot.servers) {
-      if (server.slots == ServerSnapshot::kUnlimited) server.slots = part + options.spare_slots;
+      const bool stated = server.slots != ServerSnapshot::kUnlimited;
+      server.room = stated ? server.slots : part + options.spare_slots;
+      if (!stated) server.slots = server.room + (part + kUnitsPerMovingSlot - 1) / kUnitsPerMovingSlot;
     }
   }
 
@@ -117,39 +122,6 @@ struct Pool {
     }
   }
 };
-
-// Servers that host more than their part, since others have joined, let go of what they get no rows of and
-// enough others have loaded.
-void DropIdleExtras(const CoordinatorOptions& options, const PlacementSnapshot& snapshot,
-                    PlacementPlan& plan) {
-  std::set<std::pair<UnitId, NodeId>> dropped;
-  for (const Move& move : plan.moves) {
-    if (move.kind == Move::Kind::kDrop) dropped.emplace(move.unit, move.server);
-  }
-  std::map<UnitId, int> copies;
-  for (const ServerSnapshot& server : snapshot.servers) {
-    for (const HostedUnit& unit : server.units)
-      copies[unit.unit] += unit.loaded && !server.draining && !dropped.contains({unit.unit, server.id});
-  }
-  for (const ServerSnapshot& server : snapshot.servers) {
-    if (server.draining) continue;
-    int64_t over = std::ssize(server.units) - server.slots;
-    for (const HostedUnit& unit : server.units) over -= dropped.contains({unit.unit, server.id});
-    for (const HostedUnit& unit : server.units) {
-      if (over <= 0) break;
-      if (!unit.loaded || copies[unit.unit] <= options.replicas || dropped.contains({unit.unit, server.id}))
-        continue;
-      std::vector<Replica>& weights = plan.weights[unit.unit];
-      const auto it = std::find_if(weights.begin(), weights.end(),
-                                   [&](const Replica& replica) { return replica.server == server.id; });
-      if (it != weights.end() && it->weight > 0) continue;
-      if (it != weights.end()) weights.erase(it);
-      plan.moves.push_back({Move::Kind::kDrop, unit.unit, server.id});
-      --copies[unit.unit];
-      --over;
-    }
-  }
-}
 
 // The unit's loaded replicas and their weights; what is published already where it says the same.
 void Publish(const std::vector<Replica>& replicas, const cluster::v1::UnitReplicas* current,
@@ -185,7 +157,6 @@ PlacementRecord Decide(const CoordinatorOptions& options, const cluster::Members
     next.set_waiting_for(StrCat("expert servers: ", pool.joined, " of ", options.expert_servers, " joined"));
   } else if (!settles && !pool.snapshot.servers.empty()) {
     plan = PlanPlacement(pool.snapshot, {});
-    DropIdleExtras(options, pool.snapshot, plan);
   }
   std::set<std::pair<UnitId, NodeId>> dropped;
   for (const Move& move : plan.moves) {

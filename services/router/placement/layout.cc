@@ -102,6 +102,12 @@ bool Layout::OnNewHost(int unit, int server) const {
                       [&](int other) { return host_[other] == host_[server]; });
 }
 
+bool Layout::KeepsHosts(int unit, int from, int to) const {
+  const bool new_host = std::none_of(replicas_[unit].begin(), replicas_[unit].end(),
+                                     [&](int other) { return other != from && host_[other] == host_[to]; });
+  return HostsOf(unit, from) + (new_host ? 1 : 0) >= HostsOf(unit, -1);
+}
+
 bool Layout::Extra(int unit, int server) const {
   const int wanted = std::max(1, snapshot_.replicas);
   return static_cast<int>(replicas_[unit].size()) > wanted &&

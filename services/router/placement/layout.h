@@ -38,11 +38,14 @@ class Layout {
   bool Hosts(int server, int unit) const { return hosts_[Cell(server, unit)]; }
   bool Full(int server) const;
   int64_t Slots(int server) const { return snapshot_.servers[server].slots; }
+  int64_t Room(int server) const { return snapshot_.servers[server].room; }
   // Servers and hosts that a unit still needs, for `replicas` of it.
   bool Wants(int unit, int replicas) const;
   // Whether some host has no replica of the unit yet.
   bool CanSpread(int unit) const;
   bool OnNewHost(int unit, int server) const;
+  // Whether the unit is on as many hosts as now when it goes from one server to another.
+  bool KeepsHosts(int unit, int from, int to) const;
   // An extra replica, whose loss leaves as many replicas on as many hosts as are asked for.
   bool Extra(int unit, int server) const;
   // Whether this plan added or removed it.

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "libs/base/status.h"
+#include "services/router/placement/even_out.h"
 #include "services/router/placement/improve.h"
 #include "services/router/placement/layout.h"
 #include "services/router/placement/moves.h"
@@ -122,6 +123,8 @@ std::vector<Placed> Place(Layout& layout, const PlacementOptions& options) {
   if (!observed || layout.num_eligible() == 0) return added;
   const std::vector<Placed> useful = AddUsefulReplicas(layout, options);
   added.insert(added.end(), useful.begin(), useful.end());
+  const std::vector<Placed> evened = EvenOut(layout);
+  added.insert(added.end(), evened.begin(), evened.end());
   return added;
 }
 

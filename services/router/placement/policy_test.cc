@@ -399,6 +399,33 @@ TEST(PlanPlacement, StepTimeNeverGrowsByRebalancing) {
   }
 }
 
+// Servers of which each has a slot or two more than its part, for moving: units change places, nobody keeps
+// more than its part for it, and the step gets about as fast as with twice the room.
+TEST(PlanPlacement, FullServersExchangeUnits) {
+  int faster = 0, over = 0;
+  for (const int servers : {2, 4, 8}) {
+    for (uint64_t seed = 1; seed <= 5; ++seed) {
+      const int64_t part = 6 * 8 / servers;
+      World world(6, servers, 1, part + (part + 15) / 16), wide(6, servers, 1, 2 * part);
+      for (ServerSnapshot& server : world.now.servers) server.room = part;
+      ASSERT_GE(world.Settle(), 0);
+      ASSERT_GE(wide.Settle(), 0);
+      world.SetZipf(1.2, 3 * 8, seed);
+      wide.SetZipf(1.2, 3 * 8, seed);
+      const double before = world.Time().max_s;
+      ASSERT_GE(world.Settle(), 0) << servers << " servers, seed " << seed;
+      ASSERT_GE(wide.Settle(), 0);
+      for (const ServerSnapshot& server : world.now.servers) over += std::ssize(server.units) > part;
+      EXPECT_LE(world.Time().max_s, before);
+      faster += world.Time().max_s < 0.95 * before;
+      EXPECT_LE(world.Time().max_s, 1.05 * wide.Time().max_s)
+          << servers << " servers, seed " << seed << ", before " << before;
+    }
+  }
+  EXPECT_GE(faster, 5);
+  EXPECT_LE(over, 15);  // of 70
+}
+
 // Hysteresis: noise around a load that does not change moves (almost) nothing once settled.
 TEST(PlanPlacement, NoiseMovesNothing) {
   for (const int servers : {4, 8, 16}) {

@@ -41,6 +41,7 @@ struct ServerSnapshot {
   NodeId id;
   std::string host;             // replicas are spread over hosts; empty: a host of its own
   int64_t slots = kUnlimited;   // units it has room for: bytes for weights / unit_bytes
+  int64_t room = kUnlimited;    // at most slots: what it should come back to once nothing moves
   double bytes_per_s = 4.3e12;  // measured reading of weights (default: an H200)
   double flops_per_s = 790e12;  // measured, dense bf16
   double speed = 1;             // factor on both, for servers without a measurement of their own
