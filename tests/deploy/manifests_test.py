@@ -395,7 +395,7 @@ class Compose(unittest.TestCase):
                 self.assertIn(secret, self.file["secrets"])
             files = [v for f, v in flags_of(self.words(name)).items() if f.endswith("-file")]
             self.assertEqual(files, ["/run/secrets/" + s for s in service.get("secrets", [])], name)
-        self.assertEqual(self.file["services"]["expert"]["deploy"]["replicas"], int(flags_of(self.words("router"))["--experts"]))
+        self.assertEqual(self.file["services"]["expert"]["deploy"]["replicas"], "${MINKE_EXPERTS:-%s}" % flags_of(self.words("router"))["--experts"])
 
 
 if __name__ == "__main__":
