@@ -1,12 +1,12 @@
 """A cluster that runs by the rendered manifests: its probes answer, its connections are those that the policies allow, what autoscalers ask
 for is measured, and every pod is replaced under streaming load without a failed or a wrong answer."""
-import http.client, json, math, os, re, shutil, subprocess, sys, tempfile, time, unittest
+import http.client, json, math, os, re, shutil, signal, subprocess, sys, tempfile, time, unittest
 
 import yaml
 
-from manifests import DEPLOY, ROLES, find, kustomized
+from manifests import BIN, DEPLOY, ROLES, kustomized
 import manifests_test
-from pods import KEY, Pods, Service, ip
+from pods import KEY, MODEL, Pods, Service, ip
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "fault"))
 from harness import free_port, wait_until
 from members import can_have_namespaces
@@ -168,6 +168,74 @@ class ByTheManifests(unittest.TestCase):
         self.assertLessEqual({("gateway", "attention"), ("attention", "router"), ("router", "expert"), ("attention", "expert"), ("expert", "attention"),
                               *((role, "etcd") for role in ROLES)}, pairs)
 
+
+class ByTheUnits(unittest.TestCase):
+    """The services' command lines with the example environment, on one host: no two share a port, and they answer."""
+
+    def test_the_services_of_one_host_serve(self):
+        scratch = tempfile.mkdtemp(prefix="minke-units-")
+        self.addCleanup(shutil.rmtree, scratch)
+        for name, text in (("cluster-secret", "correct horse battery staple\n"), ("api-keys", KEY + "\n")):
+            with open(os.path.join(scratch, name), "w") as f:
+                f.write(text)
+        http_port = free_port()
+        environment = {"MINKE_CHECKPOINT": MODEL, "MINKE_ADDRESS": "127.0.0.1", "MINKE_HTTP": "127.0.0.1:%d" % http_port,
+                       "MINKE_MEMBER_REGISTRY": "--router=127.0.0.1:7000", "MINKE_EXPERT_FLAGS": "--threads=1", "MINKE_ATTENTION_FLAGS": "--cache-mib=64 --threads=1"}
+        # A host of its own, so that the units' fixed ports are free.
+        host = "mu%d" % os.getpid()
+        ip("netns", "add", host)
+        self.addCleanup(ip, "netns", "del", host, check=False)
+        ip("-n", host, "link", "set", "lo", "up")
+        with open(os.path.join(DEPLOY, "systemd", "minke-.service.d", "common.conf")) as f:
+            ports = re.search(r"^Environment=(UCX_TCP_PORT_RANGE)=(\S+)$", f.read(), re.M)
+        processes, log = {}, open(os.path.join(scratch, "log"), "w+")
+        self.addCleanup(log.close)
+        try:
+            for unit, instance in (("router", ""), ("expert@", "0"), ("expert@", "1"), ("attention@", "0"), ("gateway", "")):
+                command = manifests_test.Systemd.command("minke-%s.service" % unit, instance, environment)
+                command = [a.replace("/run/credentials/unit", scratch).replace("/usr/local/bin", BIN) for a in command]
+                processes[unit + instance] = subprocess.Popen(["ip", "netns", "exec", host, *command], stdout=log, stderr=log,
+                                                              env={"PATH": os.environ["PATH"], ports.group(1): ports.group(2)})
+
+            def ask(method, path, body=""):
+                """By a client on that host."""
+                return subprocess.run(["ip", "netns", "exec", host, sys.executable, "-c", CLIENT, str(http_port), method, path, body, KEY],
+                                      capture_output=True, text=True, timeout=60).stdout
+
+            def log_text():
+                log.seek(0)
+                return log.read()
+
+            self.assertTrue(wait_until(lambda: ask("GET", "/health").startswith("200"), 60), log_text())
+            answer = ask("POST", "/v1/completions", json.dumps({"prompt": "KING:", "max_tokens": 8, "ignore_eos": True}))
+            self.assertTrue(answer.startswith("200"), answer + log_text())
+            listening = subprocess.run(["ip", "netns", "exec", host, "ss", "-tlnH"], capture_output=True, text=True).stdout
+            used = sorted(int(line.split()[3].rsplit(":", 1)[1]) for line in listening.splitlines())
+            want = [7000, 7001, 7002, 7100, 7110, 7200, 7201, 7210, 7211, 9100, 9110, 9120, 9121, http_port]
+            self.assertEqual(sorted(p for p in used if not 7300 <= p <= 7399), sorted(want))
+            # As `systemctl stop minke.target` does it: in the reverse of Before= and After=. Nobody can take over, so nobody waits for that.
+            for stage in (("gateway",), ("attention@0", "expert@0", "expert@1"), ("router",)):
+                for name in stage:
+                    processes[name].send_signal(signal.SIGTERM)
+                self.assertEqual([processes[name].wait(20) for name in stage], [0] * len(stage), log_text())
+        finally:
+            for process in processes.values():
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+# status and body of an answer: port, method, path, body, key
+CLIENT = """
+import http.client, sys
+try:
+    c = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30)
+    c.request(sys.argv[2], sys.argv[3], sys.argv[4], {"content-type": "application/json", "authorization": "Bearer " + sys.argv[5]})
+    r = c.getresponse()
+    print(r.status, r.read().decode())
+except OSError as e:
+    print("none", e)
+"""
 
 if __name__ == "__main__":
     if not can_have_namespaces():
