@@ -14,6 +14,7 @@ def ip(*arguments, check=True):
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if check and result.returncode != 0:
         raise AssertionError("ip %s: %s" % (" ".join(arguments), result.stderr))
+    return result.stdout
 
 
 def grpc_health(host, port, timeout):
@@ -130,6 +131,9 @@ class Pods:
         ip("-n", namespace, "addr", "add", address + "/24", "dev", "eth0")
         ip("-n", namespace, "link", "set", "eth0", "up")
         ip("-n", namespace, "link", "set", "lo", "up")
+        # A moment passes until the kernel calls it running, and UCX does not see an interface that was not when it began.
+        if not wait_until(lambda: "state UP" in ip("-n", namespace, "link", "show", "eth0"), 10):
+            raise AssertionError("eth0 of %s is not up: %s" % (namespace, ip("-n", namespace, "link", "show", "eth0")))
         environment = settings(self.objects, workload)
         # What the cluster's DNS and volumes would give.
         environment.update({k: v for k, v in self.environment.items() if k in environment})
