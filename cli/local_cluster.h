@@ -67,7 +67,7 @@ class LocalCluster {
   absl::Status Launch(Member& member);
   std::vector<std::string> ArgumentsOf(const Member& member) const;
   std::string NextCpus();
-  // The first time an error if --targets-file cannot be written; anything else is a warning.
+  // Replaces the targets file if it would say something else. An error if it cannot; once for every content.
   absl::Status WriteTargets();
   int Staying(Role role) const;
   // What becomes of a member whose process has ended. OK: it may stay or was restarted.

@@ -9,7 +9,8 @@ endif()
 
 set(MK_SANITIZE "" CACHE STRING "address,undefined | thread | empty")
 if(MK_SANITIZE)
-  add_compile_options(-fsanitize=${MK_SANITIZE} -fno-omit-frame-pointer -g1)
+  add_compile_options(-fsanitize=${MK_SANITIZE} -fno-omit-frame-pointer -g1
+                      -Wno-maybe-uninitialized)  # what is instrumented confuses GCC 12
   add_link_options(-fsanitize=${MK_SANITIZE})
   if(MK_SANITIZE STREQUAL "thread")
     add_compile_options(-Wno-tsan)  # asio's queues have fences, which the sanitizer does not model

@@ -1,3 +1,6 @@
+#include <atomic>
+#include <cmath>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -105,6 +108,28 @@ TEST(PerNode, KeepsOnlyNodesThatAreStillThere) {
     EXPECT_EQ(value, 6);
   });
   EXPECT_EQ(visited, 1);
+}
+
+TEST(PerNode, IsReadWhileItsOwnerAddsAndDrops) {
+  PerNode<std::atomic<uint64_t>> counters;
+  std::atomic<bool> stop{false};
+  std::thread reader([&] {
+    while (!stop.load()) {
+      uint64_t sum = 0;
+      counters.ForEach([&](NodeId, const std::atomic<uint64_t>& value) { sum += value.load(); });
+      EXPECT_LE(sum, 100'000u);
+    }
+  });
+  const auto make = [] { return std::make_unique<std::atomic<uint64_t>>(0); };
+  for (uint64_t i = 0; i < 100'000; ++i) {
+    counters.Get(NodeId{1 + i % 50}, make).fetch_add(1);
+    if (i % 1000 == 999) counters.Retain([&](NodeId node) { return node.value % 2 == i / 1000 % 2; });
+  }
+  stop.store(true);
+  reader.join();
+  uint64_t left = 0;
+  counters.ForEach([&](NodeId, const std::atomic<uint64_t>& value) { left += value.load(); });
+  EXPECT_GT(left, 0u);
 }
 
 }  // namespace

@@ -199,7 +199,7 @@ TEST_F(GatewayFailover, DrainingNodeHandsItsSequencesOverAtOnce) {
   EXPECT_EQ(submit.generation(), 1u);
   EXPECT_EQ(submit.generated_token_ids_size(), 7);
   EXPECT_EQ(submit.pages_from(), first + 1);
-  EXPECT_EQ(gateway_->not_ready_reason(), "");
+  EXPECT_TRUE(Eventually([this] { return gateway_->not_ready_reason().empty(); }));
   Release();
   EXPECT_EQ(text + JoinText(ReadEvents(client)), "3456789012345678901234567");
   EXPECT_EQ(gateway_->counters().migrations.load(), 1u);

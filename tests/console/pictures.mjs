@@ -41,7 +41,6 @@ try {
   await until("the survivors are busy", async () => (await cluster.view()).heat.rows_per_s[0].filter((rows) => rows > 0).length >= 3);
   await dark.screenshot({ path: join(folder, "console-dark.png") });
   const narrow = await open({ width: 390, height: 1000 }, "light", false);
-  await narrow.screenshot({ path: join(folder, "console-narrow-chat.png") });
   await narrow.click("#tab-cluster");
   await sleep(500);
   await narrow.screenshot({ path: join(folder, "console-narrow.png") });

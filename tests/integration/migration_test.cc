@@ -112,7 +112,8 @@ class Served {
 
   LocalCluster local;
   gateway::GatewayCounters counters;
-  AttentionPool pool{{}, &counters, [](bool) {}};
+  // No false alarms on a loaded machine: this is about nodes that drain.
+  AttentionPool pool{{.heartbeat = std::chrono::seconds(5)}, &counters, [](bool) {}};
 
  private:
   std::atomic<bool> stop_{false};

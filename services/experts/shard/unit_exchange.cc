@@ -21,6 +21,8 @@ using wire::Kind;
 // with a piece costs about as much again.
 constexpr double kBusyShare = 0.05;
 constexpr absl::Duration kAllowanceMax = absl::Milliseconds(1);
+// However slow copying is, a piece is given every 100 ms: the other side would give up.
+constexpr absl::Duration kDebtMax = absl::Milliseconds(5);
 
 UnitId UnitOf(const FrameHeader& header) { return {header.layer, header.microbatch}; }
 
@@ -280,7 +282,7 @@ absl::Status UnitExchange::Tick(const Units& units, absl::FunctionRef<uint64_t(U
   last_tick_ = begin;
   if (allowance_ <= absl::ZeroDuration()) return absl::OkStatus();
   MK_RETURN_IF_ERROR(GiveOne(units, layout_of));
-  allowance_ -= 2 * (absl::Now() - begin);
+  allowance_ = std::max(allowance_ - 2 * (absl::Now() - begin), -kDebtMax);
   return absl::OkStatus();
 }
 

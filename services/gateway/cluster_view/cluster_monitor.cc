@@ -180,12 +180,12 @@ void ClusterMonitor::TickLocked(absl::Time now) {
   count(migrations_, counters_.migrations.load(), " sequences moved on from a draining attention node");
 }
 
-// Whether somebody who came after `lost` went stands in for it now; nobody stands in for two.
+// Whether somebody who came when `lost` went or after that stands in for it now; nobody stands in for two.
 bool ClusterMonitor::TakePlaceLocked(const Known& lost) {
   const auto successor = std::find_if(members_.begin(), members_.end(), [&](const Known& known) {
     return known.in_view && !known.takes_a_place && known.shown.state == MemberState::kReady &&
            known.shown.role == lost.shown.role && HostOf(known.shown.address) == HostOf(lost.shown.address) &&
-           known.joined >= lost.absent_since;
+           known.joined + kNoticedWithin >= lost.shown.since;
   });
   if (successor == members_.end()) return false;
   successor->takes_a_place = true;

@@ -24,6 +24,8 @@ class ClusterMonitor {
   static constexpr absl::Duration kAbsentGrace = absl::Seconds(1);
   static constexpr absl::Duration kLeftShown = absl::Seconds(10);
   // A lost member is shown until somebody has taken its place, but so long at least and at most.
+  // Until a loss is seen: etcd's lease. Who came in the meantime can be the successor already.
+  static constexpr absl::Duration kNoticedWithin = absl::Seconds(5);
   static constexpr absl::Duration kLostShownMin = absl::Seconds(5), kLostShownMax = absl::Seconds(60);
 
   // `counters` is borrowed.

@@ -14,7 +14,7 @@
 
 namespace minke::gateway {
 
-// How a sequence ended; kAbort: the client left, or another sequence of its request failed.
+// How a sequence ended; kAbort: the client left; kError: its request failed.
 enum class SequenceEnd : uint8_t { kStop, kLength, kAbort, kError };
 inline constexpr int kSequenceEnds = 4;
 

@@ -105,10 +105,7 @@ void GenerateExchange::Poll(Output* out) {
 void GenerateExchange::Take(uint32_t index, SequenceEvent event, Clock::time_point received, Output* out) {
   Sequence& sequence = sequences_[index];
   if (sequence.choice.finished()) return;  // an event that was on its way when the sequence was cancelled
-  if (event.finish == FinishReason::kError) {
-    sequence.timer.End(SequenceEnd::kError);
-    return Fail(FromStatus(event.error), out);
-  }
+  if (event.finish == FinishReason::kError) return Fail(FromStatus(event.error), out);
   const std::chrono::microseconds queue_time = event.queue_time;
 
   cached_tokens_ += event.cached_prompt_tokens;
@@ -199,9 +196,10 @@ void GenerateExchange::Finish(Output* out) {
 
 void GenerateExchange::Fail(const ApiError& error, Output* out) {
   done_ = true;
+  for (Sequence& sequence : sequences_) sequence.timer.End(SequenceEnd::kError);
   CancelAll();
   if (head_sent_) {
-    context_.counters->stream_errors.fetch_add(1);
+    if (error.http_status != 504) context_.counters->stream_errors.fetch_add(1);  // the client's own deadline
     AppendErrorEvent(error, &out->body);
     return;
   }

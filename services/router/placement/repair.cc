@@ -54,18 +54,20 @@ class Repair {
     const bool enough = static_cast<int>(layout_.Replicas(unit).size()) >=
                         std::min(replicas, layout_.num_eligible());  // another host is all it lacks
     int best = -1;
-    std::tuple<bool, bool, double, double, NodeId> best_key;
+    std::tuple<bool, bool, bool, double, double, NodeId> best_key;
     for (int server = 0; server < layout_.num_servers(); ++server) {
       if (!layout_.Eligible(server) || layout_.Hosts(server, unit)) continue;
       const bool same_host = layout_.CanSpread(unit) && !layout_.OnNewHost(unit, server);
       if (enough && same_host) continue;
       if (layout_.Full(server) && LeastBusyExtra(layout_, server) < 0) continue;
-      const bool early = static_cast<int64_t>(layout_.UnitsOn(server).size()) * layout_.num_layers() >=
-                         layout_.Slots(server) * (layer + 1);
+      const int64_t units = std::ssize(layout_.UnitsOn(server));
+      const int64_t room = std::min(layout_.Room(server), layout_.Slots(server));
+      const bool over = units >= room;  // its last slots are for moving
+      const bool early = units * layout_.num_layers() >= room * (layer + 1);
       const double time = layout_.TimeAlone(unit, server) / wanted_;
       // Sums of the same numbers in another order are equal.
       const auto rounded = [](double s) { return static_cast<double>(static_cast<float>(s)); };
-      const std::tuple key(same_host, early, rounded(layer_s_[layer][server] + time),
+      const std::tuple key(same_host, over, early, rounded(layer_s_[layer][server] + time),
                            rounded(step_s_[server] + time), layout_.snapshot().servers[server].id);
       if (best < 0 || key < best_key) best = server, best_key = key;
     }

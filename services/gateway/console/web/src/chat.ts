@@ -101,6 +101,17 @@ export function makeChat(root: HTMLElement, options: ChatOptions): { setModel(ha
     const usage: Usage = { prompt: null, completion: 0, first_ms: null, total_ms: 0 };
     const begin = performance.now();
     let how = "";
+    // Tokens may come faster than frames: what is new goes into the page once per frame.
+    const shown = document.createTextNode("");
+    body.append(shown);
+    let frame = 0;
+    const show = (): void => {
+      frame = 0;
+      const atEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 40;
+      shown.appendData(turn.text.slice(shown.length));
+      setText(foot, describe(usage, how));
+      if (atEnd) follow();
+    };
     try {
       const { path, body: json } = request();
       const init = {
@@ -119,19 +130,14 @@ export function makeChat(root: HTMLElement, options: ChatOptions): { setModel(ha
           usage.completion += choice.token_ids?.length ?? 0;
           if (usage.first_ms === null && (choice.token_ids?.length ?? 0) > 0) usage.first_ms = performance.now() - begin;
           if (choice.finish_reason === "length") how = "stopped at max tokens";
-          if (piece) {
-            const atEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 40;
-            turn.text += piece;
-            body.append(piece);
-            if (atEnd) follow();
-          }
+          turn.text += piece;
         }
         if (chunk.usage) {
           usage.prompt = chunk.usage.prompt_tokens;
           usage.completion = chunk.usage.completion_tokens;
         }
         usage.total_ms = performance.now() - begin;
-        setText(foot, describe(usage, ""));
+        if (frame === 0) frame = requestAnimationFrame(show);
       }
     } catch (error) {
       if (controller.signal.aborted) {
@@ -145,7 +151,8 @@ export function makeChat(root: HTMLElement, options: ChatOptions): { setModel(ha
     }
     body.classList.remove("busy");
     usage.total_ms = performance.now() - begin;
-    setText(foot, describe(usage, how));
+    cancelAnimationFrame(frame);
+    show();
     turns.push(turn);
     setRunning(null);
     follow();

@@ -8,6 +8,7 @@ import { drain, scale } from "./operator";
 import type { Cluster, ClusterEvent, Latency, Load, Member, Pool, State } from "./schema";
 
 const TITLES: Record<string, string> = { gateways: "Gateways", attention: "Attention", routers: "Routers", experts: "Experts" };
+const SEEN_AT_ONCE = 8;
 // Said aloud when they happen; the others are in the list only.
 const SPOKEN = new Set(["lost", "cluster", "failover", "operator"]);
 
@@ -44,6 +45,12 @@ function loadOf(member: Member, pool: Pool): { text: string; part: number | null
 // The gateway is one per port, and so is a router that holds the registry.
 const isScalable = (pool: Pool, cluster: Cluster): boolean =>
   pool.role === "router" ? cluster.registry === "etcd" : pool.role !== "gateway";
+
+// Where not all are seen at once, those in trouble come first.
+function inOrder(members: Member[]): Member[] {
+  if (members.length <= SEEN_AT_ONCE) return members;
+  return [...members].sort((a, b) => Number(a.state === "ready") - Number(b.state === "ready"));
+}
 
 function makeMember(pool: Pool, member: Member, onDone: (message: string | null) => void): HTMLElement {
   const name = `${pool.role} ${shortId(member.id)}`;
@@ -93,7 +100,7 @@ function makePool(pool: Pool, onDone: (message: string | null) => void): HTMLEle
       h("span", { class: "steps" }, step(-1, "−", "Fewer"), step(1, "+", "More")),
     ),
     h("p", { class: "empty" }, "Nobody here."),
-    h("ul", { class: "members" }),
+    h("ul", { class: "members", "aria-label": title }),
   );
 }
 
@@ -103,13 +110,17 @@ function updatePool(element: HTMLElement, pool: Pool, cluster: Cluster, onDone: 
   setText(element.querySelector(".pool-count") as HTMLElement, `${pool.ready} ready${health}`);
   (element.querySelector(".steps") as HTMLElement).hidden = !cluster.operator || operatorToken() === "" || !isScalable(pool, cluster);
   (element.querySelector(".empty") as HTMLElement).hidden = pool.members.length > 0;
+  const list = element.querySelector(".members") as HTMLElement;
   keyed(
-    element.querySelector(".members") as HTMLElement,
-    pool.members,
+    list,
+    inOrder(pool.members),
     (member) => member.id,
     (member) => makeMember(pool, member, onDone),
     (row, member) => updateMember(row, pool, member, cluster),
   );
+  // One that scrolls is reached by keyboard.
+  if (list.scrollHeight > list.clientHeight) setAttribute(list, "tabindex", "0");
+  else list.removeAttribute("tabindex");
 }
 
 function makeEvent(event: ClusterEvent): HTMLElement {

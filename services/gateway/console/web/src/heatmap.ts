@@ -6,6 +6,7 @@ import type { Heat, State } from "./schema";
 
 const GAP = 1;
 const LABELS = 28; // left margin for layer numbers
+const TOP = 4; // above the first row, for half of its number
 
 export interface HeatMap {
   element: HTMLElement;
@@ -39,7 +40,7 @@ export function makeHeatMap(): HeatMap {
     const layers = Math.max(1, heat.layers.length);
     const cellWidth = Math.max(2, (width - LABELS) / Math.max(1, heat.servers.length));
     const cellHeight = Math.max(5, Math.min(18, Math.floor(320 / layers)));
-    return { width, height: layers * cellHeight, cellWidth, cellHeight };
+    return { width, height: TOP + layers * cellHeight, cellWidth, cellHeight };
   }
 
   function draw(): void {
@@ -58,7 +59,7 @@ export function makeHeatMap(): HeatMap {
     context.textAlign = "right";
     const every = Math.ceil(12 / cellHeight); // labels that do not touch
     heat.layers.forEach((layer, l) => {
-      const y = l * cellHeight;
+      const y = TOP + l * cellHeight;
       context.globalAlpha = 1;
       if (l % every === 0) {
         context.fillStyle = color("--muted");
@@ -82,7 +83,7 @@ export function makeHeatMap(): HeatMap {
       context.globalAlpha = 1;
       context.strokeStyle = color("--text");
       context.lineWidth = 1.5;
-      context.strokeRect(LABELS + pointed.server * cellWidth, pointed.layer * cellHeight, cellWidth - GAP, cellHeight - GAP);
+      context.strokeRect(LABELS + pointed.server * cellWidth, TOP + pointed.layer * cellHeight, cellWidth - GAP, cellHeight - GAP);
     }
   }
 
@@ -118,7 +119,7 @@ export function makeHeatMap(): HeatMap {
   canvas.addEventListener("pointermove", (event) => {
     const { cellWidth, cellHeight } = geometry();
     const server = Math.floor((event.offsetX - LABELS) / cellWidth);
-    const layer = Math.floor(event.offsetY / cellHeight);
+    const layer = Math.floor((event.offsetY - TOP) / cellHeight);
     point(server >= 0 && server < heat.servers.length && layer >= 0 && layer < heat.layers.length ? { layer, server } : null);
   });
   canvas.addEventListener("pointerleave", () => point(null));
