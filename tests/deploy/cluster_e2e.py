@@ -15,6 +15,7 @@ from streams import Load
 # As the manifests have it, but for the machine: small threads and caches, fewer expert servers, numbers that can be compared to the bit.
 REPLICAS = {"expert": 3}
 ARGUMENTS = {"--cache-mib": "64", "--experts": "3"}
+PATIENT = ["--heartbeat-ms=1000"]   # more processes than cores, and who is slow is not to be taken for dead
 HEADERS = {"authorization": "Bearer " + KEY}
 
 
@@ -69,9 +70,9 @@ class ByTheManifests(unittest.TestCase):
         cls.objects = kustomized("default")
         cls.pods = Pods(cls.objects, REPLICAS, ARGUMENTS, {"PRECISION": "exact"})
         try:
-            for workload in cls.pods.workloads.values():   # two cores here
-                if workload["metadata"]["name"] not in ("minke-etcd", "minke-gateway"):
-                    workload["spec"]["template"]["spec"]["containers"][0]["args"].append("--threads=1")
+            for role, workload in cls.pods.workloads.items():
+                if role != "etcd":
+                    workload["spec"]["template"]["spec"]["containers"][0]["args"] += PATIENT + (["--threads=1"] if role != "gateway" else [])
             cls.pods.start_all()
             cls.unready = [p.name for role in ("gateway", "expert") for p in cls.pods.of(role) if not p.probe("readinessProbe")]
             cls.pods.wait_ready(sum((cls.pods.of(role) for role in ROLES), []))
@@ -180,7 +181,8 @@ class ByTheUnits(unittest.TestCase):
                 f.write(text)
         http_port = free_port()
         environment = {"MINKE_CHECKPOINT": MODEL, "MINKE_ADDRESS": "127.0.0.1", "MINKE_HTTP": "127.0.0.1:%d" % http_port,
-                       "MINKE_MEMBER_REGISTRY": "--router=127.0.0.1:7000", "MINKE_EXPERT_FLAGS": "--threads=1", "MINKE_ATTENTION_FLAGS": "--cache-mib=64 --threads=1"}
+                       "MINKE_MEMBER_REGISTRY": "--router=127.0.0.1:7000", "MINKE_ATTENTION_FLAGS": "--cache-mib=64 --threads=1 " + PATIENT[0],
+                       "MINKE_EXPERT_FLAGS": "--threads=1 " + PATIENT[0]}
         # A host of its own, so that the units' fixed ports are free.
         host = "mu%d" % os.getpid()
         ip("netns", "add", host)
