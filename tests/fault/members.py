@@ -89,10 +89,11 @@ class Member:
 class Members:
     """etcd, routers, expert servers, attention nodes and a gateway; ready when constructed."""
 
-    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250, keep_logs=""):
+    def __init__(self, routers=2, experts=3, attention=2, namespaces=None, heartbeat_ms=250, keep_logs="", flags=None):
         self.namespaces = can_have_namespaces() if namespaces is None else namespaces
         self.heartbeat_ms = heartbeat_ms
         self.keep_logs = keep_logs   # folder for the logs of all hosts
+        self.flags = flags or {}   # more flags by role
         self.size = dict(etcd=1, router=routers, expert=experts, attention=attention, gateway=1)
         self.lock = threading.RLock()
         self.members = []
@@ -208,6 +209,7 @@ class Members:
                 command += ["--experts=%d" % self.size["expert"], "--replicas=2"]
             if role == "attention":
                 command += ["--cache-mib=64", "--sequences=64"]
+            command += self.flags.get(role, [])
         if self.namespaces:
             command = ["ip", "netns", "exec", self.prefix + host, *command]
         log = os.path.join(self.scratch, host + ".log")

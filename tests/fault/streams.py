@@ -33,8 +33,8 @@ class Stream:
         return zip(points, points[1:])
 
 
-def run_stream(address, body, stream, timeout):
-    """Fills in the stream; returns (tokens, text, finish reason, usage)."""
+def run_stream(address, body, stream, timeout, headers=None):
+    """Fills in the stream; returns (tokens, text, finish reason, usage). `address`: (host, port), or what gives another one each time."""
     tokens, text, finish, usage, done = [], [], None, None, False
     while True:
         try:
@@ -47,7 +47,7 @@ def run_stream(address, body, stream, timeout):
                 return None
             time.sleep(0.05)
     try:
-        c.request("POST", "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+        c.request("POST", "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})})
         r = c.getresponse()
         if r.status != 200:
             stream.outcome, stream.detail = "failed", "%d %s" % (r.status, r.read().decode(errors="replace"))
@@ -87,8 +87,8 @@ def run_stream(address, body, stream, timeout):
 class Load:
     """`clients` threads in a closed loop; stops at __exit__, when every stream has ended."""
 
-    def __init__(self, address, seed, clients=6, timeout=90, **bodies):
-        self.address, self.timeout, self.seed = address, timeout, seed
+    def __init__(self, address, seed, clients=6, timeout=90, headers=None, **bodies):
+        self.address, self.timeout, self.seed, self.headers = address, timeout, seed, headers
         self.bodies = make_bodies(random.Random(seed), **bodies)
         self.lock = threading.Lock()
         self.streams = []
@@ -98,7 +98,7 @@ class Load:
             answers = []
             for _ in range(2):
                 stream = Stream(i)
-                answers.append(run_stream(address, body, stream, timeout))
+                answers.append(run_stream(address, body, stream, timeout, headers))
                 if answers[-1] is None:
                     raise AssertionError("undisturbed: " + stream.detail)
             if answers[0] != answers[1]:
@@ -113,7 +113,7 @@ class Load:
             stream = Stream(i)
             with self.lock:
                 self.streams.append(stream)
-            got = run_stream(self.address, self.bodies[i], stream, self.timeout)
+            got = run_stream(self.address, self.bodies[i], stream, self.timeout, self.headers)
             if got is not None:
                 self.check(stream, got)
             stream.end = time.monotonic()
