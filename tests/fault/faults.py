@@ -54,10 +54,15 @@ class Injector:
         self.last_attention_fault = 0.0
 
     def victim(self, role):
-        if role in ("leader", "router"):
+        if role not in ("leader", "router"):
+            return self.rng.choice(self.members.of(role))
+        for _ in range(100):   # a whole cluster has both, but the lead may change hands just now
             leader = self.members.leader()
-            return leader if role == "leader" else next((m for m in self.members.of("router") if m is not leader), None)
-        return self.rng.choice(self.members.of(role))
+            other = next((m for m in self.members.of("router") if m is not leader), None)
+            if leader and other:
+                return leader if role == "leader" else other
+            time.sleep(0.1)
+        raise RuntimeError("for 10 s no router led, or there was only one")
 
     def run(self, fault, seconds):
         """One fault, until the cluster is whole again."""
