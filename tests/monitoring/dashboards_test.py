@@ -1,8 +1,11 @@
 """The dashboards are what their generator writes, and what Grafana's published schema package (@grafana/schema, pinned by
 package-lock.json) says a dashboard is."""
-import copy, filecmp, glob, hashlib, json, os, re, shutil, subprocess, sys, tempfile, unittest
+import copy, filecmp, glob, json, os, re, subprocess, sys, tempfile, unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
+import npm
+
 ROOT = os.path.dirname(os.path.dirname(HERE))
 GRAFANA = os.path.join(ROOT, "monitoring", "grafana")
 DASHBOARDS = sorted(glob.glob(os.path.join(GRAFANA, "dashboards", "*.json")))
@@ -13,28 +16,6 @@ NPM = os.environ.get("MINKE_NPM_DIR", os.path.join(tempfile.gettempdir(), "minke
 def load(path):
     with open(path, encoding="utf-8") as f:
         return json.load(f)
-
-
-def install():
-    """node_modules as the lock file says, in NPM."""
-    os.makedirs(NPM, exist_ok=True)
-    digest = hashlib.sha256()
-    for name in ("package.json", "package-lock.json", "tsconfig.json", "dashboard_types.ts"):
-        shutil.copy(os.path.join(HERE, name), NPM)
-        if name.startswith("package"):
-            with open(os.path.join(HERE, name), "rb") as f:
-                digest.update(f.read())
-    stamp = os.path.join(NPM, "installed")
-    if os.path.exists(stamp):
-        with open(stamp) as f:
-            if f.read() == digest.hexdigest():
-                return
-    shutil.rmtree(os.path.join(NPM, "node_modules"), ignore_errors=True)
-    result = subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NPM, capture_output=True, text=True, timeout=180)
-    if result.returncode != 0:
-        raise AssertionError("npm ci: expected the packages of package-lock.json, found:\n" + result.stdout + result.stderr)
-    with open(stamp, "w") as f:
-        f.write(digest.hexdigest())
 
 
 def errors_of(dashboards):
@@ -99,7 +80,7 @@ class Dashboards(unittest.TestCase):
                         taken[x, y] = p["title"]
 
     def test_are_dashboards_by_grafanas_schema(self):
-        install()
+        npm.install(HERE, NPM, ("tsconfig.json", "dashboard_types.ts"))
         cases = {os.path.basename(path)[:-len(".json")]: load(path) for path in DASHBOARDS}
         good = set(cases)
         # What the types must find, or they prove nothing.

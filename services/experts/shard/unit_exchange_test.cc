@@ -190,8 +190,7 @@ TEST(UnitExchange, WhatIsNotThereOrPackedOtherwiseIsRefusedAtOnce) {
 
 TEST(UnitExchange, AGiverOfAnotherSizeIsNotBelieved) {
   transport::InprocHub hub;
-  Server giver(hub, 1),
-      fetcher(hub, 2, {}, {.ask_again = absl::Milliseconds(10), .stall = absl::Seconds(1)});
+  Server giver(hub, 1), fetcher(hub, 2, {}, {.ask_again = absl::Milliseconds(10), .stall = absl::Seconds(1)});
   giver.units[kUnit] = RandomUnit(101);
   giver.Start();
   fetcher.Start();
