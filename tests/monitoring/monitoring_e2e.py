@@ -306,7 +306,10 @@ class Monitoring(unittest.TestCase):
         with open(os.path.join(MODEL, "config.json")) as f:
             config = json.load(f)
         layers = {str(layer) for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"])}
-        series = self.prometheus.query("sum by (layer, address) (layer_server:minke_expert_rows:rate1m)")
+        query = "sum by (layer, address) (layer_server:minke_expert_rows:rate1m)"
+        # Servers are scraped one after the other: the last one's rates come last.
+        wait_until(lambda: len(self.prometheus.query(query)) == 3 * len(layers), 15)
+        series = self.prometheus.query(query)
         self.assertEqual({labels["layer"] for labels, _ in series}, layers)
         self.assertEqual(len({labels["address"] for labels, _ in series}), 3)
         self.assertEqual(len(series), 3 * len(layers))
