@@ -110,6 +110,18 @@ class Served {
     return -1;
   }
 
+  // Once the stream has so many tokens: the node that computes it drains and ends, and the stream goes on to
+  // its end. The node's index; -1: there was none.
+  int DrainUnder(const Sink& sink, int64_t tokens) {
+    EXPECT_TRUE(Eventually([&] { return sink.size() >= tokens; }));
+    const int old = Busy();
+    if (old < 0) return old;
+    EXPECT_TRUE(local.attention(old).Drain(absl::Seconds(30), [] { return false; }).ok());
+    local.StopAttention(old);
+    EXPECT_TRUE(Eventually([&] { return sink.finished(); }));
+    return old;
+  }
+
   LocalCluster local;
   gateway::GatewayCounters counters;
   // No false alarms on a loaded machine: this is about nodes that drain.
@@ -173,12 +185,8 @@ TEST_P(Migration, PagesMoveOverUcx) {
   const Text want = Undisturbed(options);
   Served served(options);
   const auto sink = served.Start();
-  ASSERT_TRUE(Eventually([&] { return sink->size() >= 3; }));
-  const int old = served.Busy();
+  const int old = served.DrainUnder(*sink, 3);
   ASSERT_GE(old, 0);
-  EXPECT_TRUE(served.local.attention(old).Drain(absl::Seconds(30), [] { return false; }).ok());
-  served.local.StopAttention(old);
-  ASSERT_TRUE(Eventually([&] { return sink->finished(); }));
   EXPECT_EQ(sink->text(), want);
   EXPECT_GE(served.local.engine(1 - old).status().pages_fetched, kPrompt / kPageTokens);
 }
@@ -222,12 +230,7 @@ TEST_P(Migration, LostPagesAreComputedAgain) {
                               .kinds = (uint64_t{15} << static_cast<int>(wire::Kind::kPageRequest))};
   Served served(options);
   const auto sink = served.Start();
-  ASSERT_TRUE(Eventually([&] { return sink->size() >= 20; }));
-  const int old = served.Busy();
-  ASSERT_GE(old, 0);
-  EXPECT_TRUE(served.local.attention(old).Drain(absl::Seconds(30), [] { return false; }).ok());
-  served.local.StopAttention(old);
-  ASSERT_TRUE(Eventually([&] { return sink->finished(); }));
+  ASSERT_GE(served.DrainUnder(*sink, 20), 0);
   EXPECT_EQ(sink->text(), want);
 }
 
