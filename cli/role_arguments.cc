@@ -15,7 +15,7 @@ Arguments Join(std::initializer_list<Arguments> parts) {
 
 Arguments Common(const UpFlags& flags) {
   return {"--checkpoint=" + flags.checkpoint, "--precision=" + flags.precision,
-          "--log-level=" + flags.log_level};
+          "--log-level=" + flags.log_level, "--log-format=" + flags.log_format};
 }
 
 Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses) {
@@ -65,6 +65,7 @@ Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& address
        DataPlane(flags, addresses),
        Registry(flags, addresses),
        Unless(cpus, "--cpus="),
+       Unless(flags.otlp_endpoint, "--otlp-endpoint="),
        {StrCat("--threads=", threads), "--routing=" + flags.routing, "--microbatches=" + flags.microbatches,
         "--mla=" + flags.mla, StrCat("--cache-mib=", flags.cache_mib), "--prefix-cache=" + flags.prefix_cache,
         StrCat("--step-tokens=", flags.step_tokens), StrCat("--sequences=", flags.sequences),
@@ -76,16 +77,19 @@ Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& address
 }
 
 Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses) {
-  return Join({Common(flags),
-               Registry(flags, addresses),
-               {"--http-listen=" + addresses.http, StrCat("--body-max-bytes=", flags.body_max_bytes),
-                "--chat-template=" + flags.chat_template, StrCat("--heartbeat-ms=", flags.heartbeat_ms),
-                StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
-               flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
-               Unless(flags.model_name, "--model-name="),
-               Unless(flags.api_key_file, "--api-key-file="),
-               Unless(addresses.operator_socket, "--operator-socket="),
-               Unless(flags.operator_token_file, "--operator-token-file=")});
+  return Join(
+      {Common(flags),
+       Registry(flags, addresses),
+       {"--http-listen=" + addresses.http, StrCat("--body-max-bytes=", flags.body_max_bytes),
+        "--chat-template=" + flags.chat_template, StrCat("--heartbeat-ms=", flags.heartbeat_ms),
+        StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
+       {StrCat("--trace-ratio=", flags.trace_ratio), StrCat("--slow-request-s=", flags.slow_request_s)},
+       Unless(flags.otlp_endpoint, "--otlp-endpoint="),
+       flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
+       Unless(flags.model_name, "--model-name="),
+       Unless(flags.api_key_file, "--api-key-file="),
+       Unless(addresses.operator_socket, "--operator-socket="),
+       Unless(flags.operator_token_file, "--operator-token-file=")});
 }
 
 }  // namespace minke::cli

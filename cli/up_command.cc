@@ -137,6 +137,7 @@ std::unique_ptr<OperatorServer> ServeOperator(LocalCluster& cluster, const Url& 
 
 absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("up");
+  node::SetLogs(flags.log_level, flags.log_format);
   MK_RETURN_IF_ERROR(Validate(flags));
   Signals signals;
   LocalCluster cluster(flags);
@@ -159,6 +160,7 @@ absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
 
 absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("serve");
+  node::SetLogs(flags.log_level, flags.log_format);
   const Precision precision = PrecisionOf(flags);
   MK_ASSIGN_OR_RETURN(const Device device, DeviceOf(flags));
   // A GPU computes whole steps: no expert servers beside it, and no messages.
@@ -182,6 +184,9 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.http.body_bytes_max = flags.body_max_bytes;
   gateway_options.api_key_file = flags.api_key_file;
   gateway_options.vllm_names = flags.vllm_names;
+  gateway_options.traces.endpoint = flags.otlp_endpoint;
+  gateway_options.trace_ratio = flags.trace_ratio;
+  gateway_options.slow_request = std::chrono::milliseconds(static_cast<int64_t>(1e3 * flags.slow_request_s));
   gateway_options.node_id = RandomNodeId();
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
   MK_ASSIGN_OR_RETURN(auto router,
@@ -214,6 +219,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   MK_ASSIGN_OR_RETURN(auto attention_options,
                       attention::ToServiceOptions(attention_flags, *checkpoint, precision));
   attention_options.registry.router = router->rpc_address();
+  attention_options.traces.endpoint = flags.otlp_endpoint;
   attention_options.device = device;
   attention_options.whole = whole;
   attention_options.fp8_experts = FP8Experts(flags);
@@ -226,7 +232,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
     // Frames go from hand to hand here: there is no data plane to show.
     router::CollectMetrics(*router, /*routes=*/attention->engine().route_counters() == nullptr && !whole,
                            page);
-    attention::CollectMetrics(attention->engine(), page);
+    attention::CollectMetrics(*attention, page);
     if (experts != nullptr) experts::CollectMetrics(*experts, page);
   });
   const absl::Cleanup no_metrics = [&] { gateway->AddMetrics(nullptr); };

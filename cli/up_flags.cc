@@ -8,6 +8,7 @@
 #include "libs/model/checkpoint.h"
 #include "libs/node/node.h"
 #include "services/experts/expert_service.h"
+#include "services/gateway/request_flags.h"
 
 namespace minke::cli {
 namespace {
@@ -73,6 +74,12 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
       ->capture_default_str();
   app.add_flag("--metrics-vllm-names", f.vllm_names,
                "/metrics of the HTTP API also shows the cluster as one vLLM server would");
+  app.add_option("--otlp-endpoint", f.otlp_endpoint,
+                 "http://HOST:PORT of an OpenTelemetry collector (OTLP over HTTP) for traces of requests");
+  gateway::AddRequestFlags(app, f.trace_ratio, f.slow_request_s);
+  app.add_option("--log-format", f.log_format, "lines of text, or a JSON object each")
+      ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str();
   app.add_option("--log-level", f.log_level)
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();

@@ -57,6 +57,10 @@ struct UpFlags {
   std::string targets_file;  // up only; empty: DefaultTargetsFile
   bool vllm_names = false;
   std::string log_level = "info";
+  std::string log_format = "text";
+  std::string otlp_endpoint;  // empty: no traces
+  double trace_ratio = 0.01;
+  double slow_request_s = 60;
 };
 
 void AddUpFlags(CLI::App& app, UpFlags& flags);

@@ -6,6 +6,7 @@
 #include "gtest/gtest.h"
 #include "libs/base/dtype.h"
 #include "libs/base/ids.h"
+#include "libs/base/log.h"
 #include "libs/base/thread_pool.h"
 
 namespace minke {
@@ -52,6 +53,33 @@ TEST(ThreadPool, RunsEveryIndexExactlyOnce) {
       for (int c : count) ASSERT_EQ(c, 1);
     }
   }
+}
+
+TEST(Log, TextQuotesWhatWouldNotReadAsOneValue) {
+  const log::Field fields[] = {{"n", 7},         {"ms", 1.25},  {"ok", true},
+                               {"plain", "abc"}, {"empty", ""}, {"spaced", "a b\"c"}};
+  EXPECT_EQ(log::FormatText("gateway", "tag", "done", fields, std::size(fields)),
+            "gateway [tag] done n=7 ms=1.250 ok=true plain=abc empty=\"\" spaced=\"a b\\\"c\"");
+}
+
+TEST(Log, ALineStaysALine) {
+  const log::Field fields[] = {{"evil", "x\n2026 info [auth] \x1b[31m"}};
+  const std::string text = log::FormatText("", "tag", "a\nb\r", fields, 1);
+  EXPECT_EQ(text, "[tag] a\\nb\\u000d evil=\"x\\n2026 info [auth] \\u001b[31m\"");
+  const std::string json = log::FormatJson("T", log::Level::kInfo, "", "tag", "a\nb", fields, 1);
+  EXPECT_EQ(json,
+            "{\"time\":\"T\",\"level\":\"info\",\"tag\":\"tag\",\"message\":\"a\\nb\","
+            "\"evil\":\"x\\n2026 info [auth] \\u001b[31m\"}");
+}
+
+TEST(Log, JsonIsJsonWhateverTheBytes) {
+  const std::string bytes = "\xff\xc0\x80 \xe2\x82\xac \xed\xa0\x80\"\\";
+  const log::Field fields[] = {{"n", -7}, {"nan", std::nan("")}, {"ok", false}, {"bytes", bytes}};
+  EXPECT_EQ(log::FormatJson("T", log::Level::kError, "router", "t", "m", fields, std::size(fields)),
+            "{\"time\":\"T\",\"level\":\"error\",\"process\":\"router\",\"tag\":\"t\",\"message\":\"m\","
+            "\"n\":-7,\"nan\":null,\"ok\":false,"
+            "\"bytes\":\"\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd \xe2\x82\xac "
+            "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\\\"\\\\\"}");
 }
 
 }  // namespace

@@ -50,7 +50,23 @@ void AddCommonFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--log-level", flags.log_level)
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();
+  app.add_option("--log-format", flags.log_format, "lines of text, or a JSON object each")
+      ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str();
   app.add_option("--report-fd", flags.report_fd, "descriptor to write the gRPC address to")->group("");
+}
+
+void AddTraceFlags(CLI::App& app, TraceFlags& flags) {
+  app.add_option("--otlp-endpoint", flags.otlp_endpoint,
+                 "http://HOST:PORT of an OpenTelemetry collector (OTLP over HTTP) for traces of requests");
+}
+
+void SetLogs(const std::string& level, const std::string& format) {
+  log::SetFormat(format == "json" ? log::Format::kJson : log::Format::kText);
+  log::SetLevel(level == "debug"     ? log::Level::kDebug
+                : level == "warning" ? log::Level::kWarning
+                : level == "error"   ? log::Level::kError
+                                     : log::Level::kInfo);
 }
 
 void AddRegistryFlags(CLI::App& app, RegistryFlags& flags, bool with_router) {
@@ -150,10 +166,7 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
     }
   }
   log::SetProcessName(process_name);
-  log::SetLevel(flags.log_level == "debug"     ? log::Level::kDebug
-                : flags.log_level == "warning" ? log::Level::kWarning
-                : flags.log_level == "error"   ? log::Level::kError
-                                               : log::Level::kInfo);
+  SetLogs(flags.log_level, flags.log_format);
   return -1;
 }
 

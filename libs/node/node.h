@@ -38,7 +38,8 @@ struct NodeFlags {
   std::string cpus;  // "0-7,16": run there only; empty: anywhere
   int drain_timeout_s = 120;
   std::string log_level = "info";
-  int report_fd = -1;  // `minke up`: where to write the addresses once it listens
+  std::string log_format = "text";  // text | json
+  int report_fd = -1;               // `minke up`: where to write the addresses once it listens
 
   Precision ParsedPrecision() const { return precision == "exact" ? Precision::kExact : Precision::kBF16; }
   int Threads() const;
@@ -58,6 +59,13 @@ void AddRegistryFlags(CLI::App& app, RegistryFlags& flags, bool with_router = tr
 // INVALID_ARGUMENT names the flag that is missing or has no use.
 absl::StatusOr<registry::RegistryAddress> ToRegistryAddress(const RegistryFlags& flags,
                                                             bool with_router = true);
+struct TraceFlags {
+  std::string otlp_endpoint;  // empty: no traces
+};
+// Flags of the roles that requests pass through.
+void AddTraceFlags(CLI::App& app, TraceFlags& flags);
+// Level and format of log lines, as the flags name them.
+void SetLogs(const std::string& level, const std::string& format);
 // Flags of the roles with a data plane.
 void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags);
 // Parses; prints one line on stderr for a bad flag and returns the exit code, or -1 to go on. Applies log

@@ -101,6 +101,10 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   service->options_ = std::move(options);
   AttentionServiceOptions& o = service->options_;
   service->pool_ = std::make_unique<ThreadPool>(o.threads);
+  o.traces.service = "minke-attention";
+  o.traces.instance = ToString(transport->self());
+  MK_ASSIGN_OR_RETURN(service->tracer_, tracing::Tracer::Start(o.traces));
+  o.engine.tracer = service->tracer_.get();
   const int32_t layers = checkpoint->config().num_hidden_layers;
   absl::Time last = absl::Now();
   const auto progress = [&](int32_t layer) {

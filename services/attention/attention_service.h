@@ -35,6 +35,7 @@ struct AttentionServiceOptions {
   bool local_routing = false;
   int threads = 1;
   EngineOptions engine;
+  tracing::TracerOptions traces;         // without an endpoint: none
   std::vector<uint8_t> allowed_tokens;   // [vocab] 0/1: ids that have a token; empty: all
   router::Gate::Override gate_override;  // tests only, with local_routing
   registry::Registry::OnRefused on_refused;
@@ -51,6 +52,7 @@ class AttentionService {
   // CANCELLED when `give_up` is true. Destruction comes next.
   absl::Status Drain(absl::Duration limit, absl::FunctionRef<bool()> give_up);
   Engine& engine() { return *engine_; }
+  const tracing::Tracer* tracer() const { return tracer_.get(); }  // null: no traces
   NodeId node_id() const { return NodeId{self_.node_id()}; }
   const std::string& rpc_address() const { return self_.rpc_address(); }
 
@@ -60,6 +62,7 @@ class AttentionService {
   AttentionServiceOptions options_;
   cluster::v1::Member self_;
   std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<tracing::Tracer> tracer_;  // null: no traces
   std::unique_ptr<Engine> engine_;
   AttentionApi api_;
   std::unique_ptr<WeightGiver> giver_;

@@ -22,6 +22,8 @@ int main(int argc, char** argv) {
   node::AddDataPlaneFlags(app, flags);
   attention::AddAttentionFlags(app, attention_flags);
   node::AddRegistryFlags(app, registry_flags);
+  node::TraceFlags trace_flags;
+  node::AddTraceFlags(app, trace_flags);
   app.add_option(
       "--weights-from", attention_flags.weights_from,
       "on a GPU: HOST:PORT of a running attention node of this model, whose weights are taken from "
@@ -41,6 +43,7 @@ int main(int argc, char** argv) {
   if (!options.ok()) return fail(options.status());
   options->registry = *std::move(registry);
   options->listen = flags.listen;
+  options->traces.endpoint = trace_flags.otlp_endpoint;
   options->advertise_host = flags.advertise;
   options->precision = flags.ParsedPrecision();
   options->device = *device;
@@ -52,9 +55,9 @@ int main(int argc, char** argv) {
   auto service =
       attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
   if (!service.ok()) return fail(service.status());
-  auto metrics = node::ServeMetrics(
-      flags, "attention", (*service)->engine().transport(),
-      [&](telemetry::Page& page) { attention::CollectMetrics((*service)->engine(), page); });
+  auto metrics =
+      node::ServeMetrics(flags, "attention", (*service)->engine().transport(),
+                         [&](telemetry::Page& page) { attention::CollectMetrics(**service, page); });
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, (*service)->rpc_address(), (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {

@@ -91,12 +91,14 @@ void CollectExchange(const Engine& engine, const EngineStatus& s, telemetry::Pag
 
 }  // namespace
 
-void CollectMetrics(const Engine& engine, telemetry::Page& page) {
+void CollectMetrics(AttentionService& service, telemetry::Page& page) {
+  const Engine& engine = service.engine();
   const EngineStatus status = engine.status();
   CollectScheduling(status, page);
   CollectCache(status, page);
   CollectSteps(engine, status, page);
   CollectExchange(engine, status, page);
+  if (service.tracer() != nullptr) service.tracer()->Collect(page);
   if (const router::RouteCounters* counters = engine.route_counters()) counters->Collect(page);
 }
 

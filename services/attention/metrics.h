@@ -2,11 +2,11 @@
 #pragma once
 
 #include "libs/telemetry/page.h"
-#include "services/attention/engine/engine.h"
+#include "services/attention/attention_service.h"
 
 namespace minke::attention {
 
 // Thread-safe.
-void CollectMetrics(const Engine& engine, telemetry::Page& page);
+void CollectMetrics(AttentionService& service, telemetry::Page& page);
 
 }  // namespace minke::attention

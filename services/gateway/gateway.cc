@@ -112,7 +112,12 @@ class Gateway::Impl {
       Refresh();
     });
     metered_pool_ = std::make_unique<MeteredPool>(pool_.get(), &meter_);
-    const GenerateContext context{&model_, metered_pool_.get(), &counters_, options_.silence_max};
+    tracing::TracerOptions traces = options_.traces;
+    traces.service = "minke-gateway";
+    traces.instance = ToString(options_.node_id);
+    MK_ASSIGN_OR_RETURN(tracer_, tracing::Tracer::Start(std::move(traces)));
+    recorder_ = {tracer_.get(), tracing::Sampler(options_.trace_ratio), options_.slow_request, model_.name};
+    const GenerateContext context{&model_, metered_pool_.get(), &counters_, options_.silence_max, &recorder_};
     const auto not_ready_reason = [this] { return NotReadyReason(); };
     const auto refusal_reason = [this] { return RefusalReason(); };
     handler_ = std::make_unique<OpenAiHandler>(
@@ -186,6 +191,7 @@ class Gateway::Impl {
     page.Gauge("minke:gateway_sequences_max", "Sequences held at most; above: 429",
                static_cast<double>(admission_.sequences_max()));
     page.Gauge("minke:gateway_connections", "HTTP connections", connections());
+    if (tracer_ != nullptr) tracer_->Collect(page);
     telemetry::Collector more;
     {
       const std::lock_guard lock(mutex_);
@@ -284,6 +290,8 @@ class Gateway::Impl {
   const GatewayOptions options_;
   const GatewayModel model_;
   GatewayCounters counters_;
+  std::unique_ptr<tracing::Tracer> tracer_;  // null: no traces
+  RequestRecorder recorder_;
   Admission admission_;
   TrafficMeter meter_;
   const std::shared_ptr<ClusterMonitor> monitor_;  // shared with calls of the operator

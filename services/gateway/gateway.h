@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "libs/base/ids.h"
 #include "libs/telemetry/metrics_server.h"
+#include "libs/tracing/tracer.h"
 #include "services/gateway/attention_client/attention_pool.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/types.h"
@@ -34,6 +35,9 @@ struct GatewayOptions {
   // not at all.
   std::chrono::milliseconds unready_wait{0};
   AttentionPoolOptions attention;
+  tracing::TracerOptions traces;  // without an endpoint: none
+  double trace_ratio = 0.01;      // of requests whose client does not say whether they are traced
+  std::chrono::milliseconds slow_request{60'000};  // those that take longer are logged with phases; 0: none
   bool vllm_names = false;  // /metrics also shows the cluster under the names of vLLM's metrics
   // The cluster's view and the console (docs/console.md).
   NodeId node_id;                   // of this gateway in the registry

@@ -10,6 +10,7 @@
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "services/gateway/gateway.h"
+#include "services/gateway/request_flags.h"
 #include "services/gateway/self_reporter.h"
 
 int main(int argc, char** argv) {
@@ -48,6 +49,10 @@ int main(int argc, char** argv) {
                  "socket of this host's minke up, for the console's scale and drain");
   app.add_option("--operator-token-file", options.operator_token_file,
                  "tokens that may scale and drain, one per line");
+  node::TraceFlags trace_flags;
+  node::AddTraceFlags(app, trace_flags);
+  double slow_request_s = 60;
+  gateway::AddRequestFlags(app, options.trace_ratio, slow_request_s);
   int heartbeat_ms = 250;
   app.add_option("--heartbeat-ms", heartbeat_ms,
                  "an attention node silent for two of these loses its sequences to others")
@@ -64,6 +69,8 @@ int main(int argc, char** argv) {
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
   options.node_id = RandomNodeId();
+  options.traces.endpoint = trace_flags.otlp_endpoint;
+  options.slow_request = std::chrono::milliseconds(static_cast<int64_t>(1e3 * slow_request_s));
   options.registry = registry_flags.registry;
   options.attention.heartbeat = std::chrono::milliseconds(heartbeat_ms);
   options.unready_wait = options.attention.node_wait_max = std::chrono::seconds(unavailable_after_s);

@@ -101,7 +101,8 @@ class Monitoring(unittest.TestCase):
         cls.targets_file = os.path.join(cls.folder, "targets.json")
         # Later starts under load: this host may be busy. A lost heartbeat is another test's business.
         cls.cluster = Cluster(MODEL, "--experts=3", "--threads=1", "--metrics-vllm-names", "--targets-file", cls.targets_file,
-                              "--cluster", NAME, "--heartbeat-ms=2000")
+                              "--cluster", NAME, "--heartbeat-ms=2000", "--trace-ratio=0",
+                              "--otlp-endpoint=http://127.0.0.1:%d" % harness.free_port())   # nobody is there: the counters are what counts
         cls.addClassCleanup(shutil.rmtree, cls.folder, True)
         cls.addClassCleanup(cls.cluster.stop)
         # Before there is any load: what is counted then stands still.

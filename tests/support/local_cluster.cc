@@ -71,18 +71,19 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   engine.exchange = options_.exchange;
   engine.page_exchange = options_.page_exchange;
   for (int i = 0; i < options_.attentions; ++i) {
+    attention::AttentionServiceOptions options;
+    options.registry.router = router_->rpc_address();
+    options.precision = options_.precision;
+    options.mla = options_.mla;
+    options.device = options_.attention_device;
+    options.tensor_parallel = options_.tensor_parallel;
+    options.local_routing = options_.local_routing;
+    options.threads = options_.threads;
+    options.engine = engine;
+    if (options_.local_routing) options.gate_override = options_.gate_override;
+    options.on_refused = Refused;
     auto attention = attention::AttentionService::Start(
-        checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION),
-        {.registry = {.router = router_->rpc_address()},
-         .precision = options_.precision,
-         .mla = options_.mla,
-         .device = options_.attention_device,
-         .tensor_parallel = options_.tensor_parallel,
-         .local_routing = options_.local_routing,
-         .threads = options_.threads,
-         .engine = engine,
-         .gate_override = options_.local_routing ? options_.gate_override : nullptr,
-         .on_refused = Refused});
+        checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION), std::move(options));
     if (!attention.ok()) log::Error("test", attention.status().ToString());
     MK_CHECK(attention.ok());
     attentions_.push_back(*std::move(attention));

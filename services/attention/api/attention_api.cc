@@ -16,6 +16,7 @@ namespace {
 // Events a gateway has not taken yet; one that falls this far behind is cut off instead of growing memory
 // here.
 constexpr int kPendingEventsMax = 1 << 16;
+constexpr size_t kNameMax = 256;
 constexpr int kPendingPrefixesMax = 1 << 22;
 
 // INVALID_ARGUMENT names the field, what was expected and found.
@@ -45,6 +46,12 @@ absl::StatusOr<Request> ToRequest(uint64_t session, const inference::v1::Submit&
   request.prompt.assign(submit.prompt_token_ids().begin(), submit.prompt_token_ids().end());
   request.generated.assign(submit.generated_token_ids().begin(), submit.generated_token_ids().end());
   request.pages_from = NodeId{submit.pages_from()};
+  if (submit.request_name().size() > kNameMax || submit.traceparent().size() > kNameMax) {
+    return bad(StrCat("request_name and traceparent: expected at most ", kNameMax, " bytes, found ",
+                      std::max(submit.request_name().size(), submit.traceparent().size())));
+  }
+  request.name = submit.request_name();
+  request.traceparent = submit.traceparent();
   SamplingParams& p = request.sampling;
   p.temperature = s.temperature();
   p.top_p = s.top_p() == 0 ? 1 : s.top_p();
@@ -97,6 +104,22 @@ inference::v1::FinishReason ToProto(FinishReason reason) {
   return inference::v1::FINISH_REASON_ERROR;
 }
 
+void ToProto(const PhaseTimes& from, inference::v1::PhaseTimes& to) {
+  const auto us = [&](StepPhase phase) {
+    return static_cast<uint64_t>(1e6 * from.seconds[static_cast<int>(phase)]);
+  };
+  to.set_steps(from.steps);
+  to.set_plan_us(us(StepPhase::kPlan));
+  to.set_attention_us(us(StepPhase::kAttention));
+  to.set_dispatch_us(us(StepPhase::kDispatch));
+  to.set_shared_experts_us(us(StepPhase::kSharedExperts));
+  to.set_wait_us(us(StepPhase::kWait));
+  to.set_combine_us(us(StepPhase::kCombine));
+  to.set_head_us(us(StepPhase::kHead));
+  to.set_sampling_us(us(StepPhase::kSampling));
+  to.set_output_us(us(StepPhase::kOutput));
+}
+
 void ToProto(const RequestEvent& from, inference::v1::Event& to) {
   to.set_request_id(from.key.request);
   to.set_generation(from.key.generation);
@@ -107,6 +130,8 @@ void ToProto(const RequestEvent& from, inference::v1::Event& to) {
   to.set_queue_us(
       static_cast<uint64_t>(absl::ToInt64Microseconds(std::max(from.queue_time, absl::ZeroDuration()))));
   to.set_finish_reason(ToProto(from.finish));
+  if (from.prefill_times.steps > 0) ToProto(from.prefill_times, *to.mutable_prefill_times());
+  if (from.decode_times.steps > 0) ToProto(from.decode_times, *to.mutable_decode_times());
   if (!from.error.ok()) {
     to.mutable_error()->set_code(static_cast<uint32_t>(from.error.code()));
     to.mutable_error()->set_message(std::string(from.error.message()));

@@ -14,6 +14,7 @@ namespace {
 
 // Head rows whose logits are held at once: 64 x 102,400 x 4 B = 25 MiB.
 constexpr int64_t kLogitRowsMax = 64;
+constexpr char kTag[] = "attention";
 constexpr absl::Duration kIdleWait = absl::Milliseconds(100);
 // Longest sleep inside a step: deadlines of the exchange are looked at this often.
 constexpr absl::Duration kExchangeWait = absl::Milliseconds(2);
@@ -208,7 +209,16 @@ void Engine::ApplyCluster() {
 
 void Engine::Admit(Request request, std::vector<RequestEvent>& refused) {
   const RequestKey key = request.key;
-  if (absl::Status status = scheduler_.Add(std::make_unique<Sequence>(std::move(request))); !status.ok()) {
+  auto sequence = std::make_unique<Sequence>(std::move(request));
+  const Request& r = sequence->request;
+  if (options_.tracer != nullptr && !r.traceparent.empty()) {
+    const auto parent = tracing::ParseTraceparent(r.traceparent);
+    if (parent && parent->sampled) {
+      sequence->trace =
+          std::make_unique<SequenceTrace>(options_.tracer, *parent, r.name, absl::ToChronoTime(r.received));
+    }
+  }
+  if (absl::Status status = scheduler_.Add(std::move(sequence)); !status.ok()) {
     refused.push_back({.key = key, .finish = FinishReason::kError, .error = status});
   }
 }
@@ -296,6 +306,7 @@ void Engine::Run() {
     std::vector<RequestEvent> refused;
     std::vector<StepChunk> chunks =
         scheduler_.PlanStep(absl::Now(), [&](const Sequence& sequence, absl::Status error) {
+          if (sequence.trace != nullptr) sequence.trace->Failed(std::string(StdView(error.message())));
           refused.push_back(
               {.key = sequence.request.key, .finish = FinishReason::kError, .error = std::move(error)});
         });
@@ -378,6 +389,54 @@ void Engine::FillLanes(const std::vector<StepChunk>& chunks) {
   }
 }
 
+// Tells traces that their sequences are in this step. It is traced layer by layer for one of those that want
+// it: others will have another.
+void Engine::TraceStep() {
+  bool wanted = false;
+  tracing::Time now{};
+  int64_t sequences = 0, rows = 0;
+  for (const Lane& lane : lanes_) sequences += std::ssize(lane.chunks), rows += lane.batch.size();
+  for (Lane& lane : lanes_) {
+    lane.trace = nullptr;
+    for (const StepChunk& chunk : lane.chunks) {
+      SequenceTrace* const trace = chunk.sequence->trace.get();
+      if (trace == nullptr) continue;
+      if (now == tracing::Time{}) now = tracing::Now();
+      trace->Admitted(now, chunk.sequence->prompt_size(),
+                      std::max<int64_t>(chunk.sequence->cached_tokens, 0));
+      const bool decode = chunk.begin >= chunk.sequence->prompt_size();
+      if (wanted || !trace->WantsStep(decode)) continue;
+      wanted = true;
+      lane.trace = trace;
+      lane.step_span = trace->BeginStep(now, step_, rows, sequences, decode);
+    }
+  }
+}
+
+void Engine::RecordExchange(Lane& lane) {
+  tracing::Span layer{
+      .trace = lane.step_span.trace,
+      .id = tracing::NewSpanId(),
+      .parent = lane.step_span.span,
+      .name = StrCat("layer ", lane.layer),
+      .begin = absl::ToChronoTime(lane.exchange_begin),
+      .end = tracing::Now(),
+      .attributes = {{"minke.layer", int64_t{lane.layer}}, {"minke.rows", lane.batch.size()}}};
+  for (const ExchangeLeg& leg : lane.legs) {
+    lane.trace->tracer().Record(
+        {.trace = layer.trace,
+         .id = tracing::NewSpanId(),
+         .parent = layer.id,
+         .name = leg.routing ? "route" : "experts",
+         .kind = tracing::SpanKind::kClient,
+         .begin = absl::ToChronoTime(leg.begin),
+         .end = absl::ToChronoTime(leg.end),
+         .attributes = {{"minke.node", ToString(leg.node)}, {"minke.rows", int64_t{leg.rows}}}});
+  }
+  lane.legs.clear();
+  lane.trace->tracer().Record(std::move(layer));
+}
+
 // Computes until the lane has to wait for experts or has passed the last layer.
 void Engine::Advance(Lane& lane, int index) {
   const ModelConfig& config = model_->config();
@@ -392,7 +451,12 @@ void Engine::Advance(Lane& lane, int index) {
       }
       model_->Attention(lane.layer, lane.batch, rows);
       profile_.Enter(StepPhase::kDispatch, lane.layer);
-      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), absl::Now());
+      const absl::Time now = absl::Now();
+      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), now);
+      if (lane.trace != nullptr) {
+        lane.exchange_begin = now;
+        exchange_.Trace(index, &lane.legs);
+      }
       profile_.Enter(StepPhase::kSharedExperts, lane.layer);
       model_->FeedForward(lane.layer, lane.batch);  // the shared experts, while the rows are away
       lane.phase = Phase::kExchange;
@@ -411,6 +475,7 @@ void Engine::FinishExchange(Lane& lane, int index) {
   exchange_outcomes_.resize(lane.batch.size());
   exchange_.Combine(index, model_->RoutedTarget(lane.batch), exchange_outcomes_);
   model_->AddRouted(lane.batch);
+  if (lane.trace != nullptr) RecordExchange(lane);
   for (size_t i = 0; i < exchange_outcomes_.size(); ++i) {
     if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = exchange_outcomes_[i];
   }
@@ -421,6 +486,7 @@ void Engine::FinishExchange(Lane& lane, int index) {
 void Engine::RunStep(std::vector<StepChunk> chunks) {
   ++step_;
   FillLanes(chunks);
+  TraceStep();
   int64_t rows = 0;
   for (const Lane& lane : lanes_) rows += lane.batch.size();
   profile_.StepBegins(rows);
@@ -431,6 +497,10 @@ void Engine::RunStep(std::vector<StepChunk> chunks) {
   }
   if (stop_.load()) return;
   profile_.Enter(StepPhase::kOutput);
+  // Since the last step's, so with what that one still had to do.
+  for (int i = 0; i < kStepPhases; ++i)
+    step_seconds_[i] = profile_.seconds()[i] - std::exchange(accounted_[i], profile_.seconds()[i]);
+  step_seconds_[static_cast<int>(StepPhase::kIdle)] = 0;
   std::vector<RequestEvent> events;
   for (Lane& lane : lanes_) CollectOutputs(lane, events);
   PublishStatus();  // before the events: whoever sees a stream end may look at the pages next
@@ -543,6 +613,19 @@ void Engine::DrawOnHost(const Lane& lane) {
   }
 }
 
+// The step and the layer's exchanges name the request's rows in the other processes' lines.
+void Engine::LogEnd(const Sequence& sequence, const RequestEvent& event) const {
+  const log::Level level = event.error.ok() ? log::Level::kDebug : log::Level::kWarning;
+  if (!log::IsOn(level)) return;
+  const std::string error(StdView(event.error.message()));
+  const log::Field fields[] = {
+      {"request_id", sequence.request.name},     {"step", step_},
+      {"prompt_tokens", sequence.prompt_size()}, {"generated_tokens", sequence.generated_size()},
+      {"cached_tokens", sequence.cached_tokens}, {"error", error}};
+  log::Write(level, kTag, event.error.ok() ? "request done" : "request failed", fields,
+             std::size(fields) - (event.error.ok() ? 1 : 0));
+}
+
 void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
   std::vector<RowOutcome> failed(lane.chunks.size(), RowOutcome::kOk);
   for (size_t c = 0; c < lane.chunks.size(); ++c) {
@@ -595,6 +678,17 @@ void Engine::CollectOutputs(Lane& lane, std::vector<RequestEvent>& events) {
     const bool worth_sending =
         !event.tokens.empty() || !event.prompt_logprobs.empty() || event.finish != FinishReason::kNone;
     const bool finished = event.finish != FinishReason::kNone;
+    const bool decode = chunk.begin >= sequence.prompt_size();
+    (decode ? sequence.decode_times : sequence.prefill_times).Add(step_seconds_);
+    if (sequence.trace != nullptr) {
+      if (!event.error.ok()) sequence.trace->Failed(std::string(StdView(event.error.message())));
+      sequence.trace->StepDone(tracing::Now(), decode, std::ssize(event.tokens), step_seconds_);
+    }
+    if (finished) {
+      event.prefill_times = sequence.prefill_times;
+      event.decode_times = sequence.decode_times;
+      LogEnd(sequence, event);
+    }
     if (worth_sending && !sequence.cancelled) {
       if (!std::exchange(sequence.cached_reported, true)) {
         event.cached_prompt_tokens = sequence.cached_tokens;

@@ -20,6 +20,7 @@
 #include "libs/base/mutex.h"
 #include "libs/cluster/peer_keeper.h"
 #include "libs/telemetry/histogram.h"
+#include "services/attention/engine/sequence_trace.h"
 #include "services/attention/engine/step_profile.h"
 #include "services/attention/latent_cache/page_exchange.h"
 #include "services/attention/latent_cache/page_pool.h"
@@ -37,7 +38,8 @@ struct EngineOptions {
   PageExchangeOptions page_exchange;  // not without limits.reuse_prefixes
   std::string trace_file;             // of the first trace_steps steps; empty: none
   int64_t trace_steps = 200;
-  int64_t mailbox_max = 4096;  // submissions not yet seen by the engine
+  int64_t mailbox_max = 4096;         // submissions not yet seen by the engine
+  tracing::Tracer* tracer = nullptr;  // of traced requests; null: none are traced here
 };
 
 // The most microbatches a step of this engine has.
@@ -125,6 +127,10 @@ class Engine {
     Phase phase = Phase::kDone;
     int32_t layer = 0;
     wire::TrafficClass traffic_class{};
+    SequenceTrace* trace = nullptr;  // of a request for which this step is traced
+    tracing::SpanContext step_span;  // its parts' parent
+    absl::Time exchange_begin;
+    std::vector<ExchangeLeg> legs;
   };
   // A row whose logits are wanted, why, and what came of it.
   struct OutputRow {
@@ -147,12 +153,15 @@ class Engine {
   void RunStep(std::vector<StepChunk> chunks);
   int64_t MicrobatchesFor(const std::vector<StepChunk>& chunks) const;
   void FillLanes(const std::vector<StepChunk>& chunks);
+  void TraceStep();
+  void RecordExchange(Lane& lane);
   void Advance(Lane& lane, int index);
   void FinishExchange(Lane& lane, int index);
   void ComputeLanes();
   void ComputeWhole(WholeSteps& whole, Lane& lane);
   void PlanOutputs(const Lane& lane);
   void DrawOnHost(const Lane& lane);
+  void LogEnd(const Sequence& sequence, const RequestEvent& event) const;
   void CollectOutputs(Lane& lane, std::vector<RequestEvent>& events);
   void Emit(std::vector<RequestEvent> events);
   void PublishStatus();
@@ -178,6 +187,7 @@ class Engine {
   uint64_t step_ = 0, split_steps_ = 0;
   uint64_t generated_tokens_ = 0, prompt_tokens_ = 0, computed_tokens_ = 0;
   StepProfile profile_;
+  std::array<double, kStepPhases> step_seconds_{}, accounted_{};  // of the last step; of all of them
   StepHistograms step_histograms_;
   kernels::Scratch<float> logits_;
   ClusterSnapshot cluster_;

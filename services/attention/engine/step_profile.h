@@ -12,22 +12,9 @@
 #include <string_view>
 #include <vector>
 
-namespace minke::attention {
+#include "services/attention/engine/phase_times.h"
 
-enum class StepPhase : uint8_t {
-  kIdle,           // no sequence to compute
-  kPlan,           // mail, scheduling, laying out the batch
-  kAttention,      // norms, projections, attention over the cache, and the dense layers' feed-forward
-  kDispatch,       // sending rows to be routed
-  kSharedExperts,  // while routed rows are away
-  kWait,           // nothing left to do here: experts, router or network
-  kCombine,        // adding up the partial sums
-  kHead,           // logits
-  kSampling,
-  kOutput,  // events, publishing pages
-};
-inline constexpr int kStepPhases = 10;
-std::string_view ToString(StepPhase phase);
+namespace minke::attention {
 
 class StepProfile {
  public:

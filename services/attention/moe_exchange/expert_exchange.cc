@@ -72,6 +72,7 @@ struct ExpertExchange::Exchange {
   std::vector<Piece> pieces;   // the first piece_count are in use; the rest keep their memory
   std::vector<FrameRef> held;  // partials
   absl::Time give_up_at;
+  std::vector<ExchangeLeg>* legs = nullptr;  // of a traced one
   std::span<Piece> active_pieces() { return {pieces.data(), piece_count}; }
 };
 
@@ -173,6 +174,7 @@ void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::T
   Exchange& exchange = *exchanges_[microbatch];
   MK_CHECK(!exchange.active && rows > 0);
   exchange.active = true;
+  exchange.legs = nullptr;
   exchange.step = step;
   exchange.layer = layer;
   exchange.traffic_class = traffic_class;
@@ -431,6 +433,8 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
     }
   }
   Observe(latencies_.dispatch, piece->router, now - piece->sent_at);
+  if (exchange.legs != nullptr)
+    exchange.legs->push_back({true, piece->router, piece->sent_at, now, piece->rows});
   piece->experts.assign(plan->experts.begin(), plan->experts.end());
   piece->weights.assign(plan->weights.begin(), plan->weights.end());
   AdoptPlan(*piece, exchange.traffic_class, now);
@@ -492,8 +496,13 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
       found->state = Slot::State::kDone;
       found->data = view->data + r * shape_.row_bytes();
       if (--piece->open == 0) ResultsTook(exchange, now - piece->planned_at);
-      if (!used) Observe(latencies_.combine, found->server, now - piece->sent_at);
-      used = true;
+      if (!std::exchange(used, true)) {
+        Observe(latencies_.combine, found->server, now - piece->sent_at);
+        if (exchange.legs != nullptr) {
+          const auto rows = static_cast<uint32_t>(view->rows.size());
+          exchange.legs->push_back({false, found->server, piece->sent_at, now, rows});
+        }
+      }
     }
   }
   if (used) exchange.held.push_back(frame);
@@ -610,6 +619,10 @@ void ExpertExchange::Tick(absl::Time now) {
   }
 }
 
+void ExpertExchange::Trace(int microbatch, std::vector<ExchangeLeg>* legs) {
+  exchanges_[microbatch]->legs = legs;
+}
+
 bool ExpertExchange::Done(int microbatch) const {
   Exchange& exchange = *exchanges_[microbatch];
   if (!exchange.active) return false;
@@ -643,6 +656,7 @@ void ExpertExchange::Combine(int microbatch, float* x, std::span<RowOutcome> out
     }
   });
   exchange.active = false;
+  exchange.legs = nullptr;
   exchange.held.clear();
   for (Piece& piece : exchange.active_pieces()) {
     piece.frame = FrameRef();

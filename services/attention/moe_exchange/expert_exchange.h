@@ -55,6 +55,14 @@ struct ExchangeCounters {
   uint64_t router_failovers = 0, expert_failovers = 0;  // peers lost with rows of ours, which went to others
 };
 
+// What a traced exchange waited for.
+struct ExchangeLeg {
+  bool routing = false;  // a router's plan; else an expert server's sums
+  NodeId node;
+  absl::Time begin, end;  // from sending the rows on their way until the answer was here
+  uint32_t rows = 0;      // of the answer
+};
+
 // For others to read at any time.
 struct ExchangeLatencies {
   using ByServer = telemetry::PerNode<telemetry::Histogram>;
@@ -91,6 +99,8 @@ class ExpertExchange {
   // REQUIRES: the microbatch has none under way.
   void Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
              const std::byte* x, int64_t rows, absl::Time now);
+  // The legs of the exchange that Begin has just started are appended to `legs` until it ends.
+  void Trace(int microbatch, std::vector<ExchangeLeg>* legs);
   bool Done(int microbatch) const;
   // x [rows, hidden] f32 += the sum of each row's partials in group order; outcomes [rows]: rows that are not
   // kOk add nothing. Ends the exchange. REQUIRES: Done(microbatch).

@@ -9,6 +9,8 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "libs/base/ids.h"
+#include "services/attention/engine/phase_times.h"
+#include "services/attention/engine/sequence_trace.h"
 #include "services/attention/latent_cache/page_pool.h"
 #include "services/attention/sampling/sampler.h"
 
@@ -31,12 +33,15 @@ struct Request {
   absl::Time waiting_until = absl::InfiniteFuture();  // refused if still not admitted
   absl::Time deadline = absl::InfiniteFuture();       // ends with an error if it is still not through
   NodeId pages_from;                                  // whose latents may be taken over; zero: nobody's
+  std::string name;                                   // the client's request id, for logs
+  std::string traceparent;                            // of a traced request; else empty
 };
 
 enum class FinishReason { kNone, kStop, kLength, kError };
 
 // What one step did for one request.
 struct RequestEvent {
+  // prefill: of steps with rows of the prompt; decode: the others.
   RequestKey key;
   std::vector<uint32_t> tokens;
   std::vector<TokenLogprobs> logprobs;
@@ -44,7 +49,8 @@ struct RequestEvent {
   int64_t cached_prompt_tokens = 0;  // in the first event
   absl::Duration queue_time;         // in the first event
   FinishReason finish = FinishReason::kNone;
-  absl::Status error;  // with kError
+  absl::Status error;                      // with kError
+  PhaseTimes prefill_times, decode_times;  // in the last event of a request that was computed here
 };
 
 struct Sequence {
@@ -71,6 +77,8 @@ struct Sequence {
   TokenCounts counts;
   int64_t prompt_logprobs_done = 0;  // prompt tokens 1 ... done were reported; survives recomputation
   bool cancelled = false;
+  PhaseTimes prefill_times, decode_times;
+  std::unique_ptr<SequenceTrace> trace;  // of a traced request; its spans are recorded with its end
 };
 
 }  // namespace minke::attention

@@ -13,6 +13,7 @@ GenerateReactor::GenerateReactor(const GenerateContext& context, Request request
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
+      record_(context.recorder, request_.facts),
       choice_(context.model->tokenizer.get(), request_.stops),
       timer_(&context.counters->requests, SequenceTimer::Clock::now(), request_.prompt->size()) {
   context_.counters->requests.n.Observe(1);
@@ -23,8 +24,8 @@ GenerateReactor::GenerateReactor(const GenerateContext& context, Request request
     const std::lock_guard lock(door->mutex);
     if (door->reactor != nullptr) door->reactor->PumpLocked();
   });
-  const uint64_t sequence =
-      context_.pool->Start({request_.prompt, request_.sampling, request_.deadline}, queue_->SinkFor(0));
+  const uint64_t sequence = context_.pool->Start(
+      {request_.prompt, request_.sampling, request_.deadline, record_.origin()}, queue_->SinkFor(0));
   const std::lock_guard lock(door_->mutex);
   sequence_ = sequence;
   door_->reactor = this;
@@ -50,9 +51,12 @@ void GenerateReactor::PumpLocked() {
 
 // Merges an event into next_, so that a slow reader gets fewer, larger responses. True: it was the last one.
 bool GenerateReactor::TakeLocked(SequenceEvent event, SequenceTimer::Clock::time_point received) {
+  record_.OnEvent(event, received);
   if (event.finish == FinishReason::kError) {
     timer_.End(SequenceEnd::kError);
-    const absl::Status status = ToStatus(FromStatus(event.error));
+    const ApiError error = FromStatus(event.error);
+    record_.End(error.http_status, error.message);
+    const absl::Status status = ToStatus(error);
     final_ = grpc::Status(static_cast<grpc::StatusCode>(status.code()),
                           std::string(status.message().data(), status.message().size()));
     return true;
@@ -67,11 +71,12 @@ bool GenerateReactor::TakeLocked(SequenceEvent event, SequenceTimer::Clock::time
   if (!has_prompt && delta.token_ids.empty() && delta.finish == FinishReason::kNone) return false;
   context_.counters->completion_tokens.fetch_add(delta.token_ids.size());
   has_next_ = true;
-  next_.set_request_id(request_.request_id);
+  next_.set_request_id(request_.facts.request_id);
   next_.mutable_text()->append(delta.text);
   next_.mutable_token_ids()->Add(delta.token_ids.begin(), delta.token_ids.end());
   for (const TokenLogprob& logprob : delta.logprobs) ToProto(logprob, next_.add_logprobs());
   if (delta.finish == FinishReason::kNone) return false;
+  record_.End(200, "");
   next_.set_finish_reason(ToProto(delta.finish));
   next_.set_prompt_tokens(static_cast<uint32_t>(request_.prompt->size()));
   next_.set_completion_tokens(choice_.completion_tokens());

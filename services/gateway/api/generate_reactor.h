@@ -21,12 +21,15 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
     std::shared_ptr<const TokenIds> prompt;
     Sampling sampling;
     std::vector<std::string> stops;
-    std::string request_id;
+    RequestFacts facts;
     std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
   };
   // Refuses the call.
   explicit GenerateReactor(const grpc::Status& refusal)
-      : context_{}, choice_(nullptr, {}), timer_(nullptr, SequenceTimer::Clock::now(), 0) {
+      : context_{},
+        record_(nullptr, {}),
+        choice_(nullptr, {}),
+        timer_(nullptr, SequenceTimer::Clock::now(), 0) {
     Finish(refusal);
   }
   GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit);
@@ -52,6 +55,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
   std::shared_ptr<EventQueue> queue_;
   // Guarded by door_->mutex.
   uint64_t sequence_ = 0;
+  RequestRecord record_;
   Choice choice_;
   SequenceTimer timer_;
   inference::v1::GenerateResponse response_;  // gRPC's while writing_

@@ -47,6 +47,13 @@ Sampling FromProto(const v1::SamplingParams& proto, bool ignore_eos, const Gatew
   return sampling;
 }
 
+// Empty if the caller sent none of that name.
+std::string Metadata(const grpc::CallbackServerContext& context, const char* name) {
+  const auto found = context.client_metadata().find(name);
+  if (found == context.client_metadata().end()) return "";
+  return {found->second.data(), found->second.size()};
+}
+
 std::variant<TokenIds, ApiError> PromptOf(const v1::GenerateRequest& request, const GatewayModel& model) {
   switch (request.prompt_case()) {
     case v1::GenerateRequest::kText:
@@ -102,12 +109,10 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
                                                            const v1::GenerateRequest* request) override {
+    const auto arrived = std::chrono::steady_clock::now();
     const GatewayModel& model = *options_.context.model;
     const auto refuse = [](const ApiError& error) { return new GenerateReactor(ToGrpc(error)); };
-    const auto authorization = context->client_metadata().find("authorization");
-    const bool has_key = authorization != context->client_metadata().end();
-    if (!options_.keys.Allows(
-            has_key ? std::string_view(authorization->second.data(), authorization->second.size()) : "")) {
+    if (!options_.keys.Allows(Metadata(*context, "authorization"))) {
       return refuse({401, "an API key is needed: send the metadata authorization: Bearer KEY", "", "", 0});
     }
     if (!request->model().empty() && request->model() != model.name) {
@@ -129,7 +134,18 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
                                        "max_tokens")) {
       return refuse(*error);
     }
-    generate.request_id = absl::StrFormat("grpc-%016x", RandomSeed());
+    const std::string request_id = absl::StrFormat("grpc-%016x", RandomSeed());
+    generate.facts = {.request_id = request_id,
+                      .response_id = request_id,
+                      .traceparent = Metadata(*context, "traceparent"),
+                      .operation = request->has_chat() ? "chat" : "text_completion",
+                      .route = "/minke.inference.v1.Inference/Generate",
+                      .arrived = arrived,
+                      .stream = true,
+                      .prompt_tokens = generate.prompt->size(),
+                      .temperature = generate.sampling.temperature,
+                      .top_p = generate.sampling.top_p,
+                      .max_tokens = generate.sampling.max_tokens};
     // gRPC ends the call by itself then; the cluster is to know beforehand.
     if (const auto deadline = context->deadline(); deadline != std::chrono::system_clock::time_point::max()) {
       const auto left = std::clamp<std::chrono::system_clock::duration>(

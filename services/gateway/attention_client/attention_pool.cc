@@ -237,6 +237,8 @@ void AttentionPool::Impl::PlaceLocked(uint64_t id, Sequence* sequence, Node* nod
     submit->set_deadline_ms(static_cast<uint32_t>(std::clamp<int64_t>(left, 1, UINT32_MAX)));
   }
   submit->set_pages_from(std::exchange(sequence->pages_from, 0));
+  submit->set_request_name(sequence->spec.origin.request_id);
+  submit->set_traceparent(sequence->spec.origin.traceparent);
   sequence->node = node;
   sequence->prompt_logprobs_now = 0;
   ++node->sequences;
@@ -312,6 +314,7 @@ bool AttentionPool::Impl::TakeEventLocked(Session* session, const v1::Event& pro
     *sink = sequence.sink;
     return true;
   }
+  event->moves = sequence.generation;
   *sink = std::move(sequence.sink);
   --sequence.node->sequences;
   sequences_.erase(found);

@@ -28,6 +28,20 @@ FinishReason FromProto(v1::FinishReason reason) {
   }
 }
 
+PhaseTimes FromProto(const v1::PhaseTimes& proto) {
+  const auto us = [](uint64_t value) { return std::chrono::microseconds(value); };
+  return {proto.steps(),
+          {{"plan", us(proto.plan_us())},
+           {"attention", us(proto.attention_us())},
+           {"dispatch", us(proto.dispatch_us())},
+           {"shared_experts", us(proto.shared_experts_us())},
+           {"wait_for_experts", us(proto.wait_us())},
+           {"combine", us(proto.combine_us())},
+           {"head", us(proto.head_us())},
+           {"sampling", us(proto.sampling_us())},
+           {"output", us(proto.output_us())}}};
+}
+
 }  // namespace
 
 void ToProto(const Sampling& sampling, v1::SamplingParams* proto) {
@@ -62,6 +76,8 @@ SequenceEvent FromProto(v1::Event* event) {
   result.finish = FromProto(event->finish_reason());
   result.cached_prompt_tokens = event->cached_prompt_tokens();
   result.queue_time = std::chrono::microseconds(event->queue_us());
+  if (event->has_prefill_times() || event->has_decode_times())
+    result.times = {FromProto(event->prefill_times()), FromProto(event->decode_times())};
   if (result.finish == FinishReason::kError) {
     // grpc::StatusCode and absl::StatusCode have the same numbers; OK would not be an error.
     const auto code = static_cast<absl::StatusCode>(event->error().code());

@@ -35,11 +35,18 @@ struct Sampling {
   bool prompt_logprobs = false;      // of prompt tokens 1..n-1, with as many
 };
 
+// By which other processes name what they do for a request.
+struct SequenceOrigin {
+  std::string request_id;   // in their logs
+  std::string traceparent;  // of a traced one (W3C Trace Context); else empty
+};
+
 // One sequence of a request.
 struct SequenceSpec {
   std::shared_ptr<const TokenIds> prompt;  // shared by the n choices of a prompt and by the pool
   Sampling sampling;
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();  // max: none
+  SequenceOrigin origin = {};
 };
 
 struct TokenLogprob {
@@ -49,6 +56,15 @@ struct TokenLogprob {
 };
 
 enum class FinishReason { kNone, kStop, kLength, kError };
+
+// Where the time of the attention node's steps that had rows of a sequence went.
+struct PhaseTimes {
+  uint32_t steps = 0;
+  std::vector<std::pair<const char*, std::chrono::microseconds>> phases;
+};
+struct NodeTimes {
+  PhaseTimes prefill, decode;
+};
 
 // What one engine step did for one sequence.
 struct SequenceEvent {
@@ -60,6 +76,8 @@ struct SequenceEvent {
   absl::Status error;  // with kError
   uint32_t cached_prompt_tokens = 0;
   std::chrono::microseconds queue_time{0};  // in the node's admission queue; in its first event
+  std::optional<NodeTimes> times;           // in the last event; of the last node it was on
+  uint32_t moves = 0;                       // in the last event: to another node
 };
 
 // The model as the gateway sees it. Immutable once serving.

@@ -17,8 +17,10 @@ struct HttpRequest {
   std::string path;           // without query, percent-decoded
   std::string authorization;  // header fields
   std::string if_none_match;
-  std::string request_id;  // the client's own if it is sane, else made here; in every answer
+  std::string request_id;   // the client's own if it is sane, else made here; in every answer
+  std::string traceparent;  // as the client sent it
   std::string body;
+  std::chrono::steady_clock::time_point arrived = std::chrono::steady_clock::now();  // its head
 };
 
 struct HttpHead {

@@ -94,6 +94,7 @@ HttpRequest MakeRequest(const http::request<Body>& message) {
   request.authorization = std::string(View(message[http::field::authorization]));
   request.if_none_match = std::string(View(message[http::field::if_none_match]));
   request.request_id = RequestId(View(message["x-request-id"]));
+  request.traceparent = std::string(View(message["traceparent"]));
   return request;
 }
 

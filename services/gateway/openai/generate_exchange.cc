@@ -22,6 +22,23 @@ AnswerHead MakeHead(const GenerateContext& context, const GenerateRequest& reque
           .return_token_ids = request.return_token_ids};
 }
 
+RequestFacts FactsOf(const GenerateRequest& request, const HttpRequest& http,
+                     const std::string& response_id) {
+  RequestFacts facts{.request_id = http.request_id,
+                     .response_id = response_id,
+                     .traceparent = http.traceparent,
+                     .operation = request.endpoint == Endpoint::kChat ? "chat" : "text_completion",
+                     .route = http.path,
+                     .arrived = http.arrived,
+                     .stream = request.stream,
+                     .sequences = static_cast<uint32_t>(request.num_sequences()),
+                     .temperature = request.sampling.temperature,
+                     .top_p = request.sampling.top_p,
+                     .max_tokens = request.sampling.max_tokens};
+  for (const PreparedPrompt& prompt : request.prompts) facts.prompt_tokens += prompt.ids->size();
+  return facts;
+}
+
 }  // namespace
 
 HttpHead ErrorHead(const ApiError& error) {
@@ -32,12 +49,13 @@ ImmediateExchange::ImmediateExchange(const ApiError& error)
     : head_(ErrorHead(error)), body_(ErrorBody(error)) {}
 
 GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateRequest request,
-                                   Admission::Permit permit, const std::string& request_id,
+                                   Admission::Permit permit, const HttpRequest& http,
                                    std::function<void()> wake)
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
-      head_(MakeHead(context, request_, request_id)),
+      head_(MakeHead(context, request_, http.request_id)),
+      record_(context.recorder, FactsOf(request_, http, head_.id)),
       queue_(std::make_shared<EventQueue>(std::move(wake))),
       unfinished_(request_.num_sequences()),
       silent_at_(Clock::now() + context.silence_max),
@@ -60,7 +78,7 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
     sequences_.back().content = NewContent(index);
   }
   for (uint32_t index = 0; index < sequences_.size(); ++index) {
-    SequenceSpec spec{PromptOf(index).ids, request_.sampling, late_at_};
+    SequenceSpec spec{PromptOf(index).ids, request_.sampling, late_at_, record_.origin()};
     // Choices of a prompt differ; the same prompt draws the same numbers wherever it stands in a list.
     spec.sampling.seed += index % request_.n;
     sequences_[index].id = context_.pool->Start(std::move(spec), queue_->SinkFor(index));
@@ -105,6 +123,7 @@ void GenerateExchange::Poll(Output* out) {
 void GenerateExchange::Take(uint32_t index, SequenceEvent event, Clock::time_point received, Output* out) {
   Sequence& sequence = sequences_[index];
   if (sequence.choice.finished()) return;  // an event that was on its way when the sequence was cancelled
+  record_.OnEvent(event, received);
   if (event.finish == FinishReason::kError) return Fail(FromStatus(event.error), out);
   const std::chrono::microseconds queue_time = event.queue_time;
 
@@ -178,6 +197,7 @@ void GenerateExchange::Emit(uint32_t index, ChoiceContent content, Output* out) 
 
 void GenerateExchange::Finish(Output* out) {
   done_ = true;
+  record_.End(200, "");
   Usage usage{.cached_tokens = cached_tokens_};
   for (const PreparedPrompt& prompt : request_.prompts) usage.prompt_tokens += prompt.ids->size();
   for (const Sequence& sequence : sequences_) usage.completion_tokens += sequence.choice.completion_tokens();
@@ -196,6 +216,7 @@ void GenerateExchange::Finish(Output* out) {
 
 void GenerateExchange::Fail(const ApiError& error, Output* out) {
   done_ = true;
+  record_.End(error.http_status, error.message);
   for (Sequence& sequence : sequences_) sequence.timer.End(SequenceEnd::kError);
   CancelAll();
   if (head_sent_) {

@@ -10,6 +10,7 @@
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/choice.h"
 #include "services/gateway/generation/event_queue.h"
+#include "services/gateway/generation/request_record.h"
 #include "services/gateway/generation/sequence_pool.h"
 #include "services/gateway/http/exchange.h"
 #include "services/gateway/openai/format.h"
@@ -23,12 +24,13 @@ struct GenerateContext {
   SequencePool* pool = nullptr;
   GatewayCounters* counters = nullptr;
   std::chrono::milliseconds silence_max{600'000};  // no event of any of its sequences for so long: 503
+  const RequestRecorder* recorder = nullptr;       // null: no traces, no slow requests in the log
 };
 
 class GenerateExchange final : public Exchange {
  public:
   GenerateExchange(const GenerateContext& context, GenerateRequest request, Admission::Permit permit,
-                   const std::string& request_id, std::function<void()> wake);
+                   const HttpRequest& http, std::function<void()> wake);
   ~GenerateExchange() override;
   void Poll(Output* out) override;
   std::chrono::steady_clock::time_point deadline() const override { return std::min(silent_at_, late_at_); }
@@ -60,6 +62,7 @@ class GenerateExchange final : public Exchange {
   const GenerateRequest request_;
   const Admission::Permit permit_;
   AnswerHead head_;
+  RequestRecord record_;
   const std::shared_ptr<EventQueue> queue_;  // shared with the sinks
   std::vector<Sequence> sequences_;          // by index: prompt * n + choice
   size_t unfinished_;

@@ -143,8 +143,8 @@ std::unique_ptr<Exchange> OpenAiHandler::Handle(HttpRequest request, std::functi
                         options_.admission->sequences_max(), " sequences are running; try again later"),
                  "", "overloaded", 1});
   }
-  return std::make_unique<GenerateExchange>(options_.context, std::move(generate), std::move(permit),
-                                            request.request_id, std::move(wake));
+  return std::make_unique<GenerateExchange>(options_.context, std::move(generate), std::move(permit), request,
+                                            std::move(wake));
 }
 
 std::unique_ptr<Exchange> OpenAiHandler::BodyTooLarge(int64_t body_bytes_max) {
