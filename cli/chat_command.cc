@@ -5,6 +5,7 @@
 #include <istream>
 #include <ostream>
 
+#include "cli/api_key.h"
 #include "cli/http_client.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -22,6 +23,7 @@ template <typename TextOf>
 absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& target, Json request,
                                    std::ostream& out, TextOf text_of) {
   MK_ASSIGN_OR_RETURN(const Url url, ParseUrl(flags.url));
+  MK_ASSIGN_OR_RETURN(const std::string key, FirstKey(flags.api_key_file));
   request["stream"] = true;
   request["max_tokens"] = flags.max_tokens;
   request["temperature"] = flags.temperature;
@@ -43,7 +45,7 @@ absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& ta
     }
     return true;
   };
-  MK_RETURN_IF_ERROR(HttpPostEvents(url, target, request.dump(), flags.api_key, kSilenceMax, on_data));
+  MK_RETURN_IF_ERROR(HttpPostEvents(url, target, request.dump(), key, kSilenceMax, on_data));
   MK_RETURN_IF_ERROR(in_stream);
   return text;
 }

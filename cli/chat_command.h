@@ -10,7 +10,7 @@ namespace minke::cli {
 
 struct ChatFlags {
   std::string url = "http://127.0.0.1:8000";
-  std::string api_key;
+  std::string api_key_file;
   std::string system;
   double temperature = 0.7;
   double top_p = 0.95;

@@ -71,7 +71,7 @@ int main(int argc, char** argv) {
   cli::ChatFlags chat_flags;
   CLI::App* chat = app.add_subcommand("chat", "talk to a running cluster");
   chat->add_option("--url", chat_flags.url)->capture_default_str();
-  chat->add_option("--api-key", chat_flags.api_key);
+  chat->add_option("--api-key-file", chat_flags.api_key_file, "the first key in it is used");
   chat->add_option("--system", chat_flags.system, "system message");
   chat->add_option("--temperature", chat_flags.temperature)
       ->check(CLI::Range(0.0, 2.0))

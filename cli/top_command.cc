@@ -11,11 +11,10 @@
 
 #include <CLI/CLI.hpp>
 #include <clocale>
-#include <fstream>
 #include <ostream>
 
-#include "absl/strings/ascii.h"
 #include "absl/time/clock.h"
+#include "cli/api_key.h"
 #include "cli/http_client.h"
 #include "cli/top/render.h"
 #include "libs/base/status.h"
@@ -27,18 +26,6 @@ namespace {
 
 constexpr absl::Duration kPeriod = absl::Seconds(1);
 constexpr absl::Duration kTimeout = absl::Seconds(2);
-
-absl::StatusOr<std::string> FirstKey(const std::string& path) {
-  if (path.empty()) return std::string();
-  std::ifstream file(path);
-  if (!file) return absl::NotFoundError(StrCat(path, ": the API key file cannot be read"));
-  std::string line;
-  while (std::getline(file, line)) {
-    const absl::string_view key = absl::StripAsciiWhitespace(line);
-    if (!key.empty() && key[0] != '#') return std::string(key);
-  }
-  return absl::InvalidArgumentError(StrCat(path, ": expected one API key per line, found none"));
-}
 
 absl::StatusOr<nlohmann::json> Fetch(const Url& url, const std::string& key) {
   MK_ASSIGN_OR_RETURN(const HttpAnswer answer, HttpGet(url, url.path + "/cluster", kTimeout, key));

@@ -9,6 +9,7 @@
 #include <iostream>
 
 #include "absl/strings/str_format.h"
+#include "cli/api_key.h"
 #include "cli/bench/json_output.h"
 #include "cli/bench/report.h"
 #include "cli/bench/stream_client.h"
@@ -165,7 +166,7 @@ absl::Status ExitStatus(const ServeReport& report) {
 
 absl::Status RunServe(const ServeFlags& flags, const std::string& version, std::ostream& out) {
   MK_ASSIGN_OR_RETURN(const Url url, ServeUrl(flags));
-  MK_ASSIGN_OR_RETURN(const std::string api_key, ReadApiKey(flags));
+  MK_ASSIGN_OR_RETURN(const std::string api_key, FirstKey(flags.api_key_file));
   MK_ASSIGN_OR_RETURN(RequestOptions options, ToRequestOptions(flags));
   MK_ASSIGN_OR_RETURN(const RequestSource source, RequestSource::Create(std::move(options)));
   const LoadPlan plan = ToLoadPlan(flags);

@@ -2,9 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <fstream>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "libs/base/status.h"
 
@@ -126,20 +124,6 @@ absl::StatusOr<RequestOptions> ToRequestOptions(const ServeFlags& flags) {
     return absl::InvalidArgumentError(StrCat("--token-ids: expected MIN:MAX, found ", flags.token_ids));
   }
   return options;
-}
-
-absl::StatusOr<std::string> ReadApiKey(const ServeFlags& flags) {
-  if (flags.api_key_file.empty()) return std::string();
-  std::ifstream file(flags.api_key_file);
-  std::string line;
-  std::getline(file, line);
-  const std::string key(absl::StripAsciiWhitespace(line));
-  const bool printable = std::all_of(
-      key.begin(), key.end(), [](char c) { return absl::ascii_isgraph(static_cast<unsigned char>(c)); });
-  if (!file.is_open() || key.empty() || !printable)  // the file's text stays out of messages
-    return absl::NotFoundError(
-        StrCat("--api-key-file: ", flags.api_key_file, " has no key in its first line"));
-  return key;
 }
 
 LoadPlan ToLoadPlan(const ServeFlags& flags) {

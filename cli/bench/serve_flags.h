@@ -55,7 +55,6 @@ void AddServeFlags(CLI::App& app, ServeFlags& flags);
 // What the flags ask for; INVALID_ARGUMENT or NOT_FOUND name the flag.
 absl::StatusOr<Url> ServeUrl(const ServeFlags& flags);  // without a path: /v1
 absl::StatusOr<RequestOptions> ToRequestOptions(const ServeFlags& flags);
-absl::StatusOr<std::string> ReadApiKey(const ServeFlags& flags);  // "" without --api-key-file
 LoadPlan ToLoadPlan(const ServeFlags& flags);
 LoadPlan ToWarmupPlan(const ServeFlags& flags);
 

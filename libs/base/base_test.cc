@@ -55,6 +55,14 @@ TEST(ThreadPool, RunsEveryIndexExactlyOnce) {
   }
 }
 
+// A worker between looking at whether to stop and at what to wait for once missed both.
+TEST(ThreadPool, EndsWhateverItsWorkersAreAt) {
+  for (int round = 0; round < 3000; ++round) {
+    ThreadPool pool(6);
+    if (round % 2 == 0) pool.ParallelFor(2, [](int64_t) {});
+  }
+}
+
 TEST(Log, TextQuotesWhatWouldNotReadAsOneValue) {
   const log::Field fields[] = {{"n", 7},         {"ms", 1.25},  {"ok", true},
                                {"plain", "abc"}, {"empty", ""}, {"spaced", "a b\"c"}};

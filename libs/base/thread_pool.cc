@@ -61,9 +61,12 @@ bool ThreadPool::RunOne() {
 void ThreadPool::WorkerLoop(int niceness) {
   SetThreadName("compute");
   if (niceness != 0) YieldToOthers(niceness);
-  while (!stop_.load(std::memory_order_relaxed)) {
+  while (true) {
     if (RunOne()) continue;
     const uint64_t seen = state_.load(std::memory_order_acquire);
+    // After `seen`: whoever sees the state that the destructor leaves sees this too, and does not wait for a
+    // change that never comes.
+    if (stop_.load(std::memory_order_relaxed)) return;
     if ((seen & 0xffffffffu) != 0) continue;
     if (!SpinUntil([&] { return state_.load(std::memory_order_relaxed) != seen; }))
       state_.wait(seen, std::memory_order_acquire);

@@ -21,7 +21,7 @@
 #include "services/gateway/cluster_view/cluster_monitor.h"
 #include "services/gateway/cluster_view/metered_pool.h"
 #include "services/gateway/console/console_handler.h"
-#include "services/gateway/http/api_keys.h"
+#include "services/gateway/keys/api_keys.h"
 #include "services/gateway/metrics/gateway_metrics.h"
 #include "services/gateway/metrics/vllm_names.h"
 #include "services/gateway/openai/handler.h"
@@ -103,9 +103,8 @@ class Gateway::Impl {
   }
 
   absl::Status Start() {
-    ApiKeys keys;
     if (!options_.api_key_file.empty()) {
-      MK_ASSIGN_OR_RETURN(keys, ApiKeys::Load(options_.api_key_file));
+      MK_ASSIGN_OR_RETURN(keys_, ApiKeys::Load(options_.api_key_file, KeyKind::kApiKey));
     }
     pool_ = std::make_unique<AttentionPool>(options_.attention, &counters_, [this](bool connected) {
       pool_connected_ = connected;
@@ -121,14 +120,14 @@ class Gateway::Impl {
     const auto not_ready_reason = [this] { return NotReadyReason(); };
     const auto refusal_reason = [this] { return RefusalReason(); };
     handler_ = std::make_unique<OpenAiHandler>(
-        OpenAiHandler::Options{context, &admission_, keys, not_ready_reason, refusal_reason,
+        OpenAiHandler::Options{context, &admission_, keys_, not_ready_reason, refusal_reason,
                                [this] { return Metrics(); }, static_cast<int64_t>(std::time(nullptr))});
-    MK_RETURN_IF_ERROR(MakeConsole(keys));
+    MK_RETURN_IF_ERROR(MakeConsole());
     if (options_.vllm_names) poller_ = std::make_unique<StatusPoller>();
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
       MK_ASSIGN_OR_RETURN(grpc,
-                          GrpcApi::Start({options_.grpc_listen, context, &admission_, keys, refusal_reason}));
+                          GrpcApi::Start({options_.grpc_listen, context, &admission_, keys_, refusal_reason}));
     }
     MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, console_.get()));
     {
@@ -192,6 +191,7 @@ class Gateway::Impl {
                static_cast<double>(admission_.sequences_max()));
     page.Gauge("minke:gateway_connections", "HTTP connections", connections());
     if (tracer_ != nullptr) tracer_->Collect(page);
+    if (keys_ != nullptr) keys_->Collect(page);
     telemetry::Collector more;
     {
       const std::lock_guard lock(mutex_);
@@ -237,8 +237,8 @@ class Gateway::Impl {
   const Admission& admission() const { return admission_; }
 
  private:
-  absl::Status MakeConsole(const ApiKeys& keys) {
-    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys, .feed = feed_, .monitor = monitor_};
+  absl::Status MakeConsole() {
+    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys_, .feed = feed_, .monitor = monitor_};
     if (options_.operator_socket.empty() != options_.operator_token_file.empty()) {
       return absl::InvalidArgumentError(
           StrCat("--operator-socket and --operator-token-file: expected both or neither, found only ",
@@ -246,7 +246,7 @@ class Gateway::Impl {
     }
     if (!options_.operator_socket.empty()) {
       MK_ASSIGN_OR_RETURN(console.operator_tokens,
-                          ApiKeys::Load(options_.operator_token_file, "operator token"));
+                          ApiKeys::Load(options_.operator_token_file, KeyKind::kOperatorToken));
       console.operator_client = std::make_shared<OperatorClient>(options_.operator_socket);
     }
     console_ = std::make_unique<ConsoleHandler>(std::move(console));
@@ -292,6 +292,7 @@ class Gateway::Impl {
   GatewayCounters counters_;
   std::unique_ptr<tracing::Tracer> tracer_;  // null: no traces
   RequestRecorder recorder_;
+  std::shared_ptr<ApiKeys> keys_;  // shared by the edges; null: everybody may call
   Admission admission_;
   TrafficMeter meter_;
   const std::shared_ptr<ClusterMonitor> monitor_;  // shared with calls of the operator

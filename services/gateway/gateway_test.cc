@@ -8,7 +8,6 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "services/gateway/generation/stop_matcher.h"
-#include "services/gateway/http/api_keys.h"
 #include "services/gateway/openai/error.h"
 #include "services/gateway/openai/request.h"
 
@@ -212,24 +211,6 @@ TEST(ApiError, FollowsTheClustersStatus) {
   EXPECT_EQ(FromStatus(absl::UnavailableError("gone")).http_status, 503);
   EXPECT_EQ(FromStatus(absl::InvalidArgumentError("bad")).http_status, 400);
   EXPECT_EQ(FromStatus(absl::InternalError("bug")).http_status, 500);
-}
-
-TEST(ApiKeys, OnlyTheKeysOfTheFileAreAllowed) {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / ("minke-keys-" + std::to_string(::getpid()))).string();
-  std::ofstream(path) << "# team a\nsk-one\n\nsk-two\r\n";
-  const auto keys = ApiKeys::Load(path);
-  ASSERT_TRUE(keys.ok()) << keys.status();
-  EXPECT_TRUE(keys->Allows("Bearer sk-one"));
-  EXPECT_TRUE(keys->Allows("Bearer sk-two"));
-  for (const char* bad :
-       {"", "Bearer ", "sk-one", "Bearer sk-on", "Bearer sk-one2", "Bearer # team a", "Basic sk-one"}) {
-    EXPECT_FALSE(keys->Allows(bad)) << bad;
-  }
-  std::ofstream(path) << "# nobody\n";
-  EXPECT_FALSE(ApiKeys::Load(path).ok());
-  std::filesystem::remove(path);
-  EXPECT_FALSE(ApiKeys::Load(path).ok());
 }
 
 }  // namespace

@@ -123,6 +123,46 @@ class Load(unittest.TestCase):
             self.assertEqual(cluster.request("POST", "/v1/completions", body, headers={"authorization": "Bearer sk-right"})[0], 200)
             self.assertEqual(cluster.request("GET", "/health")[0], 200)
 
+    def test_a_keys_limits_are_its_own_and_its_file_is_read_again(self):
+        keys = os.path.join(harness._scratch, "limited")
+
+        def write(text):
+            with open(keys + ".new", "w") as f:
+                f.write(text)
+            os.rename(keys + ".new", keys)
+
+        write("sk-few name=few requests_per_minute=2\nsk-tokens name=tokens tokens_per_minute=40\nsk-free name=free\n")
+        with Cluster(checkpoint("v2"), "--api-key-file", keys) as cluster:
+            def ask(key, **body):
+                return cluster.request("POST", "/v1/completions", dict(dict(prompt=[5, 6], max_tokens=3, ignore_eos=True), **body),
+                                       headers={"authorization": "Bearer " + key})
+            status, headers, _ = ask("sk-few")
+            self.assertEqual((status, headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]), (200, "2", "1"))
+            self.assertEqual(ask("sk-few", stream=True)[0], 200)
+            status, headers, text = ask("sk-few")
+            error = json.loads(text)["error"]
+            self.assertEqual((status, error["type"], error["code"]), (429, "rate_limit_error", "rate_limit_exceeded"))
+            self.assertIn("2 requests per minute", error["message"])
+            self.assertTrue(1 <= int(headers["retry-after"]) <= 30, headers)
+            # Of prompts and generated ones: 2 + 60 are beyond 40, and known only when they have come.
+            self.assertEqual(ask("sk-tokens", max_tokens=60)[0], 200)
+            status, _, text = ask("sk-tokens")
+            self.assertEqual(status, 429)
+            self.assertIn("40 tokens per minute", json.loads(text)["error"]["message"])
+            for _ in range(5):
+                self.assertEqual(ask("sk-free")[0], 200)
+            metrics = cluster.request("GET", "/metrics")[2].decode()
+            for line in ('key_requests_total{key="few"} 2', 'key_refused_total{key="few",limit="requests"} 1',
+                         'key_completion_tokens_total{key="tokens"} 60', 'key_requests_total{key="free"} 5'):
+                self.assertIn("minke:" + line, metrics)
+            write("sk-new name=new\n")
+            self.assertTrue(wait_until(lambda: ask("sk-new")[0] == 200, 5))
+            self.assertEqual(ask("sk-free")[0], 401)
+            write("sk-new name=new concurrency=many\n")
+            self.assertTrue(wait_until(lambda: ask("sk-new")[0] == 200 and "keys stay as they were" in cluster.log(), 5), cluster.log())
+            for line in cluster.lines + [open("/proc/%d/cmdline" % pid).read() for pid in cluster.pids("gateway")]:
+                self.assertNotIn("sk-", line)
+
     def test_values_that_are_not_finite_fail_their_own_request_only(self):
         path = checkpoint("v2", directory=os.path.join(harness._scratch, "poisoned"))
         name = path + "/model.safetensors"

@@ -99,9 +99,12 @@ class Monitoring(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = tempfile.mkdtemp(prefix="minke-targets-")
         cls.targets_file = os.path.join(cls.folder, "targets.json")
+        cls.key_file = os.path.join(cls.folder, "keys")
+        with open(cls.key_file, "w") as f:
+            f.write("sk-of-the-test name=team-a concurrency=100\n")
         # Later starts under load: this host may be busy. A lost heartbeat is another test's business.
         cls.cluster = Cluster(MODEL, "--experts=3", "--threads=1", "--metrics-vllm-names", "--targets-file", cls.targets_file,
-                              "--cluster", NAME, "--heartbeat-ms=2000", "--trace-ratio=0",
+                              "--cluster", NAME, "--heartbeat-ms=2000", "--trace-ratio=0", "--api-key-file", cls.key_file,
                               "--otlp-endpoint=http://127.0.0.1:%d" % harness.free_port())   # nobody is there: the counters are what counts
         cls.addClassCleanup(shutil.rmtree, cls.folder, True)
         cls.addClassCleanup(cls.cluster.stop)
@@ -129,7 +132,7 @@ class Monitoring(unittest.TestCase):
     @classmethod
     def bench(cls, *flags):
         return subprocess.Popen([harness.MINKE, "bench", "serve", "--url", cls.cluster.url, "--prompt-tokens=40", "--output-tokens=12",
-                                 *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                 "--api-key-file", cls.key_file, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     @classmethod
     def end_load(cls):

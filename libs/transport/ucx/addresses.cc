@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "absl/time/clock.h"
 #include "libs/base/strings.h"
 
 namespace minke::transport::internal {
@@ -58,8 +59,11 @@ absl::StatusOr<Interface> FindInterface(std::string_view name_or_address) {
 
   std::string known;
   Interface found;
+  bool not_yet = false;  // it is there by name, but not running
   for (const ifaddrs* entry = raw; entry != nullptr; entry = entry->ifa_next) {
-    if (entry->ifa_addr == nullptr || (entry->ifa_flags & IFF_UP) == 0) continue;
+    constexpr unsigned kRunning = IFF_UP | IFF_RUNNING;
+    not_yet |= name_or_address == entry->ifa_name;
+    if (entry->ifa_addr == nullptr || (entry->ifa_flags & kRunning) != kRunning) continue;
     const int family = entry->ifa_addr->sa_family;
     if (family != AF_INET && family != AF_INET6) continue;
     const SocketAddress address = Copy(entry->ifa_addr);
@@ -75,10 +79,24 @@ absl::StatusOr<Interface> FindInterface(std::string_view name_or_address) {
       if (by_address) break;
     }
   }
+  if (found.name.empty() && not_yet) {
+    return absl::UnavailableError(StrCat("interface \"", name_or_address,
+                                         "\": expected one that runs and has an address, found one that does "
+                                         "not (yet)"));
+  }
   if (found.name.empty()) {
     return absl::InvalidArgumentError(StrCat("interface \"", name_or_address, "\": expected one of ", known));
   }
   return found;
+}
+
+absl::StatusOr<Interface> AwaitInterface(std::string_view name_or_address, absl::Duration timeout) {
+  const absl::Time end = absl::Now() + timeout;
+  while (true) {
+    absl::StatusOr<Interface> found = FindInterface(name_or_address);
+    if (!absl::IsUnavailable(found.status()) || absl::Now() >= end) return found;
+    absl::SleepFor(absl::Milliseconds(50));
+  }
 }
 
 absl::StatusOr<SocketAddress> ResolveHostPort(std::string_view address) {

@@ -31,6 +31,7 @@ namespace {
 constexpr unsigned kMessageId = 1;      // the only active message; kinds are ours
 constexpr int kProgressRoundsMax = 64;  // per Progress(), so that a flood cannot keep the engine in here
 constexpr size_t kConnectionRequestsMax = 1024;
+constexpr absl::Duration kInterfaceTimeout = absl::Seconds(10);
 constexpr int64_t kCloseNs = 1'000'000'000;  // how long the destructor waits for UCX to let go of endpoints
 
 struct ContextDestroyer {
@@ -383,7 +384,8 @@ void UcxLink::Remove(SendOperation* operation) {
 // -------------------------------------------------------------------------------------------------
 
 absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, const UcxOptions& options) {
-  MK_ASSIGN_OR_RETURN(Interface interface, FindInterface(options.interface));
+  // UCX looks at interfaces once: a container may start before its own is up, and would never connect.
+  MK_ASSIGN_OR_RETURN(Interface interface, AwaitInterface(options.interface, kInterfaceTimeout));
   MK_ASSIGN_OR_RETURN(const std::vector<UcxSetting> settings, ChooseSettings(options.selection, interface));
   MK_ASSIGN_OR_RETURN(Context context, CreateContext(settings));
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));

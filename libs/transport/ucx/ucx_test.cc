@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/time/clock.h"
 #include "libs/transport/ucx/addresses.h"
 #include "libs/transport/ucx/ucx_settings.h"
@@ -474,6 +475,29 @@ TEST(UcxSettings, SelectionsMeanWhatTheySay) {
   EXPECT_EQ(tls(UcxSelection::kShm, false, true), "posix,cma,tcp,self");
   EXPECT_EQ(tls(UcxSelection::kTcp, true, true), "tcp,self");
   EXPECT_EQ(tls(UcxSelection::kRdma, false, true), "UCX's choice");
+}
+
+int Ip(const std::string& arguments) { return std::system(("ip " + arguments + " 2>/dev/null").c_str()); }
+
+TEST(Interfaces, OneThatIsNotUpYetIsWaitedFor) {
+  const std::string name = "mk" + std::to_string(::getpid() % 1'000'000);
+  if (Ip("link add " + name + " type dummy") != 0) GTEST_SKIP() << "may not add network interfaces here";
+  const absl::Cleanup remove = [&] { Ip("link del " + name); };
+  EXPECT_TRUE(absl::IsUnavailable(internal::FindInterface(name).status()));
+  EXPECT_TRUE(absl::IsUnavailable(internal::AwaitInterface(name, absl::Milliseconds(10)).status()));
+  std::thread later([&] {
+    absl::SleepFor(absl::Milliseconds(200));
+    EXPECT_EQ(Ip("addr add 10.255.255.253/32 dev " + name), 0);
+    EXPECT_EQ(Ip("link set " + name + " up"), 0);
+  });
+  const auto found = internal::AwaitInterface(name, absl::Seconds(10));
+  later.join();
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->address.host(), "10.255.255.253");
+  // A name that is none is not waited for.
+  const absl::Time begin = absl::Now();
+  EXPECT_TRUE(absl::IsInvalidArgument(internal::AwaitInterface("none0", absl::Seconds(10)).status()));
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
 }
 
 }  // namespace

@@ -9,10 +9,12 @@ namespace minke::gateway {
 
 namespace v1 = inference::v1;
 
-GenerateReactor::GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit)
+GenerateReactor::GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit,
+                                 KeyAccount::Permit key_permit)
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
+      key_permit_(std::move(key_permit)),
       record_(context.recorder, request_.facts),
       choice_(context.model->tokenizer.get(), request_.stops),
       timer_(&context.counters->requests, SequenceTimer::Clock::now(), request_.prompt->size()) {
@@ -70,6 +72,7 @@ bool GenerateReactor::TakeLocked(SequenceEvent event, SequenceTimer::Clock::time
   timer_.End(delta.finish);
   if (!has_prompt && delta.token_ids.empty() && delta.finish == FinishReason::kNone) return false;
   context_.counters->completion_tokens.fetch_add(delta.token_ids.size());
+  key_permit_.Generated(delta.token_ids.size());
   has_next_ = true;
   next_.set_request_id(request_.facts.request_id);
   next_.mutable_text()->append(delta.text);

@@ -32,7 +32,8 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
         timer_(nullptr, SequenceTimer::Clock::now(), 0) {
     Finish(refusal);
   }
-  GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit);
+  GenerateReactor(const GenerateContext& context, Request request, Admission::Permit permit,
+                  KeyAccount::Permit key_permit);
 
   void OnWriteDone(bool ok) override;
   void OnCancel() override;
@@ -51,6 +52,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<inference::v1::Gen
   const GenerateContext context_;
   Request request_;
   Admission::Permit permit_;
+  KeyAccount::Permit key_permit_;
   const std::shared_ptr<Door> door_ = std::make_shared<Door>();  // shared with the event queue's wake
   std::shared_ptr<EventQueue> queue_;
   // Guarded by door_->mutex.

@@ -112,7 +112,9 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
     const auto arrived = std::chrono::steady_clock::now();
     const GatewayModel& model = *options_.context.model;
     const auto refuse = [](const ApiError& error) { return new GenerateReactor(ToGrpc(error)); };
-    if (!options_.keys.Allows(Metadata(*context, "authorization"))) {
+    std::shared_ptr<KeyAccount> account;
+    if (options_.keys != nullptr &&
+        (account = options_.keys->Find(Metadata(*context, "authorization"))) == nullptr) {
       return refuse({401, "an API key is needed: send the metadata authorization: Bearer KEY", "", "", 0});
     }
     if (!request->model().empty() && request->model() != model.name) {
@@ -158,7 +160,15 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
       options_.context.counters->generations_refused.fetch_add(1);
       return refuse({429, "the server is full; try again later", "", "", 0});
     }
-    return new GenerateReactor(options_.context, std::move(generate), std::move(permit));
+    KeyAccount::Permit key_permit;
+    if (account != nullptr) {
+      auto begun = account->Begin(1, generate.prompt->size(), KeyAccount::Clock::now());
+      if (const auto* refusal = std::get_if<KeyRefusal>(&begun))
+        return refuse({429, refusal->message, "", "", 0});
+      key_permit = std::get<KeyAccount::Permit>(std::move(begun));
+    }
+    return new GenerateReactor(options_.context, std::move(generate), std::move(permit),
+                               std::move(key_permit));
   }
 
   void SetServing(bool serving) {

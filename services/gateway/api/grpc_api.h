@@ -8,7 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "services/gateway/generation/admission.h"
-#include "services/gateway/http/api_keys.h"
+#include "services/gateway/keys/api_keys.h"
 #include "services/gateway/openai/generate_exchange.h"
 
 namespace minke::gateway {
@@ -19,7 +19,7 @@ class GrpcApi {
     std::string listen;  // HOST:PORT; port 0: any free one
     GenerateContext context;
     Admission* admission = nullptr;
-    ApiKeys keys;
+    std::shared_ptr<ApiKeys> keys;                // shared with the other edges; null: everybody may call
     std::function<std::string()> refusal_reason;  // why a new request is not taken; empty: it is
   };
   // FAILED_PRECONDITION: the address cannot be listened on.

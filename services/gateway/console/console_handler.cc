@@ -82,8 +82,8 @@ std::unique_ptr<Exchange> ConsoleHandler::HandleHead(const HttpRequest& head) {
 }
 
 std::unique_ptr<Exchange> ConsoleHandler::View(const HttpRequest& head) const {
-  if (!options_.keys.Allows(head.authorization) &&
-      !(options_.operator_tokens.required() && options_.operator_tokens.Allows(head.authorization))) {
+  if (!Allows(options_.keys.get(), head.authorization) &&
+      (options_.operator_tokens == nullptr || !Allows(options_.operator_tokens.get(), head.authorization))) {
     return Refusal(401,
                    head.authorization.empty() ? "an API key is needed: send \"Authorization: Bearer KEY\""
                                               : "the API key is not valid",
@@ -109,7 +109,7 @@ std::unique_ptr<Exchange> ConsoleHandler::RefuseOperator(const HttpRequest& head
   if (options_.operator_client == nullptr)
     return Refusal(404, "this gateway has no operator: minke up --operator-token-file gives it one",
                    "no_operator");
-  if (options_.operator_tokens.Allows(head.authorization)) return nullptr;
+  if (Allows(options_.operator_tokens.get(), head.authorization)) return nullptr;
   return Refusal(403,
                  head.authorization.empty()
                      ? "an operator token is needed: send \"Authorization: Bearer TOKEN\""

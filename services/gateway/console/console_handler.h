@@ -8,8 +8,8 @@
 
 #include "services/gateway/cluster_view/cluster_feed.h"
 #include "services/gateway/cluster_view/cluster_monitor.h"
-#include "services/gateway/http/api_keys.h"
 #include "services/gateway/http/exchange.h"
+#include "services/gateway/keys/api_keys.h"
 #include "services/gateway/operator_client/operator_client.h"
 
 namespace minke::gateway {
@@ -18,8 +18,9 @@ class ConsoleHandler final : public HttpHandler {
  public:
   struct Options {
     HttpHandler* next = nullptr;  // borrowed
-    ApiKeys keys;                 // of the API: they open the view too
-    ApiKeys operator_tokens;
+    // Shared with the other edges; the API's open the view too. Null: everybody may see it; nobody may
+    // operate.
+    std::shared_ptr<ApiKeys> keys, operator_tokens;
     std::shared_ptr<OperatorClient>
         operator_client;                      // shared with calls under way; null: nobody may scale or drain
     std::shared_ptr<ClusterFeed> feed;        // shared with the streams

@@ -49,11 +49,13 @@ ImmediateExchange::ImmediateExchange(const ApiError& error)
     : head_(ErrorHead(error)), body_(ErrorBody(error)) {}
 
 GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateRequest request,
-                                   Admission::Permit permit, const HttpRequest& http,
-                                   std::function<void()> wake)
+                                   Admission::Permit permit, KeyAccount::Permit key_permit,
+                                   const HttpRequest& http, std::function<void()> wake)
     : context_(context),
       request_(std::move(request)),
       permit_(std::move(permit)),
+      key_permit_(std::move(key_permit)),
+      key_headers_(key_permit_.Headers()),
       head_(MakeHead(context, request_, http.request_id)),
       record_(context.recorder, FactsOf(request_, http, head_.id)),
       queue_(std::make_shared<EventQueue>(std::move(wake))),
@@ -141,6 +143,7 @@ void GenerateExchange::Take(uint32_t index, SequenceEvent event, Clock::time_poi
   const FinishReason cluster_finish = event.finish;
   ChoiceDelta delta = sequence.choice.Take(std::move(event));
   context_.counters->completion_tokens.fetch_add(delta.token_ids.size());
+  key_permit_.Generated(delta.token_ids.size());
   sequence.timer.OnEvent(received, delta.token_ids.size(), queue_time);
   sequence.timer.End(delta.finish);
   ChoiceContent content = NewContent(index);
@@ -182,7 +185,8 @@ void GenerateExchange::Emit(uint32_t index, ChoiceContent content, Output* out) 
   Sequence& sequence = sequences_[index];
   if (request_.stream) {
     if (!std::exchange(head_sent_, true)) {
-      out->head = HttpHead{.content_type = "text/event-stream; charset=utf-8", .stream = true};
+      out->head = HttpHead{
+          .content_type = "text/event-stream; charset=utf-8", .stream = true, .fields = key_headers_};
     }
     content.first = std::exchange(sequence.first_chunk, false);
     AppendChunk(head_, content, &out->body);
@@ -210,7 +214,7 @@ void GenerateExchange::Finish(Output* out) {
   std::vector<ChoiceContent> choices;
   choices.reserve(sequences_.size());
   for (Sequence& sequence : sequences_) choices.push_back(std::move(sequence.content));
-  out->head = HttpHead{};
+  out->head = HttpHead{.fields = key_headers_};
   out->body = WholeAnswer(head_, choices, usage);
 }
 

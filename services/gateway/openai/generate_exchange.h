@@ -13,6 +13,7 @@
 #include "services/gateway/generation/request_record.h"
 #include "services/gateway/generation/sequence_pool.h"
 #include "services/gateway/http/exchange.h"
+#include "services/gateway/keys/key_account.h"
 #include "services/gateway/openai/format.h"
 #include "services/gateway/openai/request.h"
 
@@ -30,7 +31,7 @@ struct GenerateContext {
 class GenerateExchange final : public Exchange {
  public:
   GenerateExchange(const GenerateContext& context, GenerateRequest request, Admission::Permit permit,
-                   const HttpRequest& http, std::function<void()> wake);
+                   KeyAccount::Permit key_permit, const HttpRequest& http, std::function<void()> wake);
   ~GenerateExchange() override;
   void Poll(Output* out) override;
   std::chrono::steady_clock::time_point deadline() const override { return std::min(silent_at_, late_at_); }
@@ -61,6 +62,8 @@ class GenerateExchange final : public Exchange {
   const GenerateContext context_;
   const GenerateRequest request_;
   const Admission::Permit permit_;
+  KeyAccount::Permit key_permit_;
+  const std::vector<std::pair<std::string, std::string>> key_headers_;
   AnswerHead head_;
   RequestRecord record_;
   const std::shared_ptr<EventQueue> queue_;  // shared with the sinks

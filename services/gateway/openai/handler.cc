@@ -19,6 +19,18 @@ std::unique_ptr<Exchange> Json(int status, std::string body) {
   return std::make_unique<ImmediateExchange>(HttpHead{.status = status}, std::move(body));
 }
 
+std::unique_ptr<Exchange> Refused(const KeyRefusal& refusal) {
+  return std::make_unique<ImmediateExchange>(
+      ApiError{429, refusal.message, "", refusal.code, refusal.retry_after_s});
+}
+
+// Null if the account may go on: then the body is worth reading.
+std::unique_ptr<Exchange> RefuseBy(KeyAccount& account) {
+  const auto peeked = account.Peek(KeyAccount::Clock::now());
+  const auto* refusal = std::get_if<KeyRefusal>(&peeked);
+  return refusal == nullptr ? nullptr : Refused(*refusal);
+}
+
 bool IsGenerate(const std::string& path) {
   return path == "/v1/completions" || path == "/v1/chat/completions";
 }
@@ -46,7 +58,9 @@ std::unique_ptr<Exchange> OpenAiHandler::HandleHead(const HttpRequest& head) {
   if (head.method == "OPTIONS") {
     return std::make_unique<ImmediateExchange>(HttpHead{.status = 204, .allow = std::string(allowed)}, "");
   }
-  if (!IsOpen(head.path) && !options_.keys.Allows(head.authorization)) {
+  std::shared_ptr<KeyAccount> account;
+  if (!IsOpen(head.path) && options_.keys != nullptr &&
+      (account = options_.keys->Find(head.authorization)) == nullptr) {
     return Error(401,
                  head.authorization.empty() ? "an API key is needed: send \"Authorization: Bearer KEY\""
                                             : "the API key is not valid",
@@ -54,7 +68,7 @@ std::unique_ptr<Exchange> OpenAiHandler::HandleHead(const HttpRequest& head) {
   }
   if (IsGenerate(head.path) && head.method == "POST") {
     const std::string reason = options_.refusal_reason();
-    if (reason.empty()) return nullptr;
+    if (reason.empty()) return account == nullptr ? nullptr : RefuseBy(*account);
     return std::make_unique<ImmediateExchange>(
         ApiError{503, StrCat("not ready: ", reason), "", "not_ready", 1});
   }
@@ -143,8 +157,19 @@ std::unique_ptr<Exchange> OpenAiHandler::Handle(HttpRequest request, std::functi
                         options_.admission->sequences_max(), " sequences are running; try again later"),
                  "", "overloaded", 1});
   }
-  return std::make_unique<GenerateExchange>(options_.context, std::move(generate), std::move(permit), request,
-                                            std::move(wake));
+  KeyAccount::Permit key_permit;
+  if (options_.keys != nullptr) {
+    const std::shared_ptr<KeyAccount> account = options_.keys->Find(request.authorization);
+    if (account == nullptr) return Error(401, "the API key is not valid any more", "invalid_api_key");
+    uint64_t prompt_tokens = 0;
+    for (const PreparedPrompt& prompt : generate.prompts) prompt_tokens += prompt.ids->size();
+    auto begun = account->Begin(static_cast<int64_t>(generate.num_sequences()), prompt_tokens,
+                                KeyAccount::Clock::now());
+    if (const auto* refusal = std::get_if<KeyRefusal>(&begun)) return Refused(*refusal);
+    key_permit = std::get<KeyAccount::Permit>(std::move(begun));
+  }
+  return std::make_unique<GenerateExchange>(options_.context, std::move(generate), std::move(permit),
+                                            std::move(key_permit), request, std::move(wake));
 }
 
 std::unique_ptr<Exchange> OpenAiHandler::BodyTooLarge(int64_t body_bytes_max) {

@@ -6,8 +6,8 @@
 #include <string>
 
 #include "services/gateway/generation/admission.h"
-#include "services/gateway/http/api_keys.h"
 #include "services/gateway/http/exchange.h"
+#include "services/gateway/keys/api_keys.h"
 #include "services/gateway/openai/generate_exchange.h"
 
 namespace minke::gateway {
@@ -17,7 +17,7 @@ class OpenAiHandler final : public HttpHandler {
   struct Options {
     GenerateContext context;
     Admission* admission = nullptr;
-    ApiKeys keys;
+    std::shared_ptr<ApiKeys> keys;                  // shared with the other edges; null: everybody may call
     std::function<std::string()> not_ready_reason;  // what /health says; empty: ready
     std::function<std::string()> refusal_reason;    // why a new request is not taken; empty: it is
     std::function<std::string()> metrics;           // what /metrics says
