@@ -65,14 +65,20 @@ TEST(Ceilings, RatesNobodyMeasuredAreThoseOfProducts) {
 // What `minke bench kernels --json` wrote on 16 cores of an Intel Xeon, two threads, shortened.
 TEST(Ceilings, OfMinkeBenchKernels) {
   const auto c = ParseCeilings(
-      R"({"context": {"threads": 2, "ceilings": {"read_bytes_per_second": 26.5e9, "f32_flops_per_second": 2.6e11,
+      R"({"context": {"threads": 2, "ceilings": {"read_bytes_per_second": 26.5e9,
+          "f32_flops_per_second": 2.6e11,
           "bf16_flops_per_second": 3.6e12, "bf16_dot": true}},
           "benchmarks": [
-            {"name": "GroupedFfn/160x1024x384/4", "bytes": 377e6, "flops": 1.5e9, "bytes_per_second": 16.7e9, "GFLOP/s": 66.6},
-            {"name": "GroupedFfn/160x1024x384/1", "bytes": 377e6, "flops": 0.4e9, "bytes_per_second": 19.9e9, "GFLOP/s": 19.9},
-            {"name": "GroupedFfn/20x5120x1536/64", "bytes": 943.7e6, "flops": 60.4e9, "bytes_per_second": 7.3e9, "GFLOP/s": 467},
-            {"name": "MlaDecode/heads:16/batch:32/depth:8192", "bytes": 1, "flops": 1, "bytes_per_second": 1, "GFLOP/s": 220},
-            {"name": "RmsNormToBf16/1/5120", "bytes": 1, "flops": 0, "bytes_per_second": 1, "GFLOP/s": 0}]})",
+            {"name": "GroupedFfn/160x1024x384/4", "bytes": 377e6, "flops": 1.5e9,
+             "bytes_per_second": 16.7e9, "GFLOP/s": 66.6},
+            {"name": "GroupedFfn/160x1024x384/1", "bytes": 377e6, "flops": 0.4e9,
+             "bytes_per_second": 19.9e9, "GFLOP/s": 19.9},
+            {"name": "GroupedFfn/20x5120x1536/64", "bytes": 943.7e6, "flops": 60.4e9,
+             "bytes_per_second": 7.3e9, "GFLOP/s": 467},
+            {"name": "MlaDecode/heads:16/batch:32/depth:8192", "bytes": 1, "flops": 1,
+             "bytes_per_second": 1, "GFLOP/s": 220},
+            {"name": "RmsNormToBf16/1/5120", "bytes": 1, "flops": 0,
+             "bytes_per_second": 1, "GFLOP/s": 0}]})",
       {});
   ASSERT_TRUE(c.ok()) << c.status();
   EXPECT_DOUBLE_EQ(c->read_bytes_per_s, 26.5e9);
@@ -105,7 +111,8 @@ TEST(Ceilings, OfBenchGpuRun) {
 
 TEST(Ceilings, OfBenchCpuTable) {
   const auto c = ParseCeilings(
-      R"({"cores": 2, "serve": {"decode 1": 51, "GB/s decode 1": 33, "GFLOP/s decode 1": 430, "GB/s decode 8": 35,
+      R"({"cores": 2, "serve": {"decode 1": 51, "GB/s decode 1": 33, "GFLOP/s decode 1": 430,
+          "GB/s decode 8": 35,
           "GFLOP/s decode 8": 434, "GB/s depth 16": 31, "GFLOP/s depth 16": 436, "PSS GiB, peak": 5}})",
       {});
   ASSERT_TRUE(c.ok()) << c.status();
