@@ -141,11 +141,11 @@ int main(int argc, char** argv) {
   });
 
   cli::PlanFlags plan_flags;
-  CLI::App* plan = app.add_subcommand("plan", "what the placement policy would do");
+  CLI::App* plan = app.add_subcommand("plan", "how many nodes to run, what they reach and cost");
   cli::AddPlanFlags(*plan, plan_flags);
   plan->callback([&] {
     node::UnblockSignals();
-    exit_code = Finish(cli::RunPlanSimulate(plan_flags, std::cout));
+    exit_code = Finish(cli::RunPlan(plan_flags, std::cout));
   });
 
   tokenizer::TokenizeOptions tokenize_options;

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "cli/bench/json_output.h"
 #include "cli/plan/loads.h"
+#include "cli/plan/published.h"
 #include "cli/plan/simulate.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
@@ -20,37 +21,6 @@ const std::map<std::string, LoadPattern>& Patterns() {
   static const std::map<std::string, LoadPattern> patterns = {
       {"zipf", LoadPattern::kZipf}, {"drifting", LoadPattern::kDrifting}, {"bursty", LoadPattern::kBursty}};
   return patterns;
-}
-
-// What placement needs of the published shapes.
-ModelConfig PublishedShape(const std::string& model) {
-  ModelConfig config;
-  config.first_k_dense_replace = 1;
-  config.num_experts_per_tok = 6;
-  if (model == "v2") {
-    config.num_hidden_layers = 60;
-    config.hidden_size = 5120;
-    config.moe_intermediate_size = 1536;
-    config.n_routed_experts = 160;
-    config.topk_method = TopkMethod::kGroupLimitedGreedy;
-    config.n_group = 8;
-    config.topk_group = 3;
-  } else {
-    config.num_hidden_layers = 27;
-    config.hidden_size = 2048;
-    config.moe_intermediate_size = 1408;
-    config.n_routed_experts = 64;
-  }
-  return config;
-}
-
-absl::StatusOr<ModelConfig> Shape(const PlanFlags& flags) {
-  if (flags.checkpoint.empty()) return PublishedShape(flags.model);
-  MK_ASSIGN_OR_RETURN(ModelConfig config, ModelConfig::Load(flags.checkpoint));
-  if (config.MoeLayers().empty())
-    return absl::InvalidArgumentError(
-        StrCat(flags.checkpoint, ": expected layers with routed experts, found none"));
-  return config;
 }
 
 absl::StatusOr<LoadSource> Source(const PlanFlags& flags, const ModelConfig& config) {
@@ -76,8 +46,8 @@ absl::StatusOr<LoadSource> Source(const PlanFlags& flags, const ModelConfig& con
 
 router::PlacementSnapshot Pool(const PlanFlags& flags, const ModelConfig& config) {
   router::PlacementSnapshot pool;
-  pool.shape = router::ShapeOfUnits(config, flags.experts_format == "fp8" ? 1 : 2);
-  pool.replicas = flags.replicas;
+  pool.shape = router::ShapeOfUnits(config, flags.model.experts_format == "fp8" ? 1 : 2);
+  pool.replicas = flags.model.replicas;
   const int64_t slots = static_cast<int64_t>(config.MoeLayers().size()) * flags.slots_per_layer;
   for (int i = 0; i < flags.servers; ++i) {
     router::ServerSnapshot& server = pool.servers.emplace_back();
@@ -126,65 +96,75 @@ void PrintTable(const PlanFlags& flags, const router::PlacementSnapshot& pool, c
 }  // namespace
 
 void AddPlanFlags(CLI::App& app, PlanFlags& flags) {
-  app.add_flag("--simulate", flags.simulate, "run the placement policy over simulated time")->required();
+  CLI::Option* simulate =
+      app.add_flag("--simulate", flags.simulate, "instead: run the placement policy over simulated time");
   auto* checkpoint =
-      app.add_option("--checkpoint", flags.checkpoint, "folder whose config.json has the shape")
+      app.add_option("--checkpoint", flags.model.checkpoint, "folder whose config.json has the shape")
           ->check(CLI::ExistingDirectory);
-  app.add_option("--model", flags.model, "a published shape")
-      ->check(CLI::IsMember({"v2", "v2-lite"}))
+  app.add_option("--model", flags.model.name, "a published shape")
+      ->check(CLI::IsMember(PublishedNames()))
       ->excludes(checkpoint)
       ->capture_default_str();
-  app.add_option("--experts-format", flags.experts_format)
+  app.add_option("--experts-format", flags.model.experts_format)
       ->check(CLI::IsMember({"bf16", "fp8"}))
       ->capture_default_str();
-  app.add_option("--loads", flags.loads, "zipf, drifting, bursty, or a recorded file (docs/placement.md)")
-      ->capture_default_str();
-  app.add_option("--zipf", flags.zipf, "exponent over the groups of a layer")
-      ->check(CLI::Range(0.0, 10.0))
-      ->capture_default_str();
-  app.add_option("--noise", flags.noise, "of each share and interval, as a fraction")
-      ->check(CLI::Range(0.0, 2.0))
-      ->capture_default_str();
-  app.add_option("--rows", flags.rows, "rows of a step, all attention nodes together")
-      ->check(CLI::Range(1.0, 1e9))
-      ->capture_default_str();
-  app.add_option("--drift-period", flags.drift_period, "intervals until other groups are the hot ones")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--seed", flags.seed)->capture_default_str();
-  app.add_option("--servers", flags.servers)->check(CLI::Range(1, 320))->capture_default_str();
-  app.add_option("--slots-per-layer", flags.slots_per_layer, "room for units of all servers, over layers")
-      ->check(CLI::Range(1, 1 << 16))
-      ->capture_default_str();
-  app.add_option("--replicas", flags.replicas, "of every unit, at least")
+  app.add_option("--replicas", flags.model.replicas, "of every (layer, group), at least")
       ->check(CLI::Range(1, 320))
-      ->capture_default_str();
-  app.add_option("--hosts", flags.hosts, "that the servers lie on; 0: each on its own")
-      ->check(CLI::Range(0, 320))
-      ->capture_default_str();
-  app.add_option("--speeds", flags.speeds, "of the servers, taken in turn, such as 1,1,0.5")
-      ->delimiter(',')
-      ->check(CLI::Range(0.001, 1000.0));
-  app.add_option("--bandwidth", flags.bandwidth_gb_s, "GB/s at which a server reads weights")
-      ->check(CLI::Range(0.001, 1e6))
-      ->capture_default_str();
-  app.add_option("--peak", flags.peak_tflop_s, "TFLOP/s of a server")
-      ->check(CLI::Range(1e-6, 1e6))
-      ->capture_default_str();
-  app.add_option("--load-bandwidth", flags.load_gb_s, "GB/s at which a server loads units")
-      ->check(CLI::Range(0.001, 1e6))
-      ->capture_default_str();
-  app.add_option("--intervals", flags.intervals)->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  app.add_option("--interval-s", flags.interval_s, "between two decisions")
-      ->check(CLI::Range(0.001, 1e6))
       ->capture_default_str();
   app.add_option("--json", flags.json,
                  "write the result there too; -: to standard output, the table to stderr");
+  AddCapacityFlags(app, flags.capacity, simulate);
+  const auto option = [&](const char* name, auto& value, const char* what = "") {
+    return app.add_option(name, value, what)->needs(simulate)->group("With --simulate");
+  };
+  option("--loads", flags.loads, "zipf, drifting, bursty, or a recorded file (docs/placement.md)")
+      ->capture_default_str();
+  option("--zipf", flags.zipf, "exponent over the groups of a layer")
+      ->check(CLI::Range(0.0, 10.0))
+      ->capture_default_str();
+  option("--noise", flags.noise, "of each share and interval, as a fraction")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
+  option("--rows", flags.rows, "rows of a step, all attention nodes together")
+      ->check(CLI::Range(1.0, 1e9))
+      ->capture_default_str();
+  option("--drift-period", flags.drift_period, "intervals until other groups are the hot ones")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  option("--seed", flags.seed)->capture_default_str();
+  option("--servers", flags.servers)->check(CLI::Range(1, 320))->capture_default_str();
+  option("--slots-per-layer", flags.slots_per_layer, "room for units of all servers, over layers")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  option("--hosts", flags.hosts, "that the servers lie on; 0: each on its own")
+      ->check(CLI::Range(0, 320))
+      ->capture_default_str();
+  option("--speeds", flags.speeds, "of the servers, taken in turn, such as 1,1,0.5")
+      ->delimiter(',')
+      ->check(CLI::Range(0.001, 1000.0));
+  option("--bandwidth", flags.bandwidth_gb_s, "GB/s at which a server reads weights")
+      ->check(CLI::Range(0.001, 1e6))
+      ->capture_default_str();
+  option("--peak", flags.peak_tflop_s, "TFLOP/s of a server")
+      ->check(CLI::Range(1e-6, 1e6))
+      ->capture_default_str();
+  option("--load-bandwidth", flags.load_gb_s, "GB/s at which a server loads units")
+      ->check(CLI::Range(0.001, 1e6))
+      ->capture_default_str();
+  option("--intervals", flags.intervals)->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  option("--interval-s", flags.interval_s, "between two decisions")
+      ->check(CLI::Range(0.001, 1e6))
+      ->capture_default_str();
+}
+
+absl::Status RunPlan(const PlanFlags& flags, std::ostream& out) {
+  if (flags.simulate) return RunPlanSimulate(flags, out);
+  return RunPlanCapacity(flags.capacity, flags.model, flags.json, out);
 }
 
 absl::Status RunPlanSimulate(const PlanFlags& flags, std::ostream& out) {
   MK_RETURN_IF_ERROR(bench::CheckWritable(flags.json));
-  MK_ASSIGN_OR_RETURN(const ModelConfig config, Shape(flags));
+  MK_ASSIGN_OR_RETURN(const ModelConfig config, ShapeToPlan(flags.model.checkpoint, flags.model.name));
   MK_ASSIGN_OR_RETURN(LoadSource source, Source(flags, config));
   const router::PlacementSnapshot pool = Pool(flags, config);
   SimulateOptions options{

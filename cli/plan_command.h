@@ -1,4 +1,5 @@
-// `minke plan --simulate`: the placement policy over simulated time.
+// `minke plan`: the capacity planner (capacity_command.h), or with --simulate the placement policy over
+// simulated time.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "cli/capacity_command.h"
 
 namespace CLI {
 class App;
@@ -16,9 +18,8 @@ namespace minke::cli {
 
 struct PlanFlags {
   bool simulate = false;
-  std::string checkpoint;  // folder whose config.json gives the shape; empty: `model`
-  std::string model = "v2";
-  std::string experts_format = "bf16";
+  PlanModel model;
+  CapacityFlags capacity;
   std::string loads = "zipf";  // zipf | drifting | bursty | a recorded file
   double zipf = 1.2;
   double noise = 0.05;
@@ -27,7 +28,6 @@ struct PlanFlags {
   uint64_t seed = 0;
   int servers = 8;
   int slots_per_layer = 16;
-  int replicas = 1;
   int hosts = 0;               // 0: every server its own
   std::vector<double> speeds;  // taken in turn
   double bandwidth_gb_s = 4300;
@@ -39,6 +39,7 @@ struct PlanFlags {
 };
 
 void AddPlanFlags(CLI::App& app, PlanFlags& flags);
+absl::Status RunPlan(const PlanFlags& flags, std::ostream& out);
 // The table goes to `out`, or to stderr if the JSON does. REQUIRES: flags.simulate.
 absl::Status RunPlanSimulate(const PlanFlags& flags, std::ostream& out);
 

@@ -481,7 +481,8 @@ int Ip(const std::string& arguments) { return std::system(("ip " + arguments + "
 
 TEST(Interfaces, OneThatIsNotUpYetIsWaitedFor) {
   const std::string name = "mk" + std::to_string(::getpid() % 1'000'000);
-  if (Ip("link add " + name + " type dummy") != 0) GTEST_SKIP() << "may not add network interfaces here";
+  if (Ip("link add " + name + " type veth peer name " + name + "p") != 0)
+    GTEST_SKIP() << "may not add network interfaces here";
   const absl::Cleanup remove = [&] { Ip("link del " + name); };
   EXPECT_TRUE(absl::IsUnavailable(internal::FindInterface(name).status()));
   EXPECT_TRUE(absl::IsUnavailable(internal::AwaitInterface(name, absl::Milliseconds(10)).status()));
@@ -489,6 +490,7 @@ TEST(Interfaces, OneThatIsNotUpYetIsWaitedFor) {
     absl::SleepFor(absl::Milliseconds(200));
     EXPECT_EQ(Ip("addr add 10.255.255.253/32 dev " + name), 0);
     EXPECT_EQ(Ip("link set " + name + " up"), 0);
+    EXPECT_EQ(Ip("link set " + name + "p up"), 0);
   });
   const auto found = internal::AwaitInterface(name, absl::Seconds(10));
   later.join();
