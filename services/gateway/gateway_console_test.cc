@@ -261,7 +261,7 @@ TEST_F(ConsoleTest, OperatorFlagsComeInPairs) {
               HasSubstr("found only --operator-socket"));
   options_.operator_token_file = folder_ + "/none";
   EXPECT_THAT(Gateway::Create(options_, Model()).status().message(),
-              HasSubstr("operator token file cannot be read"));
+              HasSubstr("expected a file of operator tokens"));
   options_.operator_token_file = Write("tokens", "# none\n");
   EXPECT_THAT(Gateway::Create(options_, Model()).status().message(),
               HasSubstr("expected one operator token per line"));

@@ -36,10 +36,15 @@ std::string_view BearerOf(std::string_view authorization) {
 
 }  // namespace
 
-absl::StatusOr<ApiKeys::Version> ApiKeys::VersionOf(const std::string& path) {
+absl::Status ApiKeys::Unreadable() const {
+  return absl::NotFoundError(StrCat(path_, ": expected a file of ",
+                                    kind_ == KeyKind::kApiKey ? "API keys" : "operator tokens",
+                                    ", found none that can be read"));
+}
+
+absl::StatusOr<ApiKeys::Version> ApiKeys::FileVersion() const {
   struct stat found {};
-  if (::stat(path.c_str(), &found) != 0)
-    return absl::NotFoundError(StrCat(path, ": expected a file of keys, found none that can be read"));
+  if (::stat(path_.c_str(), &found) != 0) return Unreadable();
   return Version{std::chrono::seconds(found.st_mtim.tv_sec) + std::chrono::nanoseconds(found.st_mtim.tv_nsec),
                  found.st_ino, static_cast<uint64_t>(found.st_size)};
 }
@@ -53,12 +58,11 @@ absl::StatusOr<std::shared_ptr<ApiKeys>> ApiKeys::Load(std::string path, KeyKind
 
 absl::Status ApiKeys::ReadLocked() {
   looked_ = std::chrono::steady_clock::now();
-  MK_ASSIGN_OR_RETURN(const Version version, VersionOf(path_));
+  MK_ASSIGN_OR_RETURN(const Version version, FileVersion());
   version_ = version;  // also of one with an error, which is told once
   std::ifstream file(path_, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
-  if (!file)
-    return absl::NotFoundError(StrCat(path_, ": expected a file of keys, found none that can be read"));
+  if (!file) return Unreadable();
   absl::StatusOr<std::vector<KeyEntry>> entries = ParseKeys(text, kind_);
   if (!entries.ok())
     return absl::Status(entries.status().code(), absl::StrCat(path_, ": ", entries.status().message()));
@@ -80,7 +84,7 @@ void ApiKeys::ReadAgainIfChangedLocked() {
   const auto now = std::chrono::steady_clock::now();
   if (now - looked_ < kLookPeriod) return;
   looked_ = now;
-  const absl::StatusOr<Version> version = VersionOf(path_);
+  const absl::StatusOr<Version> version = FileVersion();
   if (version.ok() && *version == version_) return;
   if (!version.ok() && version_ == Version{}) return;  // told before
   const absl::Status read = version.ok() ? ReadLocked() : version.status();

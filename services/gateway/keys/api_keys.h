@@ -34,7 +34,8 @@ class ApiKeys {
   using Accounts = absl::flat_hash_map<std::string, std::shared_ptr<KeyAccount>>;
 
   ApiKeys(std::string path, KeyKind kind) : path_(std::move(path)), kind_(kind) {}
-  static absl::StatusOr<Version> VersionOf(const std::string& path);
+  absl::Status Unreadable() const;
+  absl::StatusOr<Version> FileVersion() const;
   absl::Status ReadLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ReadAgainIfChangedLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
