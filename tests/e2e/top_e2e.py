@@ -80,7 +80,7 @@ class Top(unittest.TestCase):
         self.refused("--once", "--url", "127.0.0.1", expect="expected http://HOST:PORT")
         self.refused("--once", *url, expect="401 an API key is needed")
         self.refused("--once", *url, "--api-key-file=/nowhere", expect="/nowhere")
-        self.refused("--once", *url, "--api-key-file=/dev/null", expect="expected one API key per line, found none")
+        self.refused("--once", *url, "--api-key-file=/dev/null", expect="expected a key of printable characters in a line, found none in /dev/null")
 
     def test_one_frame_for_a_pipe(self):
         self.load()
