@@ -5,7 +5,7 @@ import os, re, subprocess, sys
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
     "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
-    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
+    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "tls": [], "rpc": ["tls"],
     "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
     "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["collective", "kernels", "model"],
 }
