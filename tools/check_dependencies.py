@@ -4,7 +4,7 @@ import os, re, subprocess, sys
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
-    "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": ["http", "tls"], "tokenizer": [],
+    "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": ["http", "tls"], "tokenizer": [], "tracing": ["telemetry"],
     "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "tls": [], "http": ["tls"], "rpc": ["tls"],
     "etcd": ["rpc", "tls"], "registry": ["cluster", "etcd", "rpc", "tls"],
     "node": ["kernels", "model", "registry", "telemetry", "tls", "transport"], "cuda_model": ["collective", "kernels", "model"],
@@ -21,7 +21,7 @@ HEADERS = {  # third-party headers that stay in one place
     r"^nccl": ("libs/collective/nccl/",),
     r"^libs/collective/nccl/nccl_library\.h": ("libs/collective/nccl/",),  # it shows NCCL's types
     r"^libs/kernels/cuda/(check|tensor_map|\w+_kernels)\.h|\.cuh$": ("libs/kernels/cuda/",),  # they show CUDA's types
-    r"^boost/": ("libs/http/", "cli/", "tests/"),
+    r"^boost/": ("libs/http/", "libs/tracing/", "cli/", "tests/"),
 }
 
 
