@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "libs/base/mutex.h"
+#include "libs/rpc/grpc_log.h"
 
 namespace minke::rpc {
 namespace {
@@ -62,6 +63,7 @@ std::shared_ptr<grpc::ChannelCredentials> ChannelCredentialsOf(const tls::Materi
 }  // namespace
 
 std::shared_ptr<grpc::ServerCredentials> MakeServerCredentials(std::shared_ptr<tls::Identity> identity) {
+  TakeGrpcLog();
   if (identity == nullptr) return grpc::InsecureServerCredentials();
   static grpc::internal::GrpcLibraryInitializer library;  // else only gRPC's own credentials begin it
   library.summon();
@@ -71,6 +73,7 @@ std::shared_ptr<grpc::ServerCredentials> MakeServerCredentials(std::shared_ptr<t
 SecureChannel::SecureChannel(std::string address, std::shared_ptr<tls::Identity> identity,
                              grpc::ChannelArguments arguments)
     : address_(std::move(address)), identity_(std::move(identity)), arguments_(std::move(arguments)) {
+  TakeGrpcLog();
   if (identity_ != nullptr && !identity_->peer_name().empty())
     arguments_.SetSslTargetNameOverride(identity_->peer_name());
 }

@@ -194,6 +194,8 @@ class Gateway::Impl {
     page.Gauge("minke:gateway_sequences_max", "Sequences held at most; above: 429",
                static_cast<double>(admission_.sequences_max()));
     page.Gauge("minke:gateway_connections", "HTTP connections", connections());
+    page.Counter("minke:tls_failed_handshakes_total", "HTTP connections that got no TLS",
+                 failed_handshakes());
     if (tracer_ != nullptr) tracer_->Collect(page);
     if (keys_ != nullptr) keys_->Collect(page);
     telemetry::Collector more;
@@ -232,6 +234,10 @@ class Gateway::Impl {
     return grpc_port() == 0 ? "" : StrCat(HostOf(options_.grpc_listen), ":", grpc_port());
   }
   const HttpServer& http() const { return *http_; }
+  double failed_handshakes() const {
+    const std::lock_guard lock(mutex_);
+    return listening_ ? static_cast<double>(http_->failed_handshakes()) : 0;
+  }
   int connections() const {
     const std::lock_guard lock(mutex_);
     return listening_ ? http_->connections() : 0;
@@ -242,7 +248,8 @@ class Gateway::Impl {
 
  private:
   absl::Status MakeConsole() {
-    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys_, .feed = feed_, .monitor = monitor_};
+    ConsoleHandler::Options console{
+        .next = handler_.get(), .keys = keys_, .feed = feed_, .monitor = monitor_};
     if (options_.operator_socket.empty() != options_.operator_token_file.empty()) {
       return absl::InvalidArgumentError(
           StrCat("--operator-socket and --operator-token-file: expected both or neither, found only ",
