@@ -22,7 +22,7 @@ constexpr absl::Duration kSilenceMax = absl::Seconds(120);
 template <typename TextOf>
 absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& target, Json request,
                                    std::ostream& out, TextOf text_of) {
-  MK_ASSIGN_OR_RETURN(const Url url, ParseUrl(flags.url));
+  MK_ASSIGN_OR_RETURN(const Endpoint endpoint, ToEndpoint(flags.url, flags.tls));
   MK_ASSIGN_OR_RETURN(const std::string key, FirstKey(flags.api_key_file));
   request["stream"] = true;
   request["max_tokens"] = flags.max_tokens;
@@ -45,7 +45,7 @@ absl::StatusOr<std::string> Stream(const ChatFlags& flags, const std::string& ta
     }
     return true;
   };
-  MK_RETURN_IF_ERROR(HttpPostEvents(url, target, request.dump(), key, kSilenceMax, on_data));
+  MK_RETURN_IF_ERROR(HttpPostEvents(endpoint, target, request.dump(), key, kSilenceMax, on_data));
   MK_RETURN_IF_ERROR(in_stream);
   return text;
 }

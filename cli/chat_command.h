@@ -5,11 +5,13 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "cli/client_tls.h"
 
 namespace minke::cli {
 
 struct ChatFlags {
   std::string url = "http://127.0.0.1:8000";
+  tls::Files tls = ClientTlsFiles();
   std::string api_key_file;
   std::string system;
   double temperature = 0.7;

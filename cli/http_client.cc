@@ -6,6 +6,7 @@
 #include <boost/asio/error.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ssl/error.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
 
@@ -28,24 +29,39 @@ class TimedStream {
   explicit TimedStream(absl::Duration timeout)
       : timeout_ms_(static_cast<int>(absl::ToInt64Milliseconds(timeout))), socket_(context_) {}
 
-  absl::Status Connect(const Url& url) {
+  absl::Status Connect(const Endpoint& to) {
+    const Url& url = to.url;
     error_code error;
     const auto endpoints = tcp::resolver(context_).resolve(url.host, url.port, error);
     for (const auto& endpoint : endpoints) {
       ConnectTo(endpoint.endpoint(), error);
       if (!error) break;
     }
-    if (!error) return absl::OkStatus();
+    if (!error) return to.tls == nullptr ? absl::OkStatus() : Handshake(to);
     return absl::UnavailableError(StrCat("cannot reach ", url.host, ":", url.port, ": ", error.message()));
   }
 
   // What Beast wants of a stream.
   template <typename Buffers>
   size_t read_some(const Buffers& buffers, error_code& error) {
+    if (tls_ != nullptr) {
+      const asio::mutable_buffer buffer = *asio::buffer_sequence_begin(buffers);
+      return TryTls(
+          error, [&](size_t& done) { return SSL_read_ex(tls_.get(), buffer.data(), buffer.size(), &done); });
+    }
     return Try(POLLIN, error, [&] { return socket_.read_some(buffers, error); });
   }
   template <typename Buffers>
   size_t write_some(const Buffers& buffers, error_code& error) {
+    if (tls_ != nullptr) {
+      for (const asio::const_buffer buffer : beast::buffers_range_ref(buffers)) {
+        if (buffer.size() == 0) continue;
+        return TryTls(error, [&](size_t& done) {
+          return SSL_write_ex(tls_.get(), buffer.data(), buffer.size(), &done);
+        });
+      }
+      return 0;
+    }
     return Try(POLLOUT, error, [&] { return socket_.write_some(buffers, error); });
   }
   // Named by Beast's requirements, and never called: they would throw.
@@ -70,6 +86,48 @@ class TimedStream {
     if (!error && reason != 0) error.assign(reason, boost::system::system_category());
   }
 
+  absl::Status Handshake(const Endpoint& to) {
+    tls_.reset(SSL_new(to.tls.get()));
+    SSL_set_fd(tls_.get(), static_cast<int>(socket_.native_handle()));
+    SetServerName(tls_.get(), to);
+    error_code error;
+    TryTls(error, [&](size_t&) { return SSL_connect(tls_.get()); });
+    if (!error) return absl::OkStatus();
+    return absl::UnavailableError(
+        StrCat("no TLS with ", to.url.HostPort(), ": ", HandshakeError(tls_.get(), error.message())));
+  }
+
+  // Returns how many bytes went, after `call` has returned 1; it may want to wait either way.
+  template <typename Call>
+  size_t TryTls(error_code& error, const Call& call) {
+    while (true) {
+      size_t done = 0;
+      error = {};
+      errno = 0;
+      ERR_clear_error();
+      const int result = call(done);
+      if (result == 1) return done;
+      switch (SSL_get_error(tls_.get(), result)) {
+        case SSL_ERROR_WANT_READ:
+          if (!Ready(POLLIN, error)) return 0;
+          continue;
+        case SSL_ERROR_WANT_WRITE:
+          if (!Ready(POLLOUT, error)) return 0;
+          continue;
+        case SSL_ERROR_ZERO_RETURN:
+          error = asio::error::eof;
+          return 0;
+        case SSL_ERROR_SSL:
+          error.assign(static_cast<int>(ERR_peek_last_error()), asio::error::get_ssl_category());
+          return 0;
+        default:
+          error =
+              errno == 0 ? error_code(asio::error::eof) : error_code(errno, boost::system::system_category());
+          return 0;
+      }
+    }
+  }
+
   bool Ready(short what, error_code& error) {
     pollfd fd{socket_.native_handle(), what, 0};
     if (::poll(&fd, 1, timeout_ms_) > 0) return true;
@@ -90,6 +148,10 @@ class TimedStream {
   const int timeout_ms_;
   asio::io_context context_;
   tcp::socket socket_;
+  struct FreeSsl {
+    void operator()(SSL* ssl) const { SSL_free(ssl); }
+  };
+  std::unique_ptr<SSL, FreeSsl> tls_;  // null: plaintext
 };
 
 absl::Status ReadError(const error_code& error) {
@@ -107,12 +169,12 @@ std::string ErrorText(const std::string& body) {
   return body;
 }
 
-absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, absl::Duration timeout,
-                                   const std::string& api_key) {
+absl::StatusOr<HttpAnswer> HttpGet(const Endpoint& endpoint, const std::string& target,
+                                   absl::Duration timeout, const std::string& api_key) {
   TimedStream socket(timeout);
-  MK_RETURN_IF_ERROR(socket.Connect(url));
+  MK_RETURN_IF_ERROR(socket.Connect(endpoint));
   http::request<http::empty_body> request{http::verb::get, target, 11};
-  request.set(http::field::host, url.host);
+  request.set(http::field::host, endpoint.url.host);
   request.keep_alive(false);
   if (!api_key.empty()) request.set(http::field::authorization, "Bearer " + api_key);
   error_code error;
@@ -125,13 +187,13 @@ absl::StatusOr<HttpAnswer> HttpGet(const Url& url, const std::string& target, ab
   return HttpAnswer{static_cast<int>(response.result_int()), response.body()};
 }
 
-absl::Status HttpPostEvents(const Url& url, const std::string& target, const std::string& json,
+absl::Status HttpPostEvents(const Endpoint& endpoint, const std::string& target, const std::string& json,
                             const std::string& api_key, absl::Duration silence_max,
                             absl::FunctionRef<bool(const std::string&)> on_data) {
   TimedStream socket(silence_max);
-  MK_RETURN_IF_ERROR(socket.Connect(url));
+  MK_RETURN_IF_ERROR(socket.Connect(endpoint));
   http::request<http::string_body> request{http::verb::post, target, 11};
-  request.set(http::field::host, url.host);
+  request.set(http::field::host, endpoint.url.host);
   request.set(http::field::content_type, "application/json");
   if (!api_key.empty()) request.set(http::field::authorization, "Bearer " + api_key);
   request.body() = json;

@@ -57,6 +57,11 @@ absl::StatusOr<std::string> MakeRunDirectory() {
   return directory;
 }
 
+// For a reader in another folder.
+std::string Absolute(const std::string& path) {
+  return path.empty() ? path : std::filesystem::absolute(path).string();
+}
+
 std::string ReachableHost(const std::string& host) { return host == "0.0.0.0" ? "127.0.0.1" : host; }
 
 std::string Seconds(absl::Duration time) { return absl::StrFormat("%.1f s", absl::ToDoubleSeconds(time)); }
@@ -76,6 +81,7 @@ LocalCluster::LocalCluster(const UpFlags& flags)
     : flags_(flags), numa_nodes_(flags.numa == "auto" ? NumaNodes() : std::vector<std::string>()) {
   addresses_.http = StrCat(flags.host, ":", flags.port);
   addresses_.etcd = flags.etcd;
+  addresses_.etcd_tls = flags.tls.etcd;
 }
 
 LocalCluster::~LocalCluster() {
@@ -116,7 +122,7 @@ absl::StatusOr<Url> LocalCluster::Start(int stop_fd) {
   members_.back().info.set_state(CHILD_STATE_RUNNING);
   members_.back().metrics = report.metrics;
   addresses_.http = StrCat(flags_.host, ":", port);
-  http_ = Url{ReachableHost(flags_.host), port};
+  http_ = Url{.host = ReachableHost(flags_.host), .port = port, .tls = !flags_.http_tls.empty()};
   targets_file_ = flags_.targets_file.empty() ? DefaultTargetsFile(std::atoi(port.c_str()), ::getuid())
                                               : flags_.targets_file;
   if (const absl::Status written = WriteTargets(); !written.ok()) {
@@ -133,7 +139,11 @@ absl::Status LocalCluster::StartEtcd() {
   MK_ASSIGN_OR_RETURN(etcd_program_, etcd::FindServer());
   MK_ASSIGN_OR_RETURN(const int client_port, etcd::FreePort());
   MK_ASSIGN_OR_RETURN(const int peer_port, etcd::FreePort());
-  etcd_arguments_ = etcd::ServerArguments(directory_ + "/etcd", client_port, peer_port);
+  etcd_arguments_ = etcd::ServerArguments(directory_ + "/etcd", client_port, peer_port, flags_.tls.cluster);
+  const tls::Files& own = flags_.tls.cluster;  // etcd is one of the cluster's processes
+  if (!own.empty())
+    addresses_.etcd_tls = {
+        {"--etcd-cert", own.certificate.path}, {"--etcd-key", own.key.path}, {"--etcd-ca", own.ca.path}};
   addresses_.etcd = StrCat("127.0.0.1:", client_port);
   return Add(ROLE_UNSPECIFIED);
 }
@@ -226,7 +236,11 @@ absl::Status LocalCluster::WriteTargets() {
   std::vector<ScrapeTarget> targets;
   for (const Member& member : members_) {
     if (member.metrics.empty()) continue;
-    targets.push_back({member.metrics, StrCat("minke-", NameOf(member.info.role())), member.info.name()});
+    const bool gateway = member.info.role() == ROLE_GATEWAY;
+    targets.push_back({.address = member.metrics,
+                       .job = StrCat("minke-", NameOf(member.info.role())),
+                       .member = member.info.name(),
+                       .tls = !(gateway ? flags_.http_tls : flags_.tls.cluster).empty()});
   }
   std::string json = TargetsJson(flags_.cluster, targets);
   if (targets_file_.empty() || json == targets_written_) return absl::OkStatus();
@@ -328,6 +342,12 @@ StatusAnswer LocalCluster::Status() const {
   for (const Member& member : members_) *answer.add_children() = member.info;
   answer.set_http_host(http_.host);
   answer.set_http_port(http_.port);
+  if (http_.tls) {
+    const tls::Files client = OwnClientFiles(flags_);
+    answer.mutable_http_tls()->set_certificate_file(Absolute(flags_.http_tls.certificate.path));
+    answer.mutable_http_tls()->set_client_certificate_file(Absolute(client.certificate.path));
+    answer.mutable_http_tls()->set_client_key_file(Absolute(client.key.path));
+  }
   return answer;
 }
 

@@ -7,7 +7,9 @@
 #include "cli/bench/transport_command.h"
 #include "cli/chat_command.h"
 #include "cli/checkpoint_command.h"
+#include "cli/client_tls.h"
 #include "cli/demo_command.h"
+#include "cli/health_command.h"
 #include "cli/plan_command.h"
 #include "cli/scale_command.h"
 #include "cli/top_command.h"
@@ -54,6 +56,14 @@ int main(int argc, char** argv) {
     exit_code = Finish(cli::RunScale(scale_flags, std::cout));
   });
 
+  cli::HealthFlags health_flags;
+  CLI::App* health = app.add_subcommand("health", "whether a gateway or a member can serve, as exit code");
+  cli::AddHealthFlags(*health, health_flags);
+  health->callback([&] {
+    node::UnblockSignals();
+    exit_code = Finish(cli::RunHealth(health_flags));
+  });
+
   cli::TopFlags top_flags;
   CLI::App* top = app.add_subcommand("top", "the cluster in a terminal, once a second");
   cli::AddTopFlags(*top, top_flags);
@@ -71,6 +81,7 @@ int main(int argc, char** argv) {
   cli::ChatFlags chat_flags;
   CLI::App* chat = app.add_subcommand("chat", "talk to a running cluster");
   chat->add_option("--url", chat_flags.url)->capture_default_str();
+  cli::AddClientTlsFlags(*chat, chat_flags.tls);
   chat->add_option("--api-key-file", chat_flags.api_key_file, "the first key in it is used");
   chat->add_option("--system", chat_flags.system, "system message");
   chat->add_option("--temperature", chat_flags.temperature)

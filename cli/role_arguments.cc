@@ -13,9 +13,24 @@ Arguments Join(std::initializer_list<Arguments> parts) {
   return all;
 }
 
+// Not `--cpus=`: an empty value would be taken from the next argument. So below.
+Arguments Unless(const std::string& value, const std::string& flag) {
+  return value.empty() ? Arguments{} : Arguments{flag + value};
+}
+
+// Files only: what is secret is in them.
+Arguments TlsFiles(const tls::Files& files) {
+  Arguments all;
+  for (const tls::File* file : {&files.certificate, &files.key, &files.ca})
+    if (!file->path.empty()) all.push_back(StrCat(file->flag, "=", file->path));
+  return all;
+}
+
 Arguments Common(const UpFlags& flags) {
-  return {"--checkpoint=" + flags.checkpoint, "--precision=" + flags.precision,
-          "--log-level=" + flags.log_level, "--log-format=" + flags.log_format};
+  return Join({{"--checkpoint=" + flags.checkpoint, "--precision=" + flags.precision,
+                "--log-level=" + flags.log_level, "--log-format=" + flags.log_format},
+               TlsFiles(flags.tls.cluster),
+               Unless(flags.tls.name, "--tls-name=")});
 }
 
 Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses) {
@@ -24,17 +39,13 @@ Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses) {
 }
 
 Arguments EtcdRegistry(const UpFlags& flags, const LocalAddresses& addresses) {
-  return {"--registry=etcd", "--etcd=" + addresses.etcd, "--cluster=" + flags.cluster};
+  return Join({{"--registry=etcd", "--etcd=" + addresses.etcd, "--cluster=" + flags.cluster},
+               TlsFiles(addresses.etcd_tls)});
 }
 
 // Of all but routers.
 Arguments Registry(const UpFlags& flags, const LocalAddresses& addresses) {
   return addresses.etcd.empty() ? Arguments{"--router=" + addresses.router} : EtcdRegistry(flags, addresses);
-}
-
-// Not `--cpus=`: an empty value would be taken from the next argument. So below.
-Arguments Unless(const std::string& value, const std::string& flag) {
-  return value.empty() ? Arguments{} : Arguments{flag + value};
 }
 
 }  // namespace
@@ -85,6 +96,7 @@ Arguments GatewayArguments(const UpFlags& flags, const LocalAddresses& addresses
         StrCat("--unavailable-after-s=", flags.unavailable_after_s)},
        {StrCat("--trace-ratio=", flags.trace_ratio), StrCat("--slow-request-s=", flags.slow_request_s)},
        Unless(flags.otlp_endpoint, "--otlp-endpoint="),
+       TlsFiles(flags.http_tls),
        flags.vllm_names ? Arguments{"--metrics-vllm-names"} : Arguments{},
        Unless(flags.model_name, "--model-name="),
        Unless(flags.api_key_file, "--api-key-file="),

@@ -13,9 +13,10 @@ namespace minke::cli {
 struct LocalAddresses {
   std::string operator_socket;  // empty: the gateway is not to use it
   std::string secret_file;
-  std::string router;  // HOST:PORT, static registry: empty until the router has chosen its port
-  std::string etcd;    // HOST:PORT[,...], etcd as registry
-  std::string http;    // HOST:PORT, as asked for, then with the port that the gateway got
+  std::string router;   // HOST:PORT, static registry: empty until the router has chosen its port
+  std::string etcd;     // HOST:PORT[,...], etcd as registry
+  tls::Files etcd_tls;  // at etcd; none: plaintext
+  std::string http;     // HOST:PORT, as asked for, then with the port that the gateway got
 };
 
 // `experts`: to wait for before the first placement.

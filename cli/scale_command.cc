@@ -31,8 +31,13 @@ absl::StatusOr<std::string> LookOnce(OperatorClient& client, const cluster::v1::
   if (!status.ok()) return Annotate(status.status(), "the cluster has ended meanwhile");
   MK_ASSIGN_OR_RETURN(const std::string left, WhatIsLeft(scaled, *status));
   if (!left.empty()) return left;
-  const Url url{status->http_host(), status->http_port()};
-  const auto health = HttpGet(url, "/health", absl::Seconds(2));
+  const cluster::v1::HttpTls& tls = status->http_tls();
+  const Url url{.host = status->http_host(), .port = status->http_port(), .tls = status->has_http_tls()};
+  const auto gateway =
+      ToOwnGateway(url, tls.certificate_file(),
+                   {{"certificate", tls.client_certificate_file()}, {"key", tls.client_key_file()}});
+  if (!gateway.ok()) return std::string(gateway.status().message());
+  const auto health = HttpGet(*gateway, "/health", absl::Seconds(2));
   if (!health.ok()) return std::string(health.status().message());
   return health->status == 200 ? "" : StrCat("/health: ", health->status, " ", health->body);
 }

@@ -22,8 +22,9 @@ std::string DefaultTargetsFile(int http_port, unsigned user) {
 std::string TargetsJson(const std::string& cluster, std::span<const ScrapeTarget> targets) {
   nlohmann::ordered_json groups = nlohmann::ordered_json::array();
   for (const ScrapeTarget& target : targets) {
-    groups.push_back({{"targets", {target.address}},
-                      {"labels", {{"job", target.job}, {"member", target.member}, {"cluster", cluster}}}});
+    nlohmann::ordered_json labels = {{"job", target.job}, {"member", target.member}, {"cluster", cluster}};
+    if (target.tls) labels["__scheme__"] = "https";
+    groups.push_back({{"targets", {target.address}}, {"labels", std::move(labels)}});
   }
   return groups.dump(2) + "\n";
 }

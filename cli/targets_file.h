@@ -13,6 +13,7 @@ struct ScrapeTarget {
   std::string address;  // HOST:PORT that serves /metrics
   std::string job;      // "minke-expert"
   std::string member;   // "expert 1"
+  bool tls = false;     // to be asked by https
 };
 
 // Where it is without --targets-file.

@@ -33,13 +33,15 @@ class TargetsFile : public testing::Test {
 
 TEST_F(TargetsFile, IsWhatFileDiscoveryReads) {
   const ScrapeTarget targets[] = {{"127.0.0.1:9100", "minke-expert", "expert 0"},
-                                  {"127.0.0.1:8000", "minke-gateway", "gateway"}};
+                                  {"127.0.0.1:8000", "minke-gateway", "gateway", true}};
   const auto json = nlohmann::json::parse(TargetsJson("blue", targets));
   ASSERT_EQ(json.size(), 2u);
   EXPECT_EQ(json[0]["targets"], nlohmann::json::array({"127.0.0.1:9100"}));
   EXPECT_EQ(json[0]["labels"]["job"], "minke-expert");
   EXPECT_EQ(json[0]["labels"]["member"], "expert 0");
   EXPECT_EQ(json[1]["labels"]["cluster"], "blue");
+  EXPECT_FALSE(json[0]["labels"].contains("__scheme__"));
+  EXPECT_EQ(json[1]["labels"]["__scheme__"], "https");
   EXPECT_EQ(nlohmann::json::parse(TargetsJson("blue", {})), nlohmann::json::array());
 }
 

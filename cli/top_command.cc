@@ -27,11 +27,12 @@ namespace {
 constexpr absl::Duration kPeriod = absl::Seconds(1);
 constexpr absl::Duration kTimeout = absl::Seconds(2);
 
-absl::StatusOr<nlohmann::json> Fetch(const Url& url, const std::string& key) {
-  MK_ASSIGN_OR_RETURN(const HttpAnswer answer, HttpGet(url, url.path + "/cluster", kTimeout, key));
+absl::StatusOr<nlohmann::json> Fetch(const Endpoint& gateway, const std::string& key) {
+  MK_ASSIGN_OR_RETURN(const HttpAnswer answer,
+                      HttpGet(gateway, gateway.url.path + "/cluster", kTimeout, key));
   if (answer.status != 200) {
-    return absl::FailedPreconditionError(StrCat("http://", url.HostPort(), url.path,
-                                                "/cluster: ", answer.status, " ", ErrorText(answer.body)));
+    return absl::FailedPreconditionError(
+        StrCat(gateway.url.Base(), "/cluster: ", answer.status, " ", ErrorText(answer.body)));
   }
   return nlohmann::json::parse(answer.body, nullptr, /*allow_exceptions=*/false);
 }
@@ -118,16 +119,16 @@ class Wishes {
   int fd_ = -1;
 };
 
-absl::Status Once(const Url& url, const std::string& key, top::Style style, std::ostream& out) {
-  MK_ASSIGN_OR_RETURN(const nlohmann::json view, Fetch(url, key));
+absl::Status Once(const Endpoint& gateway, const std::string& key, top::Style style, std::ostream& out) {
+  MK_ASSIGN_OR_RETURN(const nlohmann::json view, Fetch(gateway, key));
   MK_ASSIGN_OR_RETURN(const std::vector<std::string> lines, top::Render(view, "", style));
   for (const std::string& line : lines) out << line << "\n";
   return absl::OkStatus();
 }
 
-absl::Status Follow(const Url& url, const std::string& key, top::Style style) {
+absl::Status Follow(const Endpoint& gateway, const std::string& key, top::Style style) {
   // Before the screen changes: a wrong address or key is a line of text and an exit code.
-  MK_ASSIGN_OR_RETURN(nlohmann::json view, Fetch(url, key));
+  MK_ASSIGN_OR_RETURN(nlohmann::json view, Fetch(gateway, key));
   MK_RETURN_IF_ERROR(top::Render(view, "", style).status());
   Wishes wishes;
   const Screen screen;
@@ -141,7 +142,7 @@ absl::Status Follow(const Url& url, const std::string& key, top::Style style) {
       const auto wish = wishes.Wait(next - absl::Now());
       if (wish == Wishes::Wish::kQuit) return absl::OkStatus();
     }
-    auto fresh = Fetch(url, key);
+    auto fresh = Fetch(gateway, key);
     problem = fresh.ok() ? "" : StrCat(StdView(fresh.status().message()), "; trying again");
     if (fresh.ok()) view = *std::move(fresh);
   }
@@ -151,12 +152,13 @@ absl::Status Follow(const Url& url, const std::string& key, top::Style style) {
 
 void AddTopFlags(CLI::App& app, TopFlags& flags) {
   app.add_option("--url", flags.url, "of the gateway")->capture_default_str();
+  AddClientTlsFlags(app, flags.tls);
   app.add_option("--api-key-file", flags.api_key_file, "the first key in it is used");
   app.add_flag("--once", flags.once, "print one frame and end, as where standard output is no terminal");
 }
 
 absl::Status RunTop(const TopFlags& flags, std::ostream& out) {
-  MK_ASSIGN_OR_RETURN(const Url url, ParseUrl(flags.url));
+  MK_ASSIGN_OR_RETURN(const Endpoint gateway, ToEndpoint(flags.url, flags.tls));
   MK_ASSIGN_OR_RETURN(const std::string key, FirstKey(flags.api_key_file));
   const bool terminal = ::isatty(STDOUT_FILENO) != 0;
   top::Style style{.color = terminal, .utf8 = SpeaksUtf8()};
@@ -165,9 +167,9 @@ absl::Status RunTop(const TopFlags& flags, std::ostream& out) {
       Screen::FitTo(style);
       style.rows = 0;
     }
-    return Once(url, key, style, out);
+    return Once(gateway, key, style, out);
   }
-  return Follow(url, key, style);
+  return Follow(gateway, key, style);
 }
 
 }  // namespace minke::cli

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "cli/client_tls.h"
 
 namespace CLI {
 class App;
@@ -14,6 +15,7 @@ namespace minke::cli {
 
 struct TopFlags {
   std::string url = "http://127.0.0.1:8000";
+  tls::Files tls = ClientTlsFiles();
   std::string api_key_file;
   bool once = false;
 };

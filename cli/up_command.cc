@@ -39,24 +39,28 @@ std::string ReachableHost(const std::string& host) { return host == "0.0.0.0" ? 
 // Watches /health until it is 200, printing each new reason; then calls on_ready.
 class ReadyWatch {
  public:
-  ReadyWatch(Url url, OnReady on_ready)
-      : thread_([this, url = std::move(url), on_ready = std::move(on_ready)] {
+  ReadyWatch(Url url, const UpFlags& flags, OnReady on_ready)
+      : thread_([this, url = std::move(url), certificate = flags.http_tls.certificate.path,
+                 client = OwnClientFiles(flags), on_ready = std::move(on_ready)] {
           const absl::Time begin = absl::Now();
           std::string last;
           while (!stop_.load()) {
-            const absl::StatusOr<HttpAnswer> answer = HttpGet(url, "/health", absl::Seconds(2));
+            const auto gateway = ToOwnGateway(url, certificate, client);  // its files may be new ones
+            const absl::StatusOr<HttpAnswer> answer =
+                gateway.ok() ? HttpGet(*gateway, "/health", absl::Seconds(2)) : gateway.status();
             if (answer.ok() && answer->status == 200) {
-              const std::string address = StrCat("http://", url.host, ":", url.port);
+              const std::string address = url.Base();
               log::Info("up",
                         StrCat("ready ", address, " after ",
                                absl::StrFormat("%.1f", absl::ToDoubleSeconds(absl::Now() - begin)), " s"));
               if (on_ready) on_ready(address);
               return;
             }
-            if (answer.ok() && answer->body != last) {
-              last = answer->body;
-              log::Info("up", Reason(last));  // it begins with "not ready"
-            }
+            const std::string reason = answer.ok()
+                                           ? Reason(answer->body)  // it begins with "not ready"
+                                           : StrCat("/health cannot be asked: ", answer.status().message());
+            if (reason != last) log::Info("up", reason);
+            last = reason;
             absl::SleepFor(absl::Milliseconds(100));
           }
         }) {}
@@ -145,7 +149,7 @@ absl::Status RunUp(const UpFlags& flags, const OnReady& on_ready) {
   if (absl::IsCancelled(url.status())) return absl::OkStatus();
   MK_RETURN_IF_ERROR(url.status());
   const std::unique_ptr<OperatorServer> operator_server = ServeOperator(cluster, *url);
-  const ReadyWatch watch(*url, [&](const std::string& address) {
+  const ReadyWatch watch(*url, flags, [&](const std::string& address) {
     cluster.MarkReady();
     if (on_ready) on_ready(address);
   });
@@ -162,6 +166,7 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   log::SetProcessName("serve");
   node::SetLogs(flags.log_level, flags.log_format);
   const Precision precision = PrecisionOf(flags);
+  MK_RETURN_IF_ERROR(ValidateTls(flags, /*etcd=*/false));
   MK_ASSIGN_OR_RETURN(const Device device, DeviceOf(flags));
   // A GPU computes whole steps: no expert servers beside it, and no messages.
   const bool whole = device == Device::kCuda;
@@ -188,17 +193,26 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   gateway_options.trace_ratio = flags.trace_ratio;
   gateway_options.slow_request = std::chrono::milliseconds(static_cast<int64_t>(1e3 * flags.slow_request_s));
   gateway_options.node_id = RandomNodeId();
+  registry::RegistryAddress registry_address;
+  MK_ASSIGN_OR_RETURN(const std::shared_ptr<tls::Identity> identity,
+                      node::OpenTls(flags.tls, registry_address));
+  gateway_options.cluster_identity = identity;
+  MK_ASSIGN_OR_RETURN(gateway_options.public_identity, node::OpenHttpTls(flags.http_tls));
   MK_ASSIGN_OR_RETURN(auto gateway, gateway::Gateway::Create(std::move(gateway_options), std::move(model)));
   MK_ASSIGN_OR_RETURN(auto router,
-                      router::RouterService::Start(
-                          checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
-                          {.precision = precision, .expert_servers = whole ? 0 : 1, .threads = threads}));
+                      router::RouterService::Start(checkpoint, make_transport(cluster::v1::ROLE_ROUTER),
+                                                   {.identity = identity,
+                                                    .precision = precision,
+                                                    .expert_servers = whole ? 0 : 1,
+                                                    .threads = threads}));
+  registry_address.router = router->rpc_address();
   const auto refused = [](const absl::Status& status) { log::Error("serve", StdView(status.message())); };
   std::unique_ptr<experts::ExpertService> experts;
   if (!whole) {
     MK_ASSIGN_OR_RETURN(experts,
                         experts::ExpertService::Start(checkpoint, make_transport(cluster::v1::ROLE_EXPERT),
-                                                      {.registry = {.router = router->rpc_address()},
+                                                      {.registry = registry_address,
+                                                       .identity = identity,
                                                        .precision = precision,
                                                        .threads = threads,
                                                        .on_refused = refused}));
@@ -218,7 +232,8 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   attention_flags.unavailable_after_s = flags.unavailable_after_s;
   MK_ASSIGN_OR_RETURN(auto attention_options,
                       attention::ToServiceOptions(attention_flags, *checkpoint, precision));
-  attention_options.registry.router = router->rpc_address();
+  attention_options.registry = registry_address;
+  attention_options.identity = identity;
   attention_options.traces.endpoint = flags.otlp_endpoint;
   attention_options.device = device;
   attention_options.whole = whole;
@@ -245,11 +260,13 @@ absl::Status RunServe(const UpFlags& flags, const OnReady& on_ready) {
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));
   report.set_precision(std::string(ToString(precision)));
   const auto client = registry::Join(
-      {.router = router->rpc_address()}, report,
+      registry_address, report,
       [&gateway](const cluster::v1::ClusterUpdate& update) { gateway->OnUpdate(update); }, refused);
   {
     const gateway::SelfReporter self(*gateway, *client, report);
-    ReadyWatch watch(Url{ReachableHost(flags.host), StrCat(gateway->port())}, on_ready);
+    const Url url{
+        .host = ReachableHost(flags.host), .port = StrCat(gateway->port()), .tls = !flags.http_tls.empty()};
+    ReadyWatch watch(url, flags, on_ready);
     while (!signals.Wait(absl::Hours(1))) {
     }
   }

@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "cli/client_tls.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/etcd/server_command.h"
@@ -80,6 +81,7 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
   app.add_option("--log-format", f.log_format, "lines of text, or a JSON object each")
       ->check(CLI::IsMember({"text", "json"}))
       ->capture_default_str();
+  node::AddHttpTlsFlags(app, f.http_tls);
   app.add_option("--log-level", f.log_level)
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();
@@ -89,6 +91,7 @@ void AddSharedFlags(CLI::App& app, UpFlags& f) {
 
 void AddUpFlags(CLI::App& app, UpFlags& f) {
   AddSharedFlags(app, f);
+  node::AddTlsFlags(app, f.tls);
   app.add_option("--experts", f.experts, "expert servers")->check(CLI::Range(1, 256))->capture_default_str();
   app.add_option("--attention", f.attention, "attention nodes")
       ->check(CLI::Range(1, 256))
@@ -132,7 +135,10 @@ void AddUpFlags(CLI::App& app, UpFlags& f) {
                  "/tmp/minke-up-UID-PORT.targets.json)");
 }
 
-void AddServeFlags(CLI::App& app, UpFlags& flags) { AddSharedFlags(app, flags); }
+void AddServeFlags(CLI::App& app, UpFlags& flags) {
+  AddSharedFlags(app, flags);
+  node::AddTlsFlags(app, flags.tls, /*etcd=*/false);
+}
 
 Precision PrecisionOf(const UpFlags& flags) {
   return flags.precision == "exact" ? Precision::kExact : Precision::kBF16;
@@ -154,7 +160,34 @@ absl::StatusOr<Device> DeviceOf(const UpFlags& flags) {
   return device;
 }
 
+tls::Files OwnClientFiles(const UpFlags& flags) {
+  tls::Files files = ClientTlsFiles();
+  if (flags.http_tls.ca.path.empty()) return files;
+  files.certificate = flags.tls.cluster.certificate;
+  files.key = flags.tls.cluster.key;
+  return files;
+}
+
+absl::Status ValidateTls(const UpFlags& flags, bool etcd) {
+  MK_RETURN_IF_ERROR(node::CheckTls(flags.tls, etcd));
+  MK_RETURN_IF_ERROR(tls::CheckComplete(flags.http_tls, tls::Use::kServer));
+  if (!flags.http_tls.ca.path.empty() && flags.tls.cluster.empty()) {
+    return absl::InvalidArgumentError(
+        "--http-tls-client-ca: expected --tls-cert beside it, with which /health is asked, found none");
+  }
+  // Said once here, not by every child.
+  if (!flags.tls.cluster.empty()) MK_RETURN_IF_ERROR(tls::Load(flags.tls.cluster, tls::Use::kPeer).status());
+  if (!flags.tls.etcd.empty()) MK_RETURN_IF_ERROR(tls::Load(flags.tls.etcd, tls::Use::kClient).status());
+  if (!flags.http_tls.empty()) MK_RETURN_IF_ERROR(tls::Load(flags.http_tls, tls::Use::kServer).status());
+  return absl::OkStatus();
+}
+
 absl::Status Validate(const UpFlags& flags) {
+  MK_RETURN_IF_ERROR(ValidateTls(flags, UsesEtcd(flags)));
+  if (!flags.tls.etcd.empty() && flags.etcd.empty()) {
+    return absl::InvalidArgumentError(
+        "--etcd-ca: expected --etcd beside it, found none: an etcd of minke up's own has --tls-cert");
+  }
   if (flags.routers > 1 && flags.registry == "static") {
     return absl::InvalidArgumentError(StrCat("--routers: expected 1 with --registry=static, found ",
                                              flags.routers, ": several routers need --registry=etcd"));

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "libs/base/device.h"
 #include "libs/base/dtype.h"
+#include "libs/node/tls_flags.h"
 
 namespace CLI {
 class App;
@@ -61,6 +62,8 @@ struct UpFlags {
   std::string otlp_endpoint;  // empty: no traces
   double trace_ratio = 0.01;
   double slow_request_s = 60;
+  node::TlsFlags tls;
+  tls::Files http_tls = node::HttpTlsFiles();
 };
 
 void AddUpFlags(CLI::App& app, UpFlags& flags);
@@ -71,6 +74,10 @@ bool UsesEtcd(const UpFlags& flags);
 bool FP8Experts(const UpFlags& flags);
 // What --device comes to, if it can have the precision and the experts' format.
 absl::StatusOr<Device> DeviceOf(const UpFlags& flags);
+// With what `minke up` and `minke serve` ask their own gateway.
+tls::Files OwnClientFiles(const UpFlags& flags);
+// The flags of TLS and their files; etcd: as registry.
+absl::Status ValidateTls(const UpFlags& flags, bool etcd);
 // Whether `minke up` can begin: one line about the first flag, file or program that stands against it.
 absl::Status Validate(const UpFlags& flags);
 

@@ -9,18 +9,21 @@ std::string Url::HostPort() const {
   return host.find(':') == std::string::npos ? StrCat(host, ":", port) : StrCat("[", host, "]:", port);
 }
 
+std::string Url::Base() const { return StrCat(tls ? "https://" : "http://", HostPort(), path); }
+
 absl::StatusOr<Url> ParseUrl(const std::string& url) {
-  const absl::Status malformed =
-      absl::InvalidArgumentError(StrCat("--url: expected http://HOST:PORT, found ", url));
-  constexpr std::string_view kScheme = "http://";
-  if (url.rfind(kScheme, 0) != 0) return malformed;
+  const absl::Status malformed = absl::InvalidArgumentError(
+      StrCat("--url: expected http://HOST:PORT or https://HOST:PORT, found ", url));
+  Url result;
+  result.tls = url.rfind("https://", 0) == 0;
+  if (!result.tls && url.rfind("http://", 0) != 0) return malformed;
+  const size_t begin = result.tls ? 8 : 7;
   for (const char c : url) {
     if (static_cast<unsigned char>(c) <= ' ' || c == '\x7f')
       return malformed;  // would break the request's head
   }
-  const size_t slash = url.find('/', kScheme.size());
-  const std::string authority = url.substr(kScheme.size(), slash - kScheme.size());
-  Url result;
+  const size_t slash = url.find('/', begin);
+  const std::string authority = url.substr(begin, slash - begin);
   if (slash != std::string::npos) result.path = url.substr(slash);
   while (!result.path.empty() && result.path.back() == '/') result.path.pop_back();
 
@@ -30,7 +33,7 @@ absl::StatusOr<Url> ParseUrl(const std::string& url) {
   result.host = bracketed ? authority.substr(1, host_end - 1) : authority.substr(0, host_end);
   const size_t port_colon = bracketed ? host_end + 1 : host_end;
   if (port_colon >= authority.size()) {
-    result.port = "80";
+    result.port = result.tls ? "443" : "80";
   } else {
     int port = 0;
     result.port = authority.substr(port_colon + 1);

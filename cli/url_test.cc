@@ -6,10 +6,10 @@ namespace minke::cli {
 namespace {
 
 TEST(ParseUrl, RefusesWhatIsNotAnHttpAddress) {
-  for (const char* url :
-       {"", "http://", "https://host", "host:80", "http://:80", "http://host:", "http://host:0",
-        "http://host:65536", "http://host:8x", "http://host:+8", "http://a:b:80", "http://[::1",
-        "http://[::1]80", "http://[]:80", "http://user@host", "http://host/a b", "http://host/\r\nx: y"}) {
+  for (const char* url : {"", "http://", "https://", "ftp://host", "https//host", "host:80", "http://:80",
+                          "http://host:", "http://host:0", "http://host:65536", "http://host:8x",
+                          "http://host:+8", "http://a:b:80", "http://[::1", "http://[::1]80", "http://[]:80",
+                          "http://user@host", "http://host/a b", "http://host/\r\nx: y"}) {
     EXPECT_EQ(ParseUrl(url).status().code(), absl::StatusCode::kInvalidArgument) << url;
   }
 }
@@ -29,7 +29,13 @@ TEST(ParseUrl, SplitsHostPortAndPath) {
   expect("http://host/a/b:c", "host", "80", "/a/b:c");
   expect("http://[::1]:8000/v1", "::1", "8000", "/v1");
   expect("http://[::1]", "::1", "80", "");
+  expect("https://host", "host", "443", "");
+  expect("https://[::1]:8443/v1", "::1", "8443", "/v1");
   EXPECT_EQ(ParseUrl("http://[::1]:8000/v1")->HostPort(), "[::1]:8000");
+  EXPECT_FALSE(ParseUrl("http://host")->tls);
+  EXPECT_TRUE(ParseUrl("https://host")->tls);
+  EXPECT_EQ(ParseUrl("https://[::1]/v1/")->Base(), "https://[::1]:443/v1");
+  EXPECT_EQ(ParseUrl("http://host:81")->Base(), "http://host:81");
 }
 
 }  // namespace

@@ -4,23 +4,24 @@ import os, re, subprocess, sys
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
-    "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": [], "tokenizer": [],
-    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "rpc": [],
-    "etcd": ["rpc"], "registry": ["cluster", "etcd", "rpc"],
-    "node": ["kernels", "model", "registry", "telemetry", "transport"], "cuda_model": ["collective", "kernels", "model"],
+    "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": ["http", "tls"], "tokenizer": [], "tracing": ["telemetry"],
+    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "tls": [], "http": ["tls"], "rpc": ["tls"],
+    "etcd": ["rpc", "tls"], "registry": ["cluster", "etcd", "rpc", "tls"],
+    "node": ["kernels", "model", "registry", "telemetry", "tls", "transport"], "cuda_model": ["collective", "kernels", "model"],
 }
 ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/",
                "services/router/telemetry/")
 HEADERS = {  # third-party headers that stay in one place
     r"^(ucp|uct|ucs)/": ("libs/transport/ucx/",),
     r"^grpcpp/": ("libs/rpc/", "libs/etcd/channels.h", "libs/registry/static_registry.cc", "services/gateway/api/", "services/gateway/attention_client/", "services/gateway/operator_client/", "services/attention/api/",
-                  "services/router/api/", "tests/", "services/gateway/gateway", "cli/operator_socket.cc"),
+                  "services/router/api/", "tests/", "services/gateway/gateway", "cli/operator_socket.cc", "cli/health_command.cc"),
+    r"^openssl/(ssl|x509|pem)": ("libs/tls/", "libs/http/stream.h", "cli/"),
     r"^spdlog/": ("libs/base/",),
     r"^(cuda|cublas|nv)": ("libs/kernels/cuda/", "bench/gpu/"),  # CUDA's own headers
     r"^nccl": ("libs/collective/nccl/",),
     r"^libs/collective/nccl/nccl_library\.h": ("libs/collective/nccl/",),  # it shows NCCL's types
     r"^libs/kernels/cuda/(check|tensor_map|\w+_kernels)\.h|\.cuh$": ("libs/kernels/cuda/",),  # they show CUDA's types
-    r"^boost/": ("services/gateway/http/", "cli/", "tests/"),
+    r"^boost/": ("libs/http/", "libs/tracing/", "cli/", "tests/"),
 }
 
 

@@ -62,7 +62,7 @@ absl::StatusOr<std::string> FirstModel(asio::io_context& context, StreamClient& 
       });
   context.restart();
   context.run();
-  const std::string where = StrCat("http://", url.HostPort(), url.path, path);
+  const std::string where = StrCat(url.Base(), path);
   if (exchange.ending == Ending::kTimeout)
     return absl::DeadlineExceededError(StrCat(where, ": no answer within ", kModelsTimeout.count(), " s"));
   if (exchange.ending != Ending::kWhole)
@@ -165,7 +165,7 @@ absl::Status ExitStatus(const ServeReport& report) {
 }  // namespace
 
 absl::Status RunServe(const ServeFlags& flags, const std::string& version, std::ostream& out) {
-  MK_ASSIGN_OR_RETURN(const Url url, ServeUrl(flags));
+  MK_ASSIGN_OR_RETURN(const Endpoint endpoint, ServeEndpoint(flags));
   MK_ASSIGN_OR_RETURN(const std::string api_key, FirstKey(flags.api_key_file));
   MK_ASSIGN_OR_RETURN(RequestOptions options, ToRequestOptions(flags));
   MK_ASSIGN_OR_RETURN(const RequestSource source, RequestSource::Create(std::move(options)));
@@ -175,10 +175,10 @@ absl::Status RunServe(const ServeFlags& flags, const std::string& version, std::
 
   asio::io_context context(1);  // this thread alone
   MK_ASSIGN_OR_RETURN(const std::unique_ptr<StreamClient> client,
-                      StreamClient::Create(context, url, api_key));
+                      StreamClient::Create(context, endpoint, api_key));
   ServeReport report{.version = version, .flags = flags, .model = flags.model};
   if (report.model.empty()) {
-    MK_ASSIGN_OR_RETURN(report.model, FirstModel(context, *client, url));
+    MK_ASSIGN_OR_RETURN(report.model, FirstModel(context, *client, endpoint.url));
   }
   ProgressLine progress;
   if (flags.warmup > 0) MK_RETURN_IF_ERROR(WarmUp(context, *client, flags, source, report.model, progress));

@@ -28,6 +28,7 @@ void AddServeFlags(CLI::App& app, ServeFlags& flags) {
       ->capture_default_str();
   app.add_option("--model", flags.model, "default: the first the server lists");
   app.add_option("--api-key-file", flags.api_key_file, "its first line is the bearer token");
+  AddClientTlsFlags(app, flags.tls);
 
   app.add_option("--requests", flags.requests, "how many (default 100, or what --duration brings)")
       ->check(CLI::Range(int64_t{1}, kRequestsMax));
@@ -94,10 +95,10 @@ void AddServeFlags(CLI::App& app, ServeFlags& flags) {
                "exit code 1 if any request failed, not only if all did");
 }
 
-absl::StatusOr<Url> ServeUrl(const ServeFlags& flags) {
+absl::StatusOr<Endpoint> ServeEndpoint(const ServeFlags& flags) {
   MK_ASSIGN_OR_RETURN(Url url, ParseUrl(flags.url));
   if (url.path.empty()) url.path = "/v1";
-  return url;
+  return ToEndpoint(url, flags.tls);
 }
 
 absl::StatusOr<RequestOptions> ToRequestOptions(const ServeFlags& flags) {

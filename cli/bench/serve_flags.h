@@ -8,7 +8,7 @@
 #include "absl/status/statusor.h"
 #include "cli/bench/load.h"
 #include "cli/bench/request_source.h"
-#include "cli/url.h"
+#include "cli/client_tls.h"
 
 namespace CLI {
 class App;
@@ -21,6 +21,7 @@ struct ServeFlags {
   std::string endpoint = "completions";  // completions | chat
   std::string model;                     // empty: the first of /models
   std::string api_key_file;
+  tls::Files tls = ClientTlsFiles();
 
   std::optional<int64_t> requests;  // neither: 100 requests
   std::optional<double> duration_s;
@@ -53,7 +54,7 @@ struct ServeFlags {
 void AddServeFlags(CLI::App& app, ServeFlags& flags);
 
 // What the flags ask for; INVALID_ARGUMENT or NOT_FOUND name the flag.
-absl::StatusOr<Url> ServeUrl(const ServeFlags& flags);  // without a path: /v1
+absl::StatusOr<Endpoint> ServeEndpoint(const ServeFlags& flags);  // without a path: /v1
 absl::StatusOr<RequestOptions> ToRequestOptions(const ServeFlags& flags);
 LoadPlan ToLoadPlan(const ServeFlags& flags);
 LoadPlan ToWarmupPlan(const ServeFlags& flags);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "libs/base/status.h"
+#include "libs/http/stream.h"
 
 namespace minke::cli::bench {
 namespace {
@@ -38,7 +39,7 @@ constexpr uint32_t kHeadBytesMax = 64 << 10;
 // One connection, lent to one exchange at a time. The deadline's handler may run after the exchange: it
 // shares ownership.
 struct Connection : std::enable_shared_from_this<Connection> {
-  explicit Connection(asio::io_context& context) : socket(context), timer(context) {}
+  explicit Connection(asio::io_context& context) : stream(Socket(context)), timer(context) {}
 
   // From now on whatever is under way on the socket ends at `deadline`.
   void Arm(Clock::time_point deadline) {
@@ -52,16 +53,16 @@ struct Connection : std::enable_shared_from_this<Connection> {
   }
   void Close() {
     error_code ignored;
-    socket.close(ignored);
+    stream.tcp().close(ignored);
   }
   // Nothing to read, not even the end: the server still listens.
   bool Usable() {
     char byte;
-    const ssize_t got = recv(socket.native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    const ssize_t got = recv(stream.tcp().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
     return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
   }
 
-  Socket socket;
+  HttpStream<Socket> stream;
   asio::steady_timer timer;
   beast::flat_buffer buffer;
   bool timed_out = false;
@@ -79,14 +80,14 @@ std::string OneLine(std::string text) {
 
 class StreamClient::Impl {
  public:
-  Impl(asio::io_context& context, const Url& url, const std::string& api_key)
+  Impl(asio::io_context& context, const Endpoint& server, const std::string& api_key)
       : context_(context),
-        path_(url.path),
-        fixed_head_(StrCat(" HTTP/1.1\r\nhost: ", url.HostPort(),
+        server_(server),
+        fixed_head_(StrCat(" HTTP/1.1\r\nhost: ", server.url.HostPort(),
                            "\r\nuser-agent: minke-bench\r\naccept: text/event-stream, application/json\r\n",
                            api_key.empty() ? "" : StrCat("authorization: Bearer ", api_key, "\r\n"))) {}
 
-  absl::Status Resolve(const Url& url);
+  absl::Status Resolve();
   asio::awaitable<Exchange> Send(const std::string& path, const std::string& json, Clock::time_point deadline,
                                  BodyFunction on_body);
   void CancelAll() {
@@ -101,11 +102,12 @@ class StreamClient::Impl {
  private:
   std::shared_ptr<Connection> TakeIdle();
   asio::awaitable<error_code> Connect(Connection& connection);
+  asio::awaitable<std::string> Handshake(Connection& connection);
   asio::awaitable<Exchange> Converse(Connection& connection, const std::string& message, BodyFunction on_body,
                                      bool& reusable);
 
   asio::io_context& context_;
-  const std::string path_;        // of the URL
+  const Endpoint server_;
   const std::string fixed_head_;  // of every request, after the target
   std::vector<tcp::endpoint> endpoints_;
   size_t endpoint_ = 0;                            // the one that answered last
@@ -115,7 +117,8 @@ class StreamClient::Impl {
   int64_t connections_opened_ = 0;
 };
 
-absl::Status StreamClient::Impl::Resolve(const Url& url) {
+absl::Status StreamClient::Impl::Resolve() {
+  const Url& url = server_.url;
   tcp::resolver resolver(context_);
   asio::steady_timer timer(context_, kResolveTimeout);
   error_code failure = asio::error::timed_out;
@@ -151,11 +154,11 @@ asio::awaitable<error_code> StreamClient::Impl::Connect(Connection& connection) 
   for (size_t i = 0; i < endpoints_.size() && !connection.timed_out && !connection.cancelled; ++i) {
     const size_t at = (endpoint_ + i) % endpoints_.size();
     connection.Close();
-    auto [error] = co_await connection.socket.async_connect(endpoints_[at], kToken);
+    auto [error] = co_await connection.stream.tcp().async_connect(endpoints_[at], kToken);
     if (!error) {
       endpoint_ = at;
       ++connections_opened_;
-      connection.socket.set_option(tcp::no_delay(true), last);
+      connection.stream.tcp().set_option(tcp::no_delay(true), last);
       co_return error_code();
     }
     last = error;
@@ -163,9 +166,17 @@ asio::awaitable<error_code> StreamClient::Impl::Connect(Connection& connection) 
   co_return last;
 }
 
+// Why it failed; empty: it did not.
+asio::awaitable<std::string> StreamClient::Impl::Handshake(Connection& connection) {
+  auto& tls = connection.stream.Encrypt(server_.tls.get());
+  SetServerName(tls.native_handle(), server_);
+  auto [error] = co_await tls.async_handshake(asio::ssl::stream_base::client, kToken);
+  co_return error ? HandshakeError(tls.native_handle(), error.message()) : std::string();
+}
+
 asio::awaitable<Exchange> StreamClient::Impl::Send(const std::string& path, const std::string& json,
                                                    Clock::time_point deadline, BodyFunction on_body) {
-  std::string message = StrCat(json.empty() ? "GET " : "POST ", path_, path, fixed_head_);
+  std::string message = StrCat(json.empty() ? "GET " : "POST ", server_.url.path, path, fixed_head_);
   if (!json.empty())
     StrAppend(&message, "content-type: application/json\r\ncontent-length: ", json.size(), "\r\n");
   StrAppend(&message, "\r\n", json);
@@ -183,7 +194,12 @@ asio::awaitable<Exchange> StreamClient::Impl::Send(const std::string& path, cons
   bool reusable = false;
   error_code error;
   if (fresh) error = co_await Connect(*connection);
-  if (error) {
+  std::string untrusted;
+  if (fresh && !error && server_.tls != nullptr) untrusted = co_await Handshake(*connection);
+  if (!untrusted.empty()) {
+    exchange.ending = Ending::kConnectFailed;
+    exchange.detail = std::move(untrusted);
+  } else if (error) {
     exchange.ending = error == asio::error::connection_refused ? Ending::kRefused : Ending::kConnectFailed;
     exchange.detail = error.message();
   } else {
@@ -209,7 +225,7 @@ asio::awaitable<Exchange> StreamClient::Impl::Converse(Connection& connection, c
   Exchange exchange;
   error_code error;
   {
-    auto [write_error, bytes] = co_await asio::async_write(connection.socket, asio::buffer(message), kToken);
+    auto [write_error, bytes] = co_await asio::async_write(connection.stream, asio::buffer(message), kToken);
     // A server may refuse a body before it has read it, and close: its answer is still there to be read.
     error = write_error == asio::error::operation_aborted ? write_error : error_code();
   }
@@ -221,7 +237,7 @@ asio::awaitable<Exchange> StreamClient::Impl::Converse(Connection& connection, c
   bool enough = false;
   while (!error && !parser.is_done()) {
     auto [read_error, bytes] =
-        co_await connection.socket.async_read_some(connection.buffer.prepare(kReadBytes), kToken);
+        co_await connection.stream.async_read_some(connection.buffer.prepare(kReadBytes), kToken);
     connection.buffer.commit(bytes);
     if (read_error == asio::error::eof && parser.got_some()) {
       parser.put_eof(error);  // an answer without length ends this way; any other is cut off
@@ -259,10 +275,11 @@ asio::awaitable<Exchange> StreamClient::Impl::Converse(Connection& connection, c
   co_return exchange;
 }
 
-absl::StatusOr<std::unique_ptr<StreamClient>> StreamClient::Create(asio::io_context& context, const Url& url,
+absl::StatusOr<std::unique_ptr<StreamClient>> StreamClient::Create(asio::io_context& context,
+                                                                   const Endpoint& server,
                                                                    const std::string& api_key) {
-  auto impl = std::make_unique<Impl>(context, url, api_key);
-  MK_RETURN_IF_ERROR(impl->Resolve(url));
+  auto impl = std::make_unique<Impl>(context, server, api_key);
+  MK_RETURN_IF_ERROR(impl->Resolve());
   return std::unique_ptr<StreamClient>(new StreamClient(std::move(impl)));
 }
 

@@ -1,5 +1,5 @@
-// An asynchronous HTTP/1.1 client for one server: thousands of streamed answers on one thread, few system
-// calls each.
+// An asynchronous HTTP/1.1 client, with TLS or without, for one server: thousands of streamed answers on one
+// thread, few system calls each.
 #pragma once
 
 #include <boost/asio/awaitable.hpp>
@@ -12,7 +12,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
-#include "cli/url.h"
+#include "cli/client_tls.h"
 
 namespace minke::cli::bench {
 
@@ -49,7 +49,8 @@ class StreamClient {
   // Looks the host up: UNAVAILABLE if there is no such host, DEADLINE_EXCEEDED after kResolveTimeout. Runs
   // `context` until then. `context` outlives the client. `api_key` may be empty.
   static absl::StatusOr<std::unique_ptr<StreamClient>> Create(boost::asio::io_context& context,
-                                                              const Url& url, const std::string& api_key);
+                                                              const Endpoint& server,
+                                                              const std::string& api_key);
   ~StreamClient();
 
   // POST of a JSON body, or GET if it is empty, to the URL's path followed by `path`. Ends by `deadline`.

@@ -81,7 +81,7 @@ struct Seen {
 // Sends one request after the other through one client.
 struct Caller {
   explicit Caller(const Url& url, const std::string& key = "") {
-    auto created = StreamClient::Create(context, url, key);
+    auto created = StreamClient::Create(context, {url}, key);
     EXPECT_TRUE(created.ok()) << created.status();
     client = *std::move(created);
   }
@@ -120,7 +120,7 @@ TEST(StreamClient, NobodyListens) {
 
 TEST(StreamClient, NoSuchHost) {
   asio::io_context context;
-  EXPECT_EQ(StreamClient::Create(context, {"no-such-host.invalid", "80"}, "").status().code(),
+  EXPECT_EQ(StreamClient::Create(context, {{"no-such-host.invalid", "80"}}, "").status().code(),
             absl::StatusCode::kUnavailable);
 }
 

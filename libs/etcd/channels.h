@@ -14,6 +14,7 @@
 #include "libs/base/mutex.h"
 #include "libs/etcd/client.h"
 #include "libs/rpc/connect.h"
+#include "libs/rpc/credentials.h"
 #include "libs/rpc/grpc_server.h"
 #include "proto/etcd/etcd.grpc.pb.h"
 
@@ -23,7 +24,8 @@ namespace minke::etcd {
 class Channels {
  public:
   struct Endpoint {
-    std::shared_ptr<grpc::Channel> channel;  // shared with the stubs
+    explicit Endpoint(std::shared_ptr<grpc::Channel> channel);
+    const std::shared_ptr<grpc::Channel> channel;  // shared with the stubs
     std::unique_ptr<etcdserverpb::KV::Stub> kv;
     std::unique_ptr<etcdserverpb::Watch::Stub> watch;
     std::unique_ptr<etcdserverpb::Lease::Stub> lease;
@@ -35,7 +37,7 @@ class Channels {
     Call(Channels& channels, bool watches);
     ~Call();
     grpc::ClientContext& context() { return context_; }
-    Endpoint& endpoint() { return *channels_.endpoints_[index_]; }
+    Endpoint& endpoint() { return *endpoint_; }
     size_t index() const { return index_; }
     bool cancelled() const;
 
@@ -45,6 +47,7 @@ class Channels {
     const bool watches_;
     grpc::ClientContext context_;
     size_t index_ = 0;
+    std::shared_ptr<Endpoint> endpoint_;
     bool cancelled_ = false;  // guarded by channels_.mutex_
   };
 
@@ -54,7 +57,7 @@ class Channels {
   template <typename Function>
   absl::Status Do(const Function& call) {
     absl::Status status;
-    for (size_t i = 0; i < endpoints_.size(); ++i) {
+    for (size_t i = 0; i < options_.endpoints.size(); ++i) {
       Call here(*this, /*watches=*/false);
       const absl::Time deadline = absl::Now() + options_.call_timeout;
       status =
@@ -75,9 +78,16 @@ class Channels {
   void CancelAll();
 
  private:
+  std::shared_ptr<Endpoint> EndpointInUseLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Made anew after the certificates have changed; calls keep the one they began with.
+  struct Known {
+    rpc::SecureChannel channel;
+    std::shared_ptr<Endpoint> endpoint;
+  };
   const ClientOptions options_;
-  std::vector<std::unique_ptr<Endpoint>> endpoints_;
   Mutex mutex_;
+  std::vector<Known> endpoints_ ABSL_GUARDED_BY(mutex_);
   size_t in_use_ ABSL_GUARDED_BY(mutex_) = 0;
   std::set<Call*> calls_ ABSL_GUARDED_BY(mutex_);
 };

@@ -74,6 +74,7 @@ KeyValue FromProto(const etcdserverpb::KeyValue& proto) {
 Channels::Call::Call(Channels& channels, bool watches) : channels_(channels), watches_(watches) {
   const MutexLock lock(channels_.mutex_);
   index_ = channels_.in_use_;
+  endpoint_ = channels_.EndpointInUseLocked();
   channels_.calls_.insert(this);
 }
 
@@ -98,20 +99,29 @@ Channels::Channels(ClientOptions options) : options_(std::move(options)) {
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   arguments.SetMaxReceiveMessageSize(kMessageBytesMax);
-  for (const std::string& address : options_.endpoints) {
-    auto endpoint = std::make_unique<Endpoint>();
-    endpoint->channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-    endpoint->kv = etcdserverpb::KV::NewStub(endpoint->channel);
-    endpoint->watch = etcdserverpb::Watch::NewStub(endpoint->channel);
-    endpoint->lease = etcdserverpb::Lease::NewStub(endpoint->channel);
-    endpoints_.push_back(std::move(endpoint));
-  }
+  const MutexLock lock(mutex_);
+  for (const std::string& address : options_.endpoints)
+    endpoints_.push_back({rpc::SecureChannel(address, options_.identity, arguments), nullptr});
+}
+
+Channels::Endpoint::Endpoint(std::shared_ptr<grpc::Channel> to)
+    : channel(std::move(to)),
+      kv(etcdserverpb::KV::NewStub(channel)),
+      watch(etcdserverpb::Watch::NewStub(channel)),
+      lease(etcdserverpb::Lease::NewStub(channel)) {}
+
+std::shared_ptr<Channels::Endpoint> Channels::EndpointInUseLocked() {
+  Known& known = endpoints_[in_use_];
+  const std::shared_ptr<grpc::Channel>& channel = known.channel.Get();
+  if (known.endpoint == nullptr || known.endpoint->channel != channel)
+    known.endpoint = std::make_shared<Endpoint>(channel);
+  return known.endpoint;
 }
 
 void Channels::MoveOn(size_t from) {
   const MutexLock lock(mutex_);
   if (in_use_ != from) return;  // somebody else did
-  in_use_ = (from + 1) % endpoints_.size();
+  in_use_ = (from + 1) % options_.endpoints.size();
   for (Call* call : calls_) {
     if (call->watches_ && call->index_ == from) call->context_.TryCancel();
   }

@@ -12,12 +12,14 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "libs/tls/identity.h"
 
 namespace minke::etcd {
 
 struct ClientOptions {
-  std::vector<std::string> endpoints;              // host:port, at least one
-  absl::Duration call_timeout = absl::Seconds(1);  // of a call at one endpoint
+  std::vector<std::string> endpoints;                 // host:port, at least one
+  absl::Duration call_timeout = absl::Seconds(1);     // of a call at one endpoint
+  std::shared_ptr<tls::Identity> identity = nullptr;  // null: plaintext
 };
 
 struct KeyValue {

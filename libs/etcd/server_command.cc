@@ -37,20 +37,30 @@ absl::StatusOr<int> FreePort() {
   return ntohs(address.sin_port);
 }
 
-std::vector<std::string> ServerArguments(const std::string& directory, int client_port, int peer_port) {
-  const std::string client = StrCat("http://127.0.0.1:", client_port);
-  const std::string peer = StrCat("http://127.0.0.1:", peer_port);
-  return {"--name=minke",
-          "--data-dir=" + directory,
-          "--listen-client-urls=" + client,
-          "--advertise-client-urls=" + client,
-          "--listen-peer-urls=" + peer,
-          "--initial-advertise-peer-urls=" + peer,
-          "--initial-cluster=minke=" + peer,
-          "--auto-compaction-mode=periodic",
-          "--auto-compaction-retention=10m",
-          "--logger=zap",
-          "--log-level=error"};
+std::vector<std::string> ServerArguments(const std::string& directory, int client_port, int peer_port,
+                                         const tls::Files& files) {
+  const std::string scheme = files.empty() ? "http" : "https";
+  const std::string client = StrCat(scheme, "://127.0.0.1:", client_port);
+  const std::string peer = StrCat(scheme, "://127.0.0.1:", peer_port);
+  std::vector<std::string> arguments = {"--name=minke",
+                                        "--data-dir=" + directory,
+                                        "--listen-client-urls=" + client,
+                                        "--advertise-client-urls=" + client,
+                                        "--listen-peer-urls=" + peer,
+                                        "--initial-advertise-peer-urls=" + peer,
+                                        "--initial-cluster=minke=" + peer,
+                                        "--auto-compaction-mode=periodic",
+                                        "--auto-compaction-retention=10m",
+                                        "--logger=zap",
+                                        "--log-level=error"};
+  if (files.empty()) return arguments;
+  for (const char* side : {"", "peer-"}) {
+    arguments.push_back(StrCat("--", side, "cert-file=", files.certificate.path));
+    arguments.push_back(StrCat("--", side, "key-file=", files.key.path));
+    arguments.push_back(StrCat("--", side, "trusted-ca-file=", files.ca.path));
+    arguments.push_back(StrCat("--", side, "client-cert-auth"));
+  }
+  return arguments;
 }
 
 }  // namespace minke::etcd

@@ -254,19 +254,20 @@ int Fail(const std::string& process_name, const absl::Status& status) {
   return 1;
 }
 
-absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
-                                                                       std::string_view role,
-                                                                       const transport::Transport& transport,
-                                                                       telemetry::Collector collector) {
-  MK_ASSIGN_OR_RETURN(auto server,
-                      telemetry::MetricsServer::Start(
-                          flags.metrics_listen, [role = std::string(role), &transport,
-                                                 collector = std::move(collector)](telemetry::Page& page) {
-                            telemetry::CollectProcess(role, ToString(transport.self()), page);
-                            CollectTransport(transport, page);
-                            collector(page);
-                          }));
-  log::Info("metrics", StrCat("serving http://", server->address(), "/metrics"));
+absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(
+    const NodeFlags& flags, std::string_view role, const transport::Transport& transport,
+    telemetry::Collector collector, std::shared_ptr<tls::Identity> identity) {
+  const std::string scheme = identity == nullptr ? "http" : "https";
+  MK_ASSIGN_OR_RETURN(auto server, telemetry::MetricsServer::Start(
+                                       flags.metrics_listen,
+                                       [role = std::string(role), &transport,
+                                        collector = std::move(collector)](telemetry::Page& page) {
+                                         telemetry::CollectProcess(role, ToString(transport.self()), page);
+                                         CollectTransport(transport, page);
+                                         collector(page);
+                                       },
+                                       std::move(identity)));
+  log::Info("metrics", StrCat("serving ", scheme, "://", server->address(), "/metrics"));
   return server;
 }
 

@@ -96,10 +96,9 @@ void ReportAddress(const NodeFlags& flags, const std::string& address, const std
 int Fail(const std::string& process_name, const absl::Status& status);
 
 // /metrics by the flags, and a log line that says where: what every process and every transport shows, and
-// what `collector` adds. `transport` has to outlive the server.
-absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(const NodeFlags& flags,
-                                                                       std::string_view role,
-                                                                       const transport::Transport& transport,
-                                                                       telemetry::Collector collector);
+// what `collector` adds. `transport` has to outlive the server. `identity`: null for plain HTTP.
+absl::StatusOr<std::unique_ptr<telemetry::MetricsServer>> ServeMetrics(
+    const NodeFlags& flags, std::string_view role, const transport::Transport& transport,
+    telemetry::Collector collector, std::shared_ptr<tls::Identity> identity);
 
 }  // namespace minke::node

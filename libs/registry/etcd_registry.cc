@@ -124,7 +124,8 @@ EtcdRegistry::Impl::Impl(EtcdOptions options_in, MemberReport report_in, OnUpdat
       on_update(std::move(on_update)),
       on_refused(std::move(on_refused)),
       // A third of the lease: an outage is noticed before a lease that it keeps from being renewed runs out.
-      client({.endpoints = options.endpoints, .call_timeout = options.lease / 3}),
+      client(
+          {.endpoints = options.endpoints, .call_timeout = options.lease / 3, .identity = options.identity}),
       report(std::move(report_in)) {}
 
 void EtcdRegistry::Impl::MemberGoneLocked(NodeId id) {

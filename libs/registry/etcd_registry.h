@@ -17,7 +17,8 @@ namespace minke::registry {
 struct EtcdOptions {
   std::vector<std::string> endpoints;  // host:port, at least one
   std::string cluster = "minke";
-  absl::Duration lease = absl::Seconds(3);  // whole seconds, at least 2
+  absl::Duration lease = absl::Seconds(3);            // whole seconds, at least 2
+  std::shared_ptr<tls::Identity> identity = nullptr;  // null: plaintext
 };
 
 // What etcd holds of the cluster, as far as this process knows.

@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "libs/tls/identity.h"
 #include "proto/cluster/cluster.pb.h"
 
 namespace minke::registry {
@@ -22,6 +23,7 @@ struct RegistryAddress {
   std::string router;   // static: host:port of the router's gRPC server
   std::string etcd;     // etcd: host:port[,host:port...]; not empty: this one
   std::string cluster;  // etcd: clusters that share one etcd are told apart by this name
+  std::shared_ptr<tls::Identity> identity = nullptr;  // at the router, or at etcd; null: plaintext
 };
 
 // Thread-safe.

@@ -11,6 +11,7 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/rpc/connect.h"
+#include "libs/rpc/credentials.h"
 #include "libs/rpc/grpc_server.h"
 #include "proto/cluster/cluster.grpc.pb.h"
 
@@ -28,6 +29,7 @@ constexpr absl::Duration kFirstLease = absl::Seconds(3);
 
 struct StaticRegistry::Impl {
   std::string router_address;
+  std::shared_ptr<tls::Identity> identity;  // shared with the process's other connections
   OnUpdate on_update;
   OnRefused on_refused;
 
@@ -100,17 +102,16 @@ void StaticRegistry::Impl::Run() {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  const auto channel =
-      grpc::CreateCustomChannel(router_address, grpc::InsecureChannelCredentials(), arguments);
-  const auto stub = Membership::NewStub(channel);
+  rpc::SecureChannel router(router_address, identity, arguments);
   bool complained = false;
   while (true) {
     const auto stopped = [this] {
       const MutexLock lock(mutex);
       return stop;
     };
+    const std::shared_ptr<grpc::Channel> channel = router.Get();
     grpc::Status status = rpc::ToGrpc(rpc::Connect(*channel, kFirstLease, stopped));
-    if (status.ok()) status = RunOnce(*stub);
+    if (status.ok()) status = RunOnce(*Membership::NewStub(channel));
     {
       const MutexLock lock(mutex);
       if (stop) return;
@@ -127,10 +128,11 @@ void StaticRegistry::Impl::Run() {
   }
 }
 
-StaticRegistry::StaticRegistry(std::string router_address, MemberReport report, OnUpdate on_update,
-                               OnRefused on_refused)
+StaticRegistry::StaticRegistry(std::string router_address, std::shared_ptr<tls::Identity> identity,
+                               MemberReport report, OnUpdate on_update, OnRefused on_refused)
     : impl_(std::make_unique<Impl>()) {
   impl_->router_address = std::move(router_address);
+  impl_->identity = std::move(identity);
   impl_->on_update = std::move(on_update);
   impl_->on_refused = std::move(on_refused);
   {

@@ -11,9 +11,9 @@ namespace minke::registry {
 
 class StaticRegistry final : public Registry {
  public:
-  // router_address: host:port of the router's gRPC server.
-  StaticRegistry(std::string router_address, cluster::v1::MemberReport report, OnUpdate on_update,
-                 OnRefused on_refused);
+  // router_address: host:port of the router's gRPC server. identity: null for plaintext.
+  StaticRegistry(std::string router_address, std::shared_ptr<tls::Identity> identity,
+                 cluster::v1::MemberReport report, OnUpdate on_update, OnRefused on_refused);
   ~StaticRegistry() override;
 
   void SetReport(cluster::v1::MemberReport report) override;

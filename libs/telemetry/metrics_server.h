@@ -7,17 +7,20 @@
 
 #include "absl/status/statusor.h"
 #include "libs/telemetry/page.h"
+#include "libs/tls/identity.h"
 
 namespace minke::telemetry {
 
-// Adds what a process has to show. Called on the server's threads, for every scrape; must be thread-safe.
+// Adds what a process has to show. Called on the server's thread, for every scrape; must be thread-safe.
 using Collector = std::function<void(Page&)>;
 
-// The collector is not called after destruction; the listening socket lives until the process ends.
+// The collector is not called after destruction.
 class MetricsServer {
  public:
-  // `listen`: host:port, port 0 for a free one. UNAVAILABLE if the address cannot be had.
-  static absl::StatusOr<std::unique_ptr<MetricsServer>> Start(const std::string& listen, Collector collector);
+  // `listen`: host:port, port 0 for a free one. `identity`: null for plain HTTP; with its CA scrapers need a
+  // certificate. UNAVAILABLE if the address cannot be had.
+  static absl::StatusOr<std::unique_ptr<MetricsServer>> Start(
+      const std::string& listen, Collector collector, std::shared_ptr<tls::Identity> identity = nullptr);
   ~MetricsServer();
   int port() const;
   const std::string& address() const { return address_; }  // host:port, with the port that was found

@@ -84,7 +84,7 @@ absl::StatusOr<std::unique_ptr<AttentionModel>> LoadModel(const std::shared_ptr<
       CudaModelOptions cuda{.mla = o.mla, .whole = o.whole, .fp8_experts = o.fp8_experts};
       if (!o.weights_from.empty()) {
         cuda.ask_for_weights = [&] {
-          return AskForWeights(o.weights_from, IdentityOf(*checkpoint, o), kAskTimeout);
+          return AskForWeights(o.weights_from, IdentityOf(*checkpoint, o), kAskTimeout, o.identity);
         };
       }
       return LoadCudaModel(checkpoint, std::move(cuda), progress);
@@ -143,7 +143,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
       [raw = service.get()](EngineOutput output) { raw->api_.Deliver(std::move(output)); });
   service->api_.SetEngine(service->engine_.get());
   MK_ASSIGN_OR_RETURN(service->server_,
-                      rpc::GrpcServer::Start(o.listen, {&service->api_, &service->weights_api_}));
+                      rpc::GrpcServer::Start(o.listen, {&service->api_, &service->weights_api_}, o.identity));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
   service->self_.set_rpc_address(StrCat(host, ":", service->server_->port()));

@@ -13,6 +13,7 @@
 #include "libs/base/device.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
+#include "libs/tls/identity.h"
 #include "services/attention/api/attention_api.h"
 #include "services/attention/api/weights_api.h"
 #include "services/attention/engine/engine.h"
@@ -23,6 +24,7 @@ struct AttentionServiceOptions {
   registry::RegistryAddress registry;
   std::string listen = "127.0.0.1:0";  // gRPC
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
+  std::shared_ptr<tls::Identity> identity = nullptr;  // of the cluster; null: plaintext
   Precision precision = Precision::kBF16;
   MlaChoice mla = MlaChoice::kAuto;  // auto: naive for long chunks; absorbed for all in exact mode
   Device device = Device::kCpu;

@@ -7,6 +7,7 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
+#include "libs/node/tls_flags.h"
 #include "services/attention/attention_flags.h"
 #include "services/attention/attention_service.h"
 #include "services/attention/metrics.h"
@@ -17,8 +18,10 @@ int main(int argc, char** argv) {
   node::NodeFlags flags;
   attention::AttentionFlags attention_flags;
   node::RegistryFlags registry_flags;
+  node::TlsFlags tls_flags;
   CLI::App app{"Minke's attention node: MLA over a paged latent cache, continuous batching, sampling."};
   node::AddCommonFlags(app, flags);
+  node::AddTlsFlags(app, tls_flags);
   node::AddDataPlaneFlags(app, flags);
   attention::AddAttentionFlags(app, attention_flags);
   node::AddRegistryFlags(app, registry_flags);
@@ -33,6 +36,8 @@ int main(int argc, char** argv) {
 
   auto registry = node::ToRegistryAddress(registry_flags);
   if (!registry.ok()) return fail(registry.status());
+  const auto identity = node::OpenTls(tls_flags, *registry);
+  if (!identity.ok()) return fail(identity.status());
   const absl::StatusOr<Device> device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
   if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
@@ -44,6 +49,7 @@ int main(int argc, char** argv) {
   options->registry = *std::move(registry);
   options->listen = flags.listen;
   options->traces.endpoint = trace_flags.otlp_endpoint;
+  options->identity = *identity;
   options->advertise_host = flags.advertise;
   options->precision = flags.ParsedPrecision();
   options->device = *device;
@@ -55,9 +61,9 @@ int main(int argc, char** argv) {
   auto service =
       attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
   if (!service.ok()) return fail(service.status());
-  auto metrics =
-      node::ServeMetrics(flags, "attention", (*service)->engine().transport(),
-                         [&](telemetry::Page& page) { attention::CollectMetrics(**service, page); });
+  auto metrics = node::ServeMetrics(
+      flags, "attention", (*service)->engine().transport(),
+      [&](telemetry::Page& page) { attention::CollectMetrics(**service, page); }, *identity);
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, (*service)->rpc_address(), (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {

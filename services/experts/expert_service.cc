@@ -50,7 +50,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
                                   *service->pool_, *service->load_pool_));
   service->engine_ = std::make_unique<ExpertEngine>(service->checkpoint_->config(), o.precision,
                                                     std::move(transport), *service->backend_, o.engine);
-  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}));
+  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}, o.identity));
   service->server_->SetServing(false);
   const std::string host = o.advertise_host.empty() ? rpc::HostOf(o.listen) : o.advertise_host;
   self.set_rpc_address(StrCat(host, ":", service->server_->port()));

@@ -23,6 +23,7 @@
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
+#include "libs/tls/identity.h"
 #include "libs/transport/transport.h"
 #include "services/experts/compute/expert_backend.h"
 #include "services/experts/engine/expert_engine.h"
@@ -34,6 +35,7 @@ struct ExpertServiceOptions {
   registry::RegistryAddress registry;
   std::string listen = "127.0.0.1:0";  // gRPC (health, reflection)
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
+  std::shared_ptr<tls::Identity> identity = nullptr;  // of the cluster; null: plaintext
   Precision precision = Precision::kBF16;
   Device device = Device::kCpu;
   ExpertsFormat experts_format = ExpertsFormat::kBF16;

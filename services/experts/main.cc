@@ -8,6 +8,7 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
+#include "libs/node/tls_flags.h"
 #include "services/experts/expert_service.h"
 #include "services/experts/metrics.h"
 
@@ -17,9 +18,11 @@ int main(int argc, char** argv) {
   node::NodeFlags flags;
   experts::ExpertServiceOptions options;
   node::RegistryFlags registry_flags;
+  node::TlsFlags tls_flags;
   std::string experts_format = "bf16";
   CLI::App app{"Minke's expert server: grouped SwiGLU over the shards it is given."};
   node::AddCommonFlags(app, flags);
+  node::AddTlsFlags(app, tls_flags);
   node::AddDataPlaneFlags(app, flags);
   app.add_option("--experts-format", experts_format, "routed experts in a GPU's memory")
       ->check(CLI::IsMember({"bf16", "fp8"}))
@@ -38,6 +41,8 @@ int main(int argc, char** argv) {
 
   auto registry = node::ToRegistryAddress(registry_flags);
   if (!registry.ok()) return fail(registry.status());
+  const auto identity = node::OpenTls(tls_flags, *registry);
+  if (!identity.ok()) return fail(identity.status());
   const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
   if (!device.ok()) return fail(device.status());
   options.device = *device;
@@ -56,6 +61,7 @@ int main(int argc, char** argv) {
   if (!transport.ok()) return fail(transport.status());
   options.registry = *std::move(registry);
   options.listen = flags.listen;
+  options.identity = *identity;
   options.advertise_host = flags.advertise;
   options.threads = flags.Threads();
   options.on_refused = [](const absl::Status& status) {
@@ -64,8 +70,9 @@ int main(int argc, char** argv) {
   };
   auto service = experts::ExpertService::Start(*std::move(checkpoint), *std::move(transport), options);
   if (!service.ok()) return fail(service.status());
-  auto metrics = node::ServeMetrics(flags, "expert", (*service)->engine().transport(),
-                                    [&](telemetry::Page& page) { experts::CollectMetrics(**service, page); });
+  auto metrics = node::ServeMetrics(
+      flags, "expert", (*service)->engine().transport(),
+      [&](telemetry::Page& page) { experts::CollectMetrics(**service, page); }, *identity);
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, "", (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {

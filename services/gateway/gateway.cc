@@ -106,7 +106,9 @@ class Gateway::Impl {
     if (!options_.api_key_file.empty()) {
       MK_ASSIGN_OR_RETURN(keys_, ApiKeys::Load(options_.api_key_file, KeyKind::kApiKey));
     }
-    pool_ = std::make_unique<AttentionPool>(options_.attention, &counters_, [this](bool connected) {
+    AttentionPoolOptions attention = options_.attention;
+    attention.identity = options_.cluster_identity;
+    pool_ = std::make_unique<AttentionPool>(std::move(attention), &counters_, [this](bool connected) {
       pool_connected_ = connected;
       Refresh();
     });
@@ -123,13 +125,15 @@ class Gateway::Impl {
         OpenAiHandler::Options{context, &admission_, keys_, not_ready_reason, refusal_reason,
                                [this] { return Metrics(); }, static_cast<int64_t>(std::time(nullptr))});
     MK_RETURN_IF_ERROR(MakeConsole());
-    if (options_.vllm_names) poller_ = std::make_unique<StatusPoller>();
+    if (options_.vllm_names) poller_ = std::make_unique<StatusPoller>(options_.cluster_identity);
     std::unique_ptr<GrpcApi> grpc;
     if (!options_.grpc_listen.empty()) {
-      MK_ASSIGN_OR_RETURN(grpc,
-                          GrpcApi::Start({options_.grpc_listen, context, &admission_, keys_, refusal_reason}));
+      MK_ASSIGN_OR_RETURN(grpc, GrpcApi::Start({options_.grpc_listen, context, &admission_, keys_,
+                                                refusal_reason, options_.public_identity}));
     }
-    MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.http, console_.get()));
+    HttpServerOptions http = options_.http;
+    http.identity = options_.public_identity;
+    MK_ASSIGN_OR_RETURN(http_, HttpServer::Start(std::move(http), console_.get()));
     {
       const std::lock_guard lock(mutex_);
       grpc_ = std::move(grpc);
@@ -190,6 +194,8 @@ class Gateway::Impl {
     page.Gauge("minke:gateway_sequences_max", "Sequences held at most; above: 429",
                static_cast<double>(admission_.sequences_max()));
     page.Gauge("minke:gateway_connections", "HTTP connections", connections());
+    page.Counter("minke:tls_failed_handshakes_total", "HTTP connections that got no TLS",
+                 failed_handshakes());
     if (tracer_ != nullptr) tracer_->Collect(page);
     if (keys_ != nullptr) keys_->Collect(page);
     telemetry::Collector more;
@@ -228,6 +234,10 @@ class Gateway::Impl {
     return grpc_port() == 0 ? "" : StrCat(HostOf(options_.grpc_listen), ":", grpc_port());
   }
   const HttpServer& http() const { return *http_; }
+  double failed_handshakes() const {
+    const std::lock_guard lock(mutex_);
+    return listening_ ? static_cast<double>(http_->failed_handshakes()) : 0;
+  }
   int connections() const {
     const std::lock_guard lock(mutex_);
     return listening_ ? http_->connections() : 0;
@@ -238,7 +248,8 @@ class Gateway::Impl {
 
  private:
   absl::Status MakeConsole() {
-    ConsoleHandler::Options console{.next = handler_.get(), .keys = keys_, .feed = feed_, .monitor = monitor_};
+    ConsoleHandler::Options console{
+        .next = handler_.get(), .keys = keys_, .feed = feed_, .monitor = monitor_};
     if (options_.operator_socket.empty() != options_.operator_token_file.empty()) {
       return absl::InvalidArgumentError(
           StrCat("--operator-socket and --operator-token-file: expected both or neither, found only ",
@@ -278,8 +289,8 @@ class Gateway::Impl {
     was_ready_ = true;
     unready_since_ = std::chrono::steady_clock::now();
     if (ready) {
-      log::Info(kTag, StrCat("ready http://", HostOf(options_.http.listen), ":",
-                             http_ == nullptr ? 0 : http_->port()));
+      log::Info(kTag, StrCat("ready ", options_.public_identity == nullptr ? "http" : "https", "://",
+                             HostOf(options_.http.listen), ":", http_ == nullptr ? 0 : http_->port()));
     } else {
       log::Warning(kTag, StrCat("not ready: ", reason_));
     }

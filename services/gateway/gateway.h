@@ -11,12 +11,13 @@
 
 #include "absl/status/statusor.h"
 #include "libs/base/ids.h"
+#include "libs/http/server.h"
 #include "libs/telemetry/metrics_server.h"
+#include "libs/tls/identity.h"
 #include "libs/tracing/tracer.h"
 #include "services/gateway/attention_client/attention_pool.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/types.h"
-#include "services/gateway/http/server.h"
 
 namespace minke::cluster::v1 {
 class ClusterUpdate;
@@ -44,6 +45,8 @@ struct GatewayOptions {
   std::string registry = "static";  // for people
   // Both or neither: where `minke up` can be asked to scale and to drain, and the tokens that callers need.
   std::string operator_socket, operator_token_file;
+  std::shared_ptr<tls::Identity> public_identity = nullptr;   // of the HTTP and the gRPC API; null: plaintext
+  std::shared_ptr<tls::Identity> cluster_identity = nullptr;  // at attention nodes; null: plaintext
 };
 
 // The checkpoint as a gateway needs it: config.json, and the tokenizer where there is one.

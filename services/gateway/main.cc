@@ -9,6 +9,7 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
+#include "libs/node/tls_flags.h"
 #include "services/gateway/gateway.h"
 #include "services/gateway/request_flags.h"
 #include "services/gateway/self_reporter.h"
@@ -19,9 +20,13 @@ int main(int argc, char** argv) {
   node::NodeFlags flags;
   gateway::GatewayOptions options;
   node::RegistryFlags registry_flags;
+  node::TlsFlags tls_flags;
+  tls::Files http_tls = node::HttpTlsFiles();
   std::string model_name, chat_template = "auto";
   CLI::App app{"Minke's gateway: OpenAI-compatible API in front of the attention nodes."};
   node::AddCommonFlags(app, flags);
+  node::AddTlsFlags(app, tls_flags);
+  node::AddHttpTlsFlags(app, http_tls);
   node::AddRegistryFlags(app, registry_flags);
   app.add_option("--http-listen", options.http.listen, "HOST:PORT of the HTTP API, port 0: a free one")
       ->capture_default_str();
@@ -63,11 +68,17 @@ int main(int argc, char** argv) {
 
   auto registry = node::ToRegistryAddress(registry_flags);
   if (!registry.ok()) return fail(registry.status());
+  const auto cluster_identity = node::OpenTls(tls_flags, *registry);
+  if (!cluster_identity.ok()) return fail(cluster_identity.status());
+  const auto public_identity = node::OpenHttpTls(http_tls);
+  if (!public_identity.ok()) return fail(public_identity.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
   auto model = gateway::LoadGatewayModel(flags.checkpoint, model_name, chat_template);
   if (!model.ok()) return fail(model.status());
   options.grpc_listen = flags.listen;
+  options.cluster_identity = *cluster_identity;
+  options.public_identity = *public_identity;
   options.node_id = RandomNodeId();
   options.traces.endpoint = trace_flags.otlp_endpoint;
   options.slow_request = std::chrono::milliseconds(static_cast<int64_t>(1e3 * slow_request_s));

@@ -7,6 +7,7 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
+#include "libs/node/tls_flags.h"
 #include "services/router/metrics.h"
 #include "services/router/router_service.h"
 
@@ -16,8 +17,10 @@ int main(int argc, char** argv) {
   node::NodeFlags flags;
   router::RouterServiceOptions options;
   node::RegistryFlags registry_flags;
+  node::TlsFlags tls_flags;
   CLI::App app{"Minke's router: gate, dispatch, and the cluster's registry."};
   node::AddCommonFlags(app, flags);
+  node::AddTlsFlags(app, tls_flags);
   node::AddDataPlaneFlags(app, flags);
   node::AddRegistryFlags(app, registry_flags, /*with_router=*/false);
   app.add_option("--experts", options.expert_servers, "expert servers to wait for before the first placement")
@@ -37,6 +40,8 @@ int main(int argc, char** argv) {
 
   auto registry = node::ToRegistryAddress(registry_flags, /*with_router=*/false);
   if (!registry.ok()) return fail(registry.status());
+  const auto identity = node::OpenTls(tls_flags, *registry);
+  if (!identity.ok()) return fail(identity.status());
   if (options.replicas > options.expert_servers) {
     return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (",
                                                   options.expert_servers, "), found ", options.replicas)));
@@ -54,6 +59,7 @@ int main(int argc, char** argv) {
     ::_exit(1);  // refused for good: nothing here is worth an orderly end
   };
   options.listen = flags.listen;
+  options.identity = *identity;
   options.advertise_host = flags.advertise;
   options.precision = flags.ParsedPrecision();
   options.threads = flags.Threads();
@@ -61,7 +67,7 @@ int main(int argc, char** argv) {
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(
       flags, "router", (*service)->engine().transport(),
-      [&](telemetry::Page& page) { router::CollectMetrics(**service, /*routes=*/true, page); });
+      [&](telemetry::Page& page) { router::CollectMetrics(**service, /*routes=*/true, page); }, *identity);
   if (!metrics.ok()) return fail(metrics.status());
   node::ReportAddress(flags, (*service)->rpc_address(), (*metrics)->address());
   if (node::WaitForSignal() == SIGTERM) {

@@ -103,7 +103,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
         [raw = service.get()](const cluster::v1::ClusterView& view) { raw->OnView(view); });
     services.push_back(service->membership_.get());
   }
-  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(options.listen, services));
+  MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(options.listen, services, options.identity));
   const std::string host =
       options.advertise_host.empty() ? rpc::HostOf(options.listen) : options.advertise_host;
   service->rpc_address_ = StrCat(host, ":", service->server_->port());
@@ -145,7 +145,8 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
 void RouterService::JoinEtcd(const RouterServiceOptions& options, CoordinatorOptions coordinator,
                              const cluster::v1::MemberReport& report) {
   const registry::EtcdOptions etcd{.endpoints = registry::SplitEndpoints(options.registry.etcd),
-                                   .cluster = options.registry.cluster};
+                                   .cluster = options.registry.cluster,
+                                   .identity = options.registry.identity};
   // An etcd that lost its data while all routers were restarted: the others are on their way back.
   coordinator.settled_ms = absl::ToUnixMillis(absl::Now() + etcd.lease);
   registry_ = std::make_unique<registry::EtcdRegistry>(

@@ -14,6 +14,7 @@
 #include "libs/model/checkpoint.h"
 #include "libs/registry/registry.h"
 #include "libs/rpc/grpc_server.h"
+#include "libs/tls/identity.h"
 #include "libs/transport/transport.h"
 #include "services/router/api/membership_service.h"
 #include "services/router/engine/router_engine.h"
@@ -25,6 +26,7 @@ namespace minke::router {
 struct RouterServiceOptions {
   std::string listen = "127.0.0.1:0";  // gRPC
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
+  std::shared_ptr<tls::Identity> identity = nullptr;  // of the cluster; null: plaintext
   Precision precision = Precision::kBF16;
   int replicas = 1;
   int spare_slots = 0;  // CoordinatorOptions

@@ -8,7 +8,7 @@ from manifests import DEPLOY, OVERLAYS, charted, command_of, complaints, find, f
 
 CHART = os.path.join(DEPLOY, "helm", "minke")
 # The values file that says what an overlay says.
-VALUES = {"default": (), **{name: ("values-%s.yaml" % name,) for name in ("external-etcd", "gpu", "rdma", "autoscaling", "keda")}}
+VALUES = {"default": (), **{name: ("values-%s.yaml" % name,) for name in ("external-etcd", "gpu", "rdma", "autoscaling", "keda", "tls")}}
 
 
 def comparable(o):
@@ -113,7 +113,7 @@ class Chart(unittest.TestCase):
                                  ({"autoscaling": {"kind": "magic"}}, "kind"), ({"precision": "fp8"}, "precision"),
                                  ({"gateway": {"args": ["threads=2"]}}, "pattern"), ({"etcd": {"enabled": False}}, "etcd.endpoints: expected"),
                                  ({"etcd": {"enabled": False, "endpoints": ["10.0.0.1:2379"]}}, "etcd.cidrs: expected"),
-                                 ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host: expected")):
+                                 ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host: expected"), ({"tls": {"name": "Not A Name"}}, "pattern")):
             self.assertIn(expected, template_fails(self, values))
 
     def test_notes_say_what_is_missing(self):

@@ -115,9 +115,9 @@ def flags_of(command):
 
 
 @functools.lru_cache(None)
-def known_flags(program):
-    """Flags in a program's --help."""
-    text = subprocess.run([os.path.join(BIN, program), "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+def known_flags(program, *command):
+    """Flags in the --help of a program, or of one of its commands."""
+    text = subprocess.run([os.path.join(BIN, program), *command, "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
     return frozenset(re.findall(r"^\s+(?:-\w,)?(--[a-z0-9-]+)", text, re.M))
 
 

@@ -51,7 +51,7 @@ def port_number(container, port):
 class Kubernetes(unittest.TestCase):
     def test_every_overlay_renders_and_fits_the_published_schemas(self):
         groups = rendered()
-        self.assertEqual(sorted(groups), ["autoscaling", "default", "external-etcd", "gpu", "keda", "rdma"])
+        self.assertEqual(sorted(groups), ["autoscaling", "default", "external-etcd", "gpu", "keda", "rdma", "tls"])
         # The check itself: an unknown field, a wrong type, a wrong quantity, a missing field, a wrong word are noticed.
         def broken(change):
             o = copy.deepcopy(find(groups["default"], "Deployment", "minke-gateway"))
@@ -96,8 +96,12 @@ class Kubernetes(unittest.TestCase):
                 for declared in container["ports"]:
                     self.assertTrue(listened(ports, declared["containerPort"]), "%s declares %s, listens on %s" % (where, declared, ports))
                 for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                    how = container[probe].get("httpGet") or container[probe]["grpc"]
-                    self.assertTrue(listened(ports, port_number(container, how["port"])), "%s %s %s" % (where, probe, ports))
+                    if "exec" in container[probe]:
+                        port = self.asked_by(container[probe]["exec"]["command"])[1]
+                    else:
+                        how = next(container[probe][k] for k in ("httpGet", "grpc", "tcpSocket") if k in container[probe])
+                        port = port_number(container, how["port"])
+                    self.assertTrue(listened(ports, port), "%s %s %s" % (where, probe, ports))
                 annotations = workload["spec"]["template"]["metadata"].get("annotations", {})
                 if "prometheus.io/port" in annotations:
                     self.assertTrue(listened(ports, int(annotations["prometheus.io/port"])), where)
@@ -108,6 +112,14 @@ class Kubernetes(unittest.TestCase):
                     number = port_number(container_of(behind[0]), port["targetPort"])
                     self.assertTrue(listened(program_ports(objects, behind[0]), number), "%s %s %s" % (overlay, name_of(service), port))
 
+    def asked_by(self, command):
+        """(what, port) of a probe that runs `minke health`."""
+        self.assertEqual(command[:2], ["minke", "health"])
+        self.assertLessEqual(set(flags_of(command)), known_flags("minke", "health"))
+        flags = flags_of(command)
+        found = re.fullmatch(r"https://127\.0\.0\.1:(\d+)(/.*)", flags["--url"]) if "--url" in flags else None
+        return (found.group(2), int(found.group(1))) if found else ("grpc", int(flags["--grpc"].split(":")[1]))
+
     def test_readiness_is_what_the_role_says_and_liveness_is_not(self):
         """A pod that loads or drains is not ready, but must not be killed for it."""
         for objects in rendered().values():
@@ -116,9 +128,44 @@ class Kubernetes(unittest.TestCase):
                 if role == "gateway":
                     self.assertEqual(container["readinessProbe"]["httpGet"]["path"], "/health")
                     self.assertEqual(container["livenessProbe"]["httpGet"]["path"], "/version")
+                elif role != "etcd" and "exec" in container["readinessProbe"]:
+                    self.assertEqual(self.asked_by(container["readinessProbe"]["exec"]["command"]), ("grpc", 7000))
+                    self.assertEqual(self.asked_by(container["livenessProbe"]["exec"]["command"]), ("/metrics", 9100))
                 elif role != "etcd":
                     self.assertEqual(container["readinessProbe"]["grpc"], {"port": 7000})
                     self.assertEqual(container["livenessProbe"]["httpGet"]["path"], "/metrics")
+
+    def test_with_tls_every_port_has_a_certificate_that_is_mounted(self):
+        objects = kustomized("tls")
+        for workload in workloads(objects):
+            container, role = container_of(workload), pod_labels(workload)["app.kubernetes.io/component"]
+            flags = flags_of(command_of(objects, workload))
+            secrets = {v["name"]: v["secret"]["secretName"] for v in workload["spec"]["template"]["spec"]["volumes"] if "secret" in v}
+            mounted = {m["mountPath"]: secrets[m["name"]] for m in container["volumeMounts"] if m["name"] in secrets}
+            secret_of = lambda flag, key: mounted[flags[flag][: -len(key) - 1]] if flags[flag].endswith("/" + key) else None
+            if role == "etcd":
+                self.assertEqual({secret_of(f, k) for f, k in (("--cert-file", "tls.crt"), ("--key-file", "tls.key"), ("--trusted-ca-file", "ca.crt"))}, {"minke-tls"})
+                self.assertIn("--client-cert-auth", flags)
+                self.assertTrue(flags["--listen-client-urls"].startswith("https://") and flags["--listen-peer-urls"].startswith("http://127.0.0.1:"))
+                continue
+            for prefix in ("--tls", "--etcd"):
+                for what, key in (("-cert", "tls.crt"), ("-key", "tls.key"), ("-ca", "ca.crt")):
+                    self.assertEqual(secret_of(prefix + what, key), "minke-tls", role)
+            self.assertEqual(flags["--tls-name"], "minke.internal")
+            self.assertEqual(workload["spec"]["template"]["metadata"]["annotations"]["prometheus.io/scheme"], "https")
+            if role == "gateway":
+                self.assertEqual((secret_of("--http-tls-cert", "tls.crt"), secret_of("--http-tls-key", "tls.key")), ("minke-http-tls",) * 2)
+                self.assertEqual({container[p]["httpGet"]["scheme"] for p in ("startupProbe", "readinessProbe", "livenessProbe")}, {"HTTPS"})
+            else:
+                for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                    asks = flags_of(container[probe]["exec"]["command"])
+                    self.assertEqual([asks["--name"], asks["--ca"], asks["--cert"], asks["--key"]],
+                                     [flags["--tls-name"], flags["--tls-ca"], flags["--tls-cert"], flags["--tls-key"]])
+        with open(os.path.join(DEPLOY, "kustomize", "components", "tls", "certificates.yaml")) as f:
+            certificates = {o["spec"]["secretName"]: o["spec"] for o in yaml.safe_load_all(f) if o["kind"] == "Certificate"}
+        self.assertEqual(certificates["minke-tls"]["dnsNames"], ["minke.internal", "minke-etcd"])
+        self.assertLessEqual({"server auth", "client auth"}, set(certificates["minke-tls"]["usages"]))
+        self.assertIn("minke-http-tls", certificates)
 
     def test_selectors_budgets_and_autoscalers_name_what_is_there(self):
         for overlay, objects in rendered().items():
@@ -187,7 +234,10 @@ class Kubernetes(unittest.TestCase):
                     self.assertNotIn("secretKeyRef", e.get("valueFrom", {}), where)
                 secrets = {v["name"]: v["secret"]["secretName"] for v in pod.get("volumes", []) if "secret" in v}
                 role = pod_labels(workload)["app.kubernetes.io/component"]
-                self.assertEqual(sorted(secrets.values()), {"gateway": ["minke-api"], "etcd": []}.get(role, ["minke-data-plane"]), where)
+                needs = {"gateway": ["minke-api"], "etcd": []}.get(role, ["minke-data-plane"])
+                if overlay == "tls":
+                    needs = needs + (["minke-http-tls"] if role == "gateway" else []) + ["minke-tls"]
+                self.assertEqual(sorted(secrets.values()), needs, where)
                 mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
                 for flag, value in flags_of(command_of(objects, workload)).items():
                     if flag in ("--cluster-secret-file", "--api-key-file"):
@@ -335,7 +385,10 @@ class Systemd(unittest.TestCase):
     def test_every_flag_is_known_and_secrets_are_credentials(self):
         etcd = {"MINKE_ROUTER_REGISTRY": "--registry=etcd --etcd=10.0.0.6:2379", "MINKE_MEMBER_REGISTRY": "--registry=etcd --etcd=10.0.0.6:2379"}
         for unit in self.UNITS:
-            for more in ({}, etcd, self.environment("expert-1.env") if "expert" in unit else {}):
+            with open(os.path.join(self.directory, "env", "minke.env")) as f:
+                tls = dict(line[1:].strip().split("=", 1) for line in f if re.match("#MINKE_(HTTP_)?TLS=", line))
+            self.assertEqual(sorted(tls), ["MINKE_HTTP_TLS", "MINKE_TLS"])
+            for more in ({}, etcd, tls, self.environment("expert-1.env") if "expert" in unit else {}):
                 command = self.command(unit, environment=more)
                 unknown = set(flags_of(command)) - known_flags(os.path.basename(command[0]))
                 self.assertEqual(unknown, set(), unit)
@@ -358,13 +411,16 @@ class Compose(unittest.TestCase):
     def setUp(self):
         with open(os.path.join(DEPLOY, "compose", "compose.yaml")) as f:
             self.file = yaml.safe_load(f)
+        with open(os.path.join(DEPLOY, "compose", "tls.yaml")) as f:
+            self.tls = yaml.safe_load(f)
 
-    def words(self, service):
-        command = self.file["services"][service]["command"]
+    def words(self, service, tls=False):
+        over = self.tls["services"][service] if tls else {}
+        command = over.get("command", self.file["services"][service]["command"])
         if command[0] != "sh":
             return command
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command[2]).removeprefix("exec ").replace("$$(hostname -i)", "ADDRESS")
-        for name, value in self.file["services"][service]["environment"].items():
+        for name, value in {**self.file["services"][service]["environment"], **over.get("environment", {})}.items():
             text = text.replace("$$" + name, value)
         return shlex.split(text)
 
@@ -375,6 +431,22 @@ class Compose(unittest.TestCase):
             self.assertEqual(command[0], "minke-" + role)
             self.assertEqual(set(flags_of(command)) - known_flags(command[0]), set(), role)
             self.assertEqual([a for a in command if "$" in a], [], role)
+
+    def test_with_tls_every_certificate_is_mounted(self):
+        self.assertEqual(sorted(self.tls["services"]), sorted(self.file["services"]))
+        for name, service in self.tls["services"].items():
+            command = self.words(name, tls=True)
+            mounted = [v.split(":")[-2] for v in service["volumes"]]
+            files = {f: v for f, v in flags_of(command).items() if v.startswith("/etc/minke/tls/")}
+            self.assertEqual(len(files), {"etcd": 3, "gateway": 8}.get(name, 6), name)
+            for value in files.values():
+                self.assertIn(os.path.dirname(value), mounted, name)
+            if name == "etcd":
+                self.assertIn("--client-cert-auth", command)
+                self.assertEqual([a.replace("https:", "http:") for a in command if a in self.words("etcd") or "https:" in a], self.words("etcd"))
+            else:
+                self.assertEqual(set(flags_of(command)) - known_flags(command[0]), set(), name)
+                self.assertEqual([a for a in command if a not in self.words(name) and not a.startswith(("--tls-", "--etcd-", "--http-tls-"))], [], name)
 
     def test_only_the_gateway_is_published_and_on_loopback(self):
         for name, service in self.file["services"].items():

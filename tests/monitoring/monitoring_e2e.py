@@ -252,7 +252,7 @@ class Monitoring(unittest.TestCase):
         for role, texts in self.pages().items():
             for page in texts:
                 for name, (kind, labels) in families(page).items():
-                    if name.startswith(("exposer_", "vllm:")):
+                    if name.startswith("vllm:"):
                         continue
                     _, all_labels, roles = shown.setdefault(name, (kind, set(), set()))
                     all_labels |= labels

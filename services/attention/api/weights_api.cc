@@ -21,9 +21,9 @@ grpc::ServerUnaryReactor* WeightsApi::Ask(grpc::CallbackServerContext* context,
 }
 
 absl::StatusOr<std::string> AskForWeights(const std::string& address, const WeightsIdentity& wanted,
-                                          absl::Duration timeout) {
-  const auto stub =
-      cluster::v1::Weights::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
+                                          absl::Duration timeout, std::shared_ptr<tls::Identity> identity) {
+  const auto stub = cluster::v1::Weights::NewStub(
+      rpc::SecureChannel(address, std::move(identity), grpc::ChannelArguments()).Get());
   cluster::v1::WeightsRequest request;
   request.set_model_fingerprint(wanted.model_fingerprint);
   request.set_precision(wanted.precision);

@@ -1,10 +1,12 @@
 // The gRPC edge of the transfer of weights: a running node's answer, and a new node's question.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "libs/tls/identity.h"
 #include "proto/cluster/weights.grpc.pb.h"
 #include "services/attention/weights/weight_giver.h"
 
@@ -24,8 +26,9 @@ class WeightsApi final : public cluster::v1::Weights::CallbackService {
 };
 
 // Asks the node at `address` (host:port of its gRPC server) for its weights; returns the group's id. Errors:
-// the giver's, UNAVAILABLE when nobody answers.
+// the giver's, UNAVAILABLE when nobody answers. `identity`: null for plaintext.
 absl::StatusOr<std::string> AskForWeights(const std::string& address, const WeightsIdentity& wanted,
-                                          absl::Duration timeout);
+                                          absl::Duration timeout,
+                                          std::shared_ptr<tls::Identity> identity = nullptr);
 
 }  // namespace minke::attention

@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/rpc/credentials.h"
 #include "proto/inference/inference.grpc.pb.h"
 #include "services/gateway/api/generate_reactor.h"
 #include "services/gateway/openai/request.h"
@@ -96,7 +97,8 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
     });
     grpc::ServerBuilder builder;
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
-    builder.AddListeningPort(options_.listen, grpc::InsecureServerCredentials(), &port_);
+    builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, rpc::kHandshakeTimeoutMs);
+    builder.AddListeningPort(options_.listen, credentials_, &port_);
     builder.RegisterService(this);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr || port_ == 0) {
@@ -183,6 +185,8 @@ class GrpcApi::Impl final : public v1::Inference::CallbackService {
 
  private:
   const Options options_;
+  // Asked by the server as long as it lives.
+  const std::shared_ptr<grpc::ServerCredentials> credentials_ = rpc::MakeServerCredentials(options_.identity);
   int port_ = 0;
   bool shut_down_ = false;
   std::unique_ptr<grpc::Server> server_;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "libs/tls/identity.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/keys/api_keys.h"
 #include "services/gateway/openai/generate_exchange.h"
@@ -21,6 +22,7 @@ class GrpcApi {
     Admission* admission = nullptr;
     std::shared_ptr<ApiKeys> keys;                // shared with the other edges; null: everybody may call
     std::function<std::string()> refusal_reason;  // why a new request is not taken; empty: it is
+    std::shared_ptr<tls::Identity> identity;      // null: plaintext
   };
   // FAILED_PRECONDITION: the address cannot be listened on.
   static absl::StatusOr<std::unique_ptr<GrpcApi>> Start(Options options);

@@ -13,6 +13,7 @@
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 #include "libs/cluster/prefix_hash.h"
+#include "libs/rpc/credentials.h"
 #include "services/gateway/attention_client/convert.h"
 #include "services/gateway/attention_client/session.h"
 #include "services/gateway/attention_client/session_health.h"
@@ -35,7 +36,8 @@ constexpr size_t kPrefixesMax = 1 << 22;  // remembered of one node: 64 MiB
 // cache holds.
 constexpr int64_t kImbalanceFree = 4;
 
-std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
+std::shared_ptr<grpc::Channel> Connect(const std::string& address,
+                                       const std::shared_ptr<tls::Identity>& identity) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMessageBytesMax);
   arguments.SetMaxSendMessageSize(kMessageBytesMax);
@@ -44,7 +46,7 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);          // nodes are reached directly
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a new channel is a new connection
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  return rpc::SecureChannel(address, identity, arguments).Get();
 }
 
 }  // namespace
@@ -171,7 +173,7 @@ void AttentionPool::Impl::UpdateNodes(const std::vector<AttentionNode>& nodes) {
     std::unique_ptr<Node>& node = nodes_[info.node_id];
     if (node == nullptr) {
       node = std::make_unique<Node>();
-      node->channel = Connect(info.address);
+      node->channel = Connect(info.address, options_.identity);
       node->stub = v1::Attention::NewStub(node->channel);
     }
     node->info = info;
@@ -369,7 +371,7 @@ void AttentionPool::Impl::OnSessionDone(Session* session, const grpc::Status& st
     node->cancelling = false;
     // An established connection would go on waiting for whoever was cut off.
     if (std::exchange(node->silent, false) || !node->health.open()) {
-      node->channel = Connect(node->info.address);
+      node->channel = Connect(node->info.address, options_.identity);
       node->stub = v1::Attention::NewStub(node->channel);
     }
     node->pause = std::min(std::max(node->pause * 2, options_.reconnect_min), options_.reconnect_max);

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "libs/tls/identity.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/sequence_pool.h"
 
@@ -39,6 +40,7 @@ struct AttentionPoolOptions {
   // A sequence that was aboard so many nodes that went without draining fails: INTERNAL. A silent node counts
   // only if it does not speak again.
   int lost_sessions_max = 2;
+  std::shared_ptr<tls::Identity> identity = nullptr;  // at the nodes; null: plaintext
 };
 
 class AttentionPool final : public SequencePool {

@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "libs/rpc/credentials.h"
 #include "proto/inference/inference.grpc.pb.h"
 
 namespace minke::gateway {
@@ -18,7 +19,8 @@ using Clock = std::chrono::steady_clock;
 
 class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
  public:
-  explicit Impl(std::chrono::milliseconds period) : period_(period) {}
+  Impl(std::shared_ptr<tls::Identity> identity, std::chrono::milliseconds period)
+      : identity_(std::move(identity)), period_(period) {}
 
   void UpdateNodes(const std::vector<AttentionNode>& nodes) {
     const std::lock_guard lock(mutex_);
@@ -31,8 +33,7 @@ class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
       } else {
         grpc::ChannelArguments arguments;
         arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // nodes are reached directly
-        node.stub = v1::Attention::NewStub(
-            grpc::CreateCustomChannel(info.address, grpc::InsecureChannelCredentials(), arguments));
+        node.address = std::make_unique<rpc::SecureChannel>(info.address, identity_, arguments);
       }
     }
     for (const auto& [id, gone] : nodes_) AddCounters(gone.last, left_);
@@ -72,6 +73,8 @@ class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
 
  private:
   struct Node {
+    std::unique_ptr<rpc::SecureChannel> address;
+    std::shared_ptr<grpc::Channel> channel;     // of `stub`
     std::shared_ptr<v1::Attention::Stub> stub;  // shared with a call under way
     v1::GetStatusResponse last;
     Clock::time_point answered{};
@@ -91,7 +94,11 @@ class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
   }
 
   // Under mutex_.
-  void Ask(uint64_t id, const Node& node) {
+  void Ask(uint64_t id, Node& node) {
+    if (node.channel != node.address->Get()) {
+      node.channel = node.address->Get();
+      node.stub = v1::Attention::NewStub(node.channel);
+    }
     const auto call = std::make_shared<Call>();
     call->stub = node.stub;
     call->context.set_deadline(std::chrono::system_clock::now() + period_);
@@ -108,6 +115,7 @@ class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
                              });
   }
 
+  const std::shared_ptr<tls::Identity> identity_;  // shared with the process's other connections
   const std::chrono::milliseconds period_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
@@ -118,7 +126,8 @@ class StatusPoller::Impl : public std::enable_shared_from_this<Impl> {
   std::thread thread_;
 };
 
-StatusPoller::StatusPoller(std::chrono::milliseconds period) : impl_(std::make_shared<Impl>(period)) {
+StatusPoller::StatusPoller(std::shared_ptr<tls::Identity> identity, std::chrono::milliseconds period)
+    : impl_(std::make_shared<Impl>(std::move(identity), period)) {
   impl_->thread_ = std::thread([raw = impl_.get()] { raw->Run(); });
 }
 StatusPoller::~StatusPoller() {

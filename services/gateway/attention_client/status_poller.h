@@ -13,7 +13,9 @@ namespace minke::gateway {
 
 class StatusPoller {
  public:
-  explicit StatusPoller(std::chrono::milliseconds period = std::chrono::seconds(1));
+  // identity: at the nodes; null: plaintext.
+  explicit StatusPoller(std::shared_ptr<tls::Identity> identity = nullptr,
+                        std::chrono::milliseconds period = std::chrono::seconds(1));
   ~StatusPoller();
 
   // All attention nodes there are now.

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <string>
 
-#include "services/gateway/http/exchange.h"
+#include "libs/http/exchange.h"
 
 namespace minke::gateway {
 

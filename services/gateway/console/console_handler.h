@@ -6,9 +6,9 @@
 #include <memory>
 #include <string>
 
+#include "libs/http/exchange.h"
 #include "services/gateway/cluster_view/cluster_feed.h"
 #include "services/gateway/cluster_view/cluster_monitor.h"
-#include "services/gateway/http/exchange.h"
 #include "services/gateway/keys/api_keys.h"
 #include "services/gateway/operator_client/operator_client.h"
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <string>
 
+#include "libs/http/exchange.h"
 #include "services/gateway/cluster_view/cluster_monitor.h"
-#include "services/gateway/http/exchange.h"
 #include "services/gateway/operator_client/operator_client.h"
 
 namespace minke::gateway {

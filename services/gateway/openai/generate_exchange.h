@@ -7,12 +7,12 @@
 #include <memory>
 #include <vector>
 
+#include "libs/http/exchange.h"
 #include "services/gateway/generation/admission.h"
 #include "services/gateway/generation/choice.h"
 #include "services/gateway/generation/event_queue.h"
 #include "services/gateway/generation/request_record.h"
 #include "services/gateway/generation/sequence_pool.h"
-#include "services/gateway/http/exchange.h"
 #include "services/gateway/keys/key_account.h"
 #include "services/gateway/openai/format.h"
 #include "services/gateway/openai/request.h"

@@ -5,8 +5,8 @@
 #include <memory>
 #include <string>
 
+#include "libs/http/exchange.h"
 #include "services/gateway/generation/admission.h"
-#include "services/gateway/http/exchange.h"
 #include "services/gateway/keys/api_keys.h"
 #include "services/gateway/openai/generate_exchange.h"
 

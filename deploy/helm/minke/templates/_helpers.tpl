@@ -130,6 +130,67 @@ affinity:
 - --cluster=$(CLUSTER)
 - --advertise=$(POD_IP)
 - --drain-timeout-s={{ .Values.drainTimeoutSeconds }}
+{{- with .Values.tls }}
+{{- if .enabled }}
+- --tls-cert=/etc/minke/tls/tls.crt
+- --tls-key=/etc/minke/tls/tls.key
+- --tls-ca=/etc/minke/tls/ca.crt
+- --tls-name={{ .name }}
+{{- $etcd := .etcdSecret | empty | ternary "tls" "etcd-tls" }}
+- --etcd-cert=/etc/minke/{{ $etcd }}/tls.crt
+- --etcd-key=/etc/minke/{{ $etcd }}/tls.key
+- --etcd-ca=/etc/minke/{{ $etcd }}/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Secrets with certificates, as volumes and where they are mounted: root, http (also the API's). */ -}}
+{{- define "minke.tls-mounts" -}}
+{{- if .root.Values.tls.enabled }}
+- {name: tls, mountPath: /etc/minke/tls, readOnly: true}
+{{- if .root.Values.tls.etcdSecret }}
+- {name: etcd-tls, mountPath: /etc/minke/etcd-tls, readOnly: true}
+{{- end }}
+{{- if .http }}
+- {name: http-tls, mountPath: /etc/minke/http-tls, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- define "minke.tls-volumes" -}}
+{{- if .root.Values.tls.enabled }}
+- name: tls
+  secret: {secretName: {{ .root.Values.tls.secret }}, defaultMode: 288}  # 0440
+{{- with .root.Values.tls.etcdSecret }}
+- name: etcd-tls
+  secret: {secretName: {{ . }}, defaultMode: 288}
+{{- end }}
+{{- if .http }}
+- name: http-tls
+  secret: {secretName: {{ .root.Values.tls.httpSecret }}, defaultMode: 288}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* A pod asks itself: Kubernetes' own probes can neither show a certificate nor speak gRPC over TLS. root, what. */ -}}
+{{- define "minke.health-command" -}}
+- minke
+- health
+- {{ .what }}
+- --name={{ .root.Values.tls.name }}
+- --ca=/etc/minke/tls/ca.crt
+- --cert=/etc/minke/tls/tls.crt
+- --key=/etc/minke/tls/tls.key
+{{- end }}
+
+{{- /* Of routers, attention nodes and expert servers: that they answer at all. */ -}}
+{{- define "minke.alive-probe" -}}
+{{- if .Values.tls.enabled }}
+exec:
+  command:
+    {{- include "minke.health-command" (dict "root" . "what" "--url=https://127.0.0.1:9100/metrics") | nindent 4 }}
+{{- else }}
+httpGet: {path: /metrics, port: metrics}
+{{- end }}
 {{- end }}
 
 {{- define "minke.environment" -}}
@@ -155,6 +216,9 @@ metadata:
     prometheus.io/scrape: "true"
     prometheus.io/port: "9100"
     prometheus.io/path: /metrics
+    {{- if .root.Values.tls.enabled }}
+    prometheus.io/scheme: https
+    {{- end }}
     checksum/cluster: {{ include "minke.cluster-settings" .root | sha256sum }}
 spec:
   {{- include "minke.pod-settings" . | nindent 2 }}
@@ -199,17 +263,24 @@ spec:
         - {name: data, containerPort: 7001}
         - {name: metrics, containerPort: 9100}
       startupProbe:  # answers once it listens; an attention node loads its weights before
-        httpGet: {path: /metrics, port: metrics}
+        {{- include "minke.alive-probe" .root | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: {{ .startup }}
       readinessProbe:  # grpc.health.v1
+        {{- if .root.Values.tls.enabled }}
+        exec:
+          command:
+            {{- include "minke.health-command" (dict "root" .root "what" "--grpc=127.0.0.1:7000") | nindent 12 }}
+        timeoutSeconds: 5
+        {{- else }}
         grpc: {port: 7000}
-        periodSeconds: 5
         timeoutSeconds: 3
+        {{- end }}
+        periodSeconds: 5
         failureThreshold: 3
       livenessProbe:  # not the health service: who drains or loads is alive
-        httpGet: {path: /metrics, port: metrics}
+        {{- include "minke.alive-probe" .root | nindent 8 }}
         periodSeconds: 20
         timeoutSeconds: 10
         failureThreshold: 6
@@ -232,6 +303,7 @@ spec:
         - {name: data-plane, mountPath: /etc/minke/data-plane, readOnly: true}
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
+        {{- include "minke.tls-mounts" (dict "root" .root "http" false) | nindent 8 }}
   volumes:
     - name: checkpoint
       {{- toYaml .root.Values.checkpoint.volume | nindent 6 }}
@@ -241,6 +313,7 @@ spec:
       emptyDir: {sizeLimit: 64Mi}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: 1Gi}
+    {{- include "minke.tls-volumes" (dict "root" .root "http" false) | nindent 4 }}
 {{- end }}
 
 {{- /* Headless service of a pool: names for people and Prometheus; members find each other in etcd, so also before they are ready. */ -}}

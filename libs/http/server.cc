@@ -1,4 +1,4 @@
-#include "services/gateway/http/server.h"
+#include "libs/http/server.h"
 
 #include <sys/socket.h>
 
@@ -15,12 +15,15 @@
 
 #include "absl/strings/str_format.h"
 #include "boost/asio.hpp"
+#include "boost/asio/ssl/error.hpp"
 #include "boost/beast/core.hpp"
 #include "boost/beast/http.hpp"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
+#include "libs/http/stream.h"
 
-namespace minke::gateway {
+namespace minke {
 namespace {
 
 namespace asio = boost::asio;
@@ -31,9 +34,9 @@ using boost::system::error_code;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kToken = asio::as_tuple(asio::use_awaitable);
-constexpr char kTag[] = "gateway/http";
+constexpr char kTag[] = "http";
 
-using Stream = beast::basic_stream<tcp, asio::io_context::executor_type>;
+using TcpStream = beast::basic_stream<tcp, asio::io_context::executor_type>;
 
 // One I/O thread. Connections share it, so that a late wake-up never meets a destroyed executor.
 struct IoThread {
@@ -113,13 +116,14 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
   void Shutdown(std::chrono::milliseconds grace);
   int port() const { return port_; }
   int connections() const { return connections_.load(); }
+  int64_t failed_handshakes() const { return failed_handshakes_.load(); }
 
  private:
   class Connection;
   friend class Connection;
 
   asio::awaitable<void> Accept();
-  void Admit(Stream::socket_type socket, std::shared_ptr<IoThread> io);
+  void Admit(TcpStream::socket_type socket, std::shared_ptr<IoThread> io);
   void ForEachConnection(void (Connection::*what)());
 
   const HttpServerOptions options_;
@@ -129,6 +133,7 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
   std::unique_ptr<tcp::acceptor> acceptor_;  // used by I/O thread 0 once running
   int port_ = 0;
   std::atomic<int> connections_{0};
+  std::atomic<int64_t> failed_handshakes_{0};
   std::atomic<int64_t> body_bytes_{0};  // held by requests being read
   std::atomic<bool> stopping_{false};
   std::atomic<bool> shut_down_{false};
@@ -142,10 +147,10 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
 
 class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(std::shared_ptr<Impl> server, std::shared_ptr<IoThread> io, Stream::socket_type socket)
+  Connection(std::shared_ptr<Impl> server, std::shared_ptr<IoThread> io, TcpStream::socket_type socket)
       : server_(std::move(server)),
         io_(std::move(io)),
-        stream_(std::move(socket)),
+        stream_(TcpStream(std::move(socket))),
         wake_timer_(io_->context) {}
 
   asio::awaitable<void> Run();
@@ -168,6 +173,9 @@ class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connect
   // How one request ended.
   enum class Next { kKeep, kClose, kDrain };
 
+  asio::awaitable<bool> Handshake();
+  asio::awaitable<void> ExplainTls();
+  asio::awaitable<void> FinishSending();
   asio::awaitable<Next> ServeOne();
   asio::awaitable<error_code> ReadBody(http::request_parser<http::string_body>& parser);
   asio::awaitable<std::unique_ptr<Exchange>> HandleBody(HttpRequest request);
@@ -175,31 +183,42 @@ class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connect
   asio::awaitable<bool> Write(const std::string& head, const std::string& body);
   asio::awaitable<void> Drain();
   asio::awaitable<void> WatchForClientLeaving(std::shared_ptr<bool> active);
+  asio::awaitable<void> EndWatch();
   std::string FormatHead(const HttpHead& head, const HttpRequest& request, bool keep_alive,
                          size_t body_bytes) const;
   std::function<void()> Waker();
   void Close() {
     error_code ignored;
-    stream_.socket().close(ignored);
+    wire().socket().close(ignored);
   }
   const HttpServerOptions& options() const { return server_->options_; }
+  TcpStream& wire() { return stream_.tcp(); }
 
   const std::shared_ptr<Impl> server_;  // shared with all connections
   const std::shared_ptr<IoThread> io_;
-  Stream stream_;
+  HttpStream<TcpStream> stream_;
   beast::flat_buffer buffer_;
   asio::steady_timer wake_timer_;
   int version_ = 11;
   bool idle_ = true;
-  bool left_ = false;  // the client is gone, or the server gives up on it
+  bool left_ = false;      // the client is gone, or the server gives up on it
+  bool watched_ = false;   // WatchForClientLeaving is under way, and with TLS reads into buffer_
+  bool finished_ = false;  // FinishSending was called
 };
 
 asio::awaitable<void> HttpServer::Impl::Connection::Run() {
+  if (options().identity != nullptr) {
+    const bool secure = co_await Handshake();
+    if (!secure) {
+      Close();
+      co_return;
+    }
+  }
   for (;;) {
     if (buffer_.size() == 0) {
       idle_ = true;
       if (server_->stopping_) break;
-      stream_.expires_after(options().idle_timeout);
+      wire().expires_after(options().idle_timeout);
       auto [error, bytes] = co_await stream_.async_read_some(buffer_.prepare(16 << 10), kToken);
       if (error) break;
       buffer_.commit(bytes);
@@ -209,16 +228,51 @@ asio::awaitable<void> HttpServer::Impl::Connection::Run() {
     if (next == Next::kDrain) co_await Drain();
     if (next != Next::kKeep || server_->stopping_ || left_) break;
   }
-  error_code ignored;
-  stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+  co_await FinishSending();
   Close();
+}
+
+asio::awaitable<bool> HttpServer::Impl::Connection::Handshake() {
+  // The certificates of this moment; the connection keeps them.
+  auto& tls = stream_.Encrypt(options().identity->current()->http_server.get());
+  wire().expires_after(options().handshake_timeout);
+  auto [error] = co_await tls.async_handshake(asio::ssl::stream_base::server, kToken);
+  if (!error) co_return true;
+  server_->failed_handshakes_.fetch_add(1);
+  log::Debug(kTag, StrCat("TLS handshake failed: ", error.message()));
+  if (error.category() == asio::error::get_ssl_category() &&
+      ERR_GET_REASON(static_cast<unsigned long>(error.value())) == SSL_R_HTTP_REQUEST) {
+    co_await ExplainTls();
+  }
+  co_return false;
+}
+
+// To a client that began in plaintext.
+asio::awaitable<void> HttpServer::Impl::Connection::ExplainTls() {
+  const std::string answer =
+      "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+      R"({"error":{"message":"expected https, found http","type":"invalid_request_error","param":null,"code":null}})";
+  wire().expires_after(options().write_timeout);
+  auto [error, bytes] = co_await asio::async_write(wire(), asio::buffer(answer), kToken);
+  finished_ = true;  // there is no TLS to take leave of
+  if (!error) co_await Drain();
+}
+
+// So that the client can tell the end from a connection that broke.
+asio::awaitable<void> HttpServer::Impl::Connection::FinishSending() {
+  if (!std::exchange(finished_, true) && stream_.encrypted() && wire().socket().is_open()) {
+    wire().expires_after(options().farewell_timeout);
+    [[maybe_unused]] auto [error] = co_await stream_.tls().async_shutdown(kToken);
+  }
+  error_code ignored;
+  wire().socket().shutdown(tcp::socket::shutdown_send, ignored);
 }
 
 asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection::ServeOne() {
   http::request_parser<http::string_body> parser;
   parser.header_limit(options().header_bytes_max);
   parser.body_limit(static_cast<uint64_t>(options().body_bytes_max));
-  stream_.expires_after(options().header_timeout);
+  wire().expires_after(options().header_timeout);
   auto [error, bytes] = co_await http::async_read_header(stream_, buffer_, parser, kToken);
   if (error == http::error::end_of_stream || error == http::error::partial_message || left_)
     co_return Next::kClose;
@@ -267,6 +321,7 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   }
   keep_alive = keep_alive && !unread;
   if (*watching) {
+    watched_ = true;
     asio::co_spawn(
         io_->context, [self = shared_from_this(), watching] { return self->WatchForClientLeaving(watching); },
         asio::detached);
@@ -274,15 +329,14 @@ asio::awaitable<HttpServer::Impl::Connection::Next> HttpServer::Impl::Connection
   const bool answered = co_await Answer(*exchange, request, keep_alive);
   exchange.reset();
   *watching = false;
-  error_code ignored;
-  stream_.socket().cancel(ignored);  // ends the watch; nothing else is under way on this socket
+  co_await EndWatch();
   if (!answered) co_return Next::kClose;
   co_return unread ? Next::kDrain : keep_alive ? Next::kKeep : Next::kClose;
 }
 
 asio::awaitable<error_code> HttpServer::Impl::Connection::ReadBody(
     http::request_parser<http::string_body>& parser) {
-  stream_.expires_after(options().body_timeout);
+  wire().expires_after(options().body_timeout);
   int64_t counted = 0;
   error_code result;
   while (!parser.is_done() && !result) {
@@ -376,10 +430,15 @@ std::string HttpServer::Impl::Connection::FormatHead(const HttpHead& head, const
 }
 
 asio::awaitable<bool> HttpServer::Impl::Connection::Write(const std::string& head, const std::string& body) {
+  if (stream_.encrypted() && !head.empty() && !body.empty()) {  // one record instead of two
+    const std::string both = head + body, nothing;
+    const bool written = co_await Write(both, nothing);
+    co_return written;
+  }
   const std::array<asio::const_buffer, 2> buffers = {asio::buffer(head), asio::buffer(body)};
   beast::buffers_suffix<std::array<asio::const_buffer, 2>> rest(buffers);
   while (beast::buffer_bytes(rest) > 0) {
-    stream_.expires_after(options().write_timeout);  // anew for every bit of progress
+    wire().expires_after(options().write_timeout);  // anew for every bit of progress
     auto [error, bytes] = co_await stream_.async_write_some(rest, kToken);
     if (error) co_return false;
     rest.consume(bytes);
@@ -388,29 +447,53 @@ asio::awaitable<bool> HttpServer::Impl::Connection::Write(const std::string& hea
 }
 
 asio::awaitable<void> HttpServer::Impl::Connection::Drain() {
-  error_code ignored;
-  stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+  co_await FinishSending();
   std::vector<char> scratch(64 << 10);
-  stream_.expires_after(options().drain_timeout);
+  wire().expires_after(options().drain_timeout);
   for (int64_t drained = 0; drained < options().drain_bytes_max && !left_;) {
-    auto [error, bytes] = co_await stream_.async_read_some(asio::buffer(scratch), kToken);
+    auto [error, bytes] =
+        co_await wire().async_read_some(asio::buffer(scratch), kToken);  // unread, encrypted or not
     if (error) break;
     drained += static_cast<int64_t>(bytes);
   }
 }
 
 asio::awaitable<void> HttpServer::Impl::Connection::WatchForClientLeaving(std::shared_ptr<bool> active) {
-  auto [error] = co_await stream_.socket().async_wait(tcp::socket::wait_read, kToken);
-  if (!*active) co_return;
+  error_code error;
+  if (stream_.encrypted() && *active) {
+    // A client's leaving is a record like its next request: only reading tells them apart.
+    wire().expires_never();
+    auto [read_error, bytes] = co_await stream_.async_read_some(buffer_.prepare(16 << 10), kToken);
+    if (!read_error) buffer_.commit(bytes);
+    error = read_error;
+  } else if (*active) {
+    auto [wait_error] = co_await wire().socket().async_wait(tcp::socket::wait_read, kToken);
+    error = wait_error;
+  }
+  watched_ = false;
+  if (!*active) {
+    wake_timer_.cancel();  // EndWatch
+    co_return;
+  }
+  if (!error && stream_.encrypted()) co_return;  // the next request
   if (!error) {
     char byte;
-    const ssize_t got = recv(stream_.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    const ssize_t got = recv(wire().socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
     // The next request is already there, or the rest of a body that is not wanted: leaving shows when writing
     // fails.
     if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))) co_return;
   }
   left_ = true;
   wake_timer_.cancel();
+}
+
+asio::awaitable<void> HttpServer::Impl::Connection::EndWatch() {
+  error_code ignored;
+  wire().socket().cancel(ignored);           // nothing else is under way on this socket
+  while (watched_ && stream_.encrypted()) {  // it has our buffer
+    wake_timer_.expires_at(Clock::time_point::max());
+    co_await wake_timer_.async_wait(kToken);
+  }
 }
 
 std::function<void()> HttpServer::Impl::Connection::Waker() {
@@ -482,14 +565,15 @@ asio::awaitable<void> HttpServer::Impl::Accept() {
   }
 }
 
-void HttpServer::Impl::Admit(Stream::socket_type socket, std::shared_ptr<IoThread> io) {
+void HttpServer::Impl::Admit(TcpStream::socket_type socket, std::shared_ptr<IoThread> io) {
   error_code ignored;
   if (connections_.fetch_add(1) >= options_.connections_max) {
     constexpr std::string_view kFull =
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: "
         "close\r\n\r\n"
         R"({"error":{"message":"too many connections","type":"service_unavailable_error","param":null,"code":"overloaded"}})";
-    send(socket.native_handle(), kFull.data(), kFull.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (options_.identity == nullptr)
+      send(socket.native_handle(), kFull.data(), kFull.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
     connections_.fetch_sub(1);
     return;
   }
@@ -539,6 +623,7 @@ HttpServer::HttpServer(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 HttpServer::~HttpServer() { Shutdown(std::chrono::milliseconds(0)); }
 int HttpServer::port() const { return impl_->port(); }
 int HttpServer::connections() const { return impl_->connections(); }
+int64_t HttpServer::failed_handshakes() const { return impl_->failed_handshakes(); }
 void HttpServer::Shutdown(std::chrono::milliseconds grace) { impl_->Shutdown(grace); }
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions options,
@@ -553,4 +638,4 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions 
   return std::unique_ptr<HttpServer>(new HttpServer(impl));
 }
 
-}  // namespace minke::gateway
+}  // namespace minke

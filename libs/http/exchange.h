@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace minke::gateway {
+namespace minke {
 
 struct HttpRequest {
   std::string method;
@@ -63,4 +63,4 @@ class HttpHandler {
   virtual void OnAnswer(const HttpRequest& request, int status) = 0;
 };
 
-}  // namespace minke::gateway
+}  // namespace minke
