@@ -40,8 +40,9 @@ class FollowingCredentials final : public grpc::ServerCredentials {
     const MutexLock lock(here.mutex_);
     if (now == here.given_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     const grpc_ssl_pem_key_cert_pair pair{now->key.c_str(), now->certificate.c_str()};
-    *config =
-        grpc_ssl_server_certificate_config_create(now->ca.empty() ? nullptr : now->ca.c_str(), &pair, 1);
+    // gRPC insists on some CA, also where it asks nobody for a certificate.
+    const std::string& ca = now->ca.empty() ? now->certificate : now->ca;
+    *config = grpc_ssl_server_certificate_config_create(ca.c_str(), &pair, 1);
     here.given_ = now;
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   }

@@ -115,6 +115,31 @@ TEST_F(RpcTls, AClientWithoutACertificateIsRefused) {
               testing::HasSubstr("error 14"));
 }
 
+// The gateway's public port.
+TEST_F(RpcTls, AServerWithoutACaAsksForNoCertificate) {
+  tls::Files files{{"--http-tls-cert", server_files_.path("cert.pem")},
+                   {"--http-tls-key", server_files_.path("key.pem")},
+                   {"--http-tls-client-ca"}};
+  const auto identity = Identity::Open(files, tls::Use::kServer, {.period = absl::Milliseconds(10)});
+  ASSERT_TRUE(identity.ok()) << identity.status();
+  Echo echo;
+  const auto server = GrpcServer::Start("127.0.0.1:0", {&echo}, *identity);
+  ASSERT_TRUE(server.ok()) << server.status();
+  grpc::SslCredentialsOptions options{.pem_root_certs = ca_.certificate()};
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  const auto ask = [&] {
+    return Ask(grpc::CreateCustomChannel(StrCat("127.0.0.1:", (*server)->port()),
+                                         grpc::SslCredentials(options), arguments));
+  };
+  EXPECT_EQ(ask(), "a1");
+  server_files_.WriteAll(ca_, ca_.Issue({.serial = 0xA2}));
+  const absl::Time end = absl::Now() + absl::Seconds(10);
+  while ((*identity)->current()->serial != "A2" && absl::Now() < end) absl::SleepFor(absl::Milliseconds(5));
+  EXPECT_EQ(ask(), "a2");
+  (*server)->Shutdown(absl::Seconds(1));
+}
+
 TEST_F(RpcTls, CertificatesOfAnotherCaAreRefusedEitherWay) {
   TestCa other("other");
   CertificateFolder theirs;

@@ -1,6 +1,6 @@
 """A cluster that runs by the rendered manifests: its probes answer, its connections are those that the policies allow, what autoscalers ask
 for is measured, and every pod is replaced under streaming load without a failed or a wrong answer."""
-import http.client, json, math, os, re, shutil, signal, subprocess, sys, tempfile, time, unittest
+import http.client, json, math, os, re, shutil, signal, socket, ssl, subprocess, sys, tempfile, time, unittest
 
 import yaml
 
@@ -62,6 +62,69 @@ class Prometheus:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class WithTls(unittest.TestCase):
+    """The overlay tls: pods that know each other by one name, whatever their address; probes that show certificates; a secret renewed."""
+
+    def context(self, own=None):
+        c = ssl.create_default_context(cafile=self.secrets + "/ca.crt")
+        c.set_alpn_protocols(["h2", "http/1.1"])
+        if own:
+            c.load_cert_chain(own + "/tls.crt", own + "/tls.key")
+        return c
+
+    def serial(self, pod, port):
+        c = self.context(self.secrets + "/tls")
+        with socket.create_connection((pod.address, port), timeout=10) as s, c.wrap_socket(s, server_hostname="minke.internal") as t:
+            return t.getpeercert()["serialNumber"]
+
+    def make(self, *arguments):
+        subprocess.run([os.path.join(DEPLOY, "tls", "make_certificates"), self.secrets, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    def test_pods_that_know_each_other_by_name(self):
+        pods = Pods(kustomized("tls"), {"gateway": 1, "router": 1, "attention": 1, "expert": 2}, {"--cache-mib": "64", "--experts": "2"}, {"PRECISION": "exact"})
+        try:
+            self.secrets = pods.scratch
+            self.make("--san", "IP:%s.1" % pods.net, "tls", "http-tls")   # etcd, the first pod, has no name here
+            for role, workload in pods.workloads.items():
+                if role != "etcd":
+                    workload["spec"]["template"]["spec"]["containers"][0]["args"] += PATIENT + (["--threads=1"] if role != "gateway" else [])
+            pods.start_all()
+            everybody = sum((pods.of(role) for role in ROLES), [])
+            pods.wait_ready(everybody)
+            for pod in everybody + pods.of("etcd"):
+                for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                    self.assertTrue(pod.probe(probe), "%s %s" % (pod.name, probe))
+            gateway, = pods.of("gateway")
+
+            def complete():
+                c = http.client.HTTPSConnection(gateway.address, 8000, timeout=60, context=ssl._create_unverified_context())
+                c.request("POST", "/v1/completions", json.dumps(dict(prompt="ROMEO:", max_tokens=8, ignore_eos=True)), dict(HEADERS, **{"content-type": "application/json"}))
+                status = c.getresponse().status
+                c.close()
+                return status
+            self.assertEqual(complete(), 200, pods.logs())
+            ports = [(p, port) for p in everybody if p.role != "gateway" for port in (7000, 9100)] + [(gateway, 8000), (pods.of("etcd")[0], 2379)]
+            before = {(p.name, port): self.serial(p, port) for p, port in ports}
+            self.assertEqual(len(set(before.values())), 2)
+            for pod, port in ports:
+                if pod is not gateway:   # nobody gets an answer without a certificate
+                    with self.assertRaises((OSError, ssl.SSLError), msg="%s:%d" % (pod.name, port)):
+                        with socket.create_connection((pod.address, port), timeout=10) as s, self.context().wrap_socket(s, server_hostname="minke.internal") as t:
+                            t.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+                            if not t.recv(1):
+                                raise ConnectionResetError
+            self.make("--san", "IP:%s.1" % pods.net, "tls", "http-tls")
+            self.assertTrue(wait_until(lambda: all(self.serial(p, port) != before[p.name, port] for p, port in ports), 30))
+            # Who comes later, and connections made anew, too.
+            expert = pods.of("expert")[-1]
+            self.assertEqual(pods.delete(expert, 60), 0, pods.logs())
+            pods.wait_ready([pods.start("expert", expert.ordinal)])
+            self.assertTrue(wait_until(lambda: gateway.probe("readinessProbe"), 30), pods.logs())
+            self.assertEqual(complete(), 200, pods.logs())
+        finally:
+            pods.stop()
 
 
 class ByTheManifests(unittest.TestCase):

@@ -1,6 +1,6 @@
 """The pods of a rendered overlay as processes of this machine: each in a network namespace with an address of its own on a common bridge, with
 the command line, environment and probes that the manifest says. Stands in for kubelet, Service and kube-proxy; needs root."""
-import http.client, json, os, shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time
+import http.client, json, os, shutil, signal, socket, ssl, struct, subprocess, sys, tempfile, threading, time
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", folder) for folder in ("e2e", "fault")]
 from harness import wait_until
@@ -46,20 +46,33 @@ def grpc_health(host, port, timeout):
 
 
 class Pod:
-    def __init__(self, role, name, ordinal, address, namespace, process, container, ports):
+    def __init__(self, role, name, ordinal, address, namespace, process, container, ports, mounted):
+        self.mounted = mounted   # a path in the pod as one of this machine
         self.role, self.name, self.ordinal, self.address, self.namespace = role, name, ordinal, address, namespace
         self.process, self.container, self.ports = process, container, ports
         self.leaving = False
 
     def probe(self, which):
         how = self.container[which]
-        port = (how.get("httpGet") or how["grpc"])["port"]
+        if "exec" in how:
+            command = [self.mounted(a) for a in how["exec"]["command"]]
+            try:
+                return subprocess.run(["ip", "netns", "exec", self.namespace, os.path.join(BIN, command[0]), *command[1:]], capture_output=True,
+                                      timeout=how["timeoutSeconds"]).returncode == 0
+            except subprocess.TimeoutExpired:
+                return False
+        port = next(how[k] for k in ("httpGet", "grpc", "tcpSocket") if k in how)["port"]
         if isinstance(port, str):
             port, = [p["containerPort"] for p in self.container["ports"] if p["name"] == port]
         if "grpc" in how:
             return grpc_health(self.address, port, how["timeoutSeconds"])
         try:
+            if "tcpSocket" in how:
+                socket.create_connection((self.address, port), how["timeoutSeconds"]).close()
+                return True
             c = http.client.HTTPConnection(self.address, port, timeout=how["timeoutSeconds"])
+            if how["httpGet"].get("scheme") == "HTTPS":   # kubelet looks at no certificate
+                c = http.client.HTTPSConnection(self.address, port, timeout=how["timeoutSeconds"], context=ssl._create_unverified_context())
             c.request("GET", how["httpGet"]["path"])
             status = c.getresponse().status
             c.close()
@@ -140,8 +153,7 @@ class Pods:
         if role != "etcd":
             environment.update(CHECKPOINT=MODEL, ETCD="%s:2379" % self.of("etcd")[0].address)
         command = command_of(self.objects, workload, POD_IP=address, **{k: v for k, v in environment.items()})
-        command = [a.replace("/etc/minke/data-plane/", self.scratch + "/").replace("/etc/minke/api/", self.scratch + "/")
-                   .replace("/var/lib/etcd/", self.scratch + "/") for a in command]
+        command = [self.mounted(a) for a in command]
         command = ["%s=%s" % (a.split("=")[0], self.arguments[a.split("=")[0]]) if a.split("=")[0] in self.arguments else a for a in command]
         program = shutil.which(command[0]) if role == "etcd" else os.path.join(BIN, command[0])
         container, = workload["spec"]["template"]["spec"]["containers"]
@@ -149,10 +161,16 @@ class Pods:
         with open(os.path.join(self.scratch, "%03d-%s.log" % (number, name)), "w") as log:
             process = subprocess.Popen(["ip", "netns", "exec", namespace, program, *command[1:]], stdout=log, stderr=log,
                                        env=dict(environment, PATH=os.environ["PATH"], POD_IP=address))
-        pod = Pod(role, name, ordinal, address, namespace, process, container, listens(command, environment))
+        pod = Pod(role, name, ordinal, address, namespace, process, container, listens(command, environment), self.mounted)
         with self.lock:
             self.pods.append(pod)
         return pod
+
+    def mounted(self, argument):
+        """A command line's word with the paths of volumes as those of this machine."""
+        for path, here in (("/etc/minke/data-plane/", ""), ("/etc/minke/api/", ""), ("/etc/minke/tls/", "tls/"), ("/etc/minke/http-tls/", "http-tls/"), ("/var/lib/etcd/", "")):
+            argument = argument.replace(path, os.path.join(self.scratch, here))
+        return argument
 
     def start_all(self):
         for role in ("etcd", "router", "expert", "attention", "gateway"):

@@ -288,6 +288,17 @@ class Tls(unittest.TestCase):
                 self.assertFalse(plaintext_is_served(port))
                 self.assertFalse(accepts(port, contexts(self.ca)))
 
+    def test_without_a_client_ca_the_api_asks_for_no_certificate(self):
+        with SecureCluster(checkpoint("v2"), *self.flags()[:-1], verb="serve", client=context(self.ca)) as cluster:
+            status, _, text = cluster.request("POST", "/v1/completions", dict(prompt=[4, 5], max_tokens=3, ignore_eos=True))
+            self.assertEqual((status, json.loads(text)["usage"]["completion_tokens"]), (200, 3), cluster.log())
+            found = [port for _, _, port in listeners([cluster.process.pid])]
+            anybody = [port for port in found if accepts(port, contexts(self.ca))]
+            self.assertEqual(len(anybody), 2)   # HTTP and gRPC
+            self.assertIn(cluster.port, anybody)
+            self.assertGreater(len(found), 2)
+            self.assertFalse(any(plaintext_is_served(port) for port in found))
+
     def test_an_etcd_of_another_ca(self):
         own, port, peer = self.dir + "/other/etcd", harness.free_port(), harness.free_port()
         client, peers = "https://127.0.0.1:%d" % port, "http://127.0.0.1:%d" % peer
