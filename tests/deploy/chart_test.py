@@ -85,7 +85,8 @@ class Chart(unittest.TestCase):
                              "ingress": {"enabled": True, "className": "nginx", "host": "minke.example", "tlsSecret": "minke-tls"}},
                  "expert": {"replicas": 6, "args": ["--slots=40"], "tolerations": [{"key": "spot", "operator": "Exists"}]},
                  "checkpoint": {"volume": {"nfs": {"server": "10.0.0.9", "path": "/models/v2", "readOnly": True}}},
-                 "etcd": {"storageClassName": "fast"}, "gpu": {"enabled": True, "count": 2}, "drainTimeoutSeconds": 600}
+                 "etcd": {"storageClassName": "fast"}, "gpu": {"enabled": True, "count": 2}, "drainTimeoutSeconds": 600,
+                 "tls": {"enabled": True, "name": "llm.internal", "etcdSecret": "etcd-client"}, "podMonitor": {"enabled": True}}
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
             yaml.safe_dump(other, f)
             f.flush()
@@ -101,6 +102,9 @@ class Chart(unittest.TestCase):
                 self.assertLessEqual(set(flags_of(command)), known_flags(command[0]))
                 self.assertEqual(flags_of(command)["--etcd"], "blue-etcd:2379")
                 self.assertEqual(workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"], 630)
+                self.assertEqual((flags_of(command)["--tls-name"], flags_of(command)["--etcd-ca"]), ("llm.internal", "/etc/minke/etcd-tls/ca.crt"))
+        monitor = find(objects, "PodMonitor", "blue-expert")["spec"]["podMetricsEndpoints"][0]
+        self.assertEqual((monitor["scheme"], monitor["tlsConfig"]["serverName"]), ("https", "llm.internal"))
         router = flags_of(command_of(objects, find(objects, "Deployment", "blue-router")))
         self.assertEqual(router["--experts"], "6")
         expert = find(objects, "StatefulSet", "blue-expert")["spec"]["template"]["spec"]
