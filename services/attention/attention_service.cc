@@ -183,7 +183,7 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
       raw->client_->SetReport(report);
       raw->server_->SetServing(ready && !draining);
       if (router::RouteCounters* counters = raw->engine_->route_counters()) counters->Tick(absl::Now());
-      absl::SleepFor(absl::Milliseconds(20));
+      absl::SleepFor(absl::Milliseconds(50));
     }
   });
   log::Info("attention", StrCat("serving rpc=", service->self_.rpc_address(),

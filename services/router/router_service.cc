@@ -135,7 +135,7 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
         raw->registry_->SetReport(report);
       }
       raw->server_->SetServing(ready && !raw->draining_.load());
-      absl::SleepFor(absl::Milliseconds(20));
+      absl::SleepFor(absl::Milliseconds(50));
     }
   });
   log::Info("router", StrCat("serving rpc=", service->rpc_address_));
