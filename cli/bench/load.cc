@@ -233,7 +233,8 @@ void Load::Interrupt() {
 void Load::Progress() {
   progress_timer_.expires_after(kProgressInterval);
   progress_timer_.async_wait([this](error_code error) {
-    if (error) return;
+    // A handler that was on its way when the last coroutine ended cannot be cancelled any more.
+    if (error || coroutines_ == 0) return;
     state_.elapsed = Clock::now() - begin_;
     on_progress_(state_);
     Progress();

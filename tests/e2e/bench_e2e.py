@@ -354,7 +354,7 @@ class Fake(unittest.TestCase):
         missing = os.path.join(harness._scratch, "missing")
         empty = os.path.join(harness._scratch, "empty")
         open(empty, "w").close()
-        for flags, says in ((["--url", "localhost:80"], "--url"), (["--url", "https://x"], "--url"), (["--url", "http://x:99999"], "--url"),
+        for flags, says in ((["--url", "localhost:80"], "--url"), (["--url", "ftp://x"], "--url"), (["--url", "http://x:99999"], "--url"),
                             (["--url", "http://no-such-host.invalid"], "no-such-host.invalid"),
                             (["--url", "http://127.0.0.1:1"], "cannot reach http://127.0.0.1:1/v1/models: Connection refused"),
                             (["--url", self.server.url("no-models")], "--model"), (["--nonsense"], "nonsense"),
