@@ -29,8 +29,8 @@ struct Interface {
   SocketAddress address;  // IPv4 if it has one, or the one that was asked for; port not set
   bool loopback = false;
 };
-// By name or by address. INVALID_ARGUMENT lists what there is; UNAVAILABLE: it is there, but does not run or has
-// no address.
+// By name or by address. INVALID_ARGUMENT lists what there is; UNAVAILABLE: it is there, but does not run or
+// has no address.
 absl::StatusOr<Interface> FindInterface(std::string_view name_or_address);
 // The same, while it is UNAVAILABLE for at most `timeout`.
 absl::StatusOr<Interface> AwaitInterface(std::string_view name_or_address, absl::Duration timeout);
