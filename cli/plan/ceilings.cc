@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -266,6 +267,9 @@ absl::StatusOr<Ceilings> BuiltInCeilings(std::string_view gpu) {
 }
 
 absl::StatusOr<Ceilings> ParseCeilings(std::string_view text, Ceilings base) {
+  if (NestsTooDeep(text))
+    return absl::InvalidArgumentError(
+        StrCat("expected at most ", kJsonDepthMax, " levels of nesting, found more"));
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) return absl::InvalidArgumentError("expected a JSON object, found something else");
   const auto context = json.find("context");

@@ -121,6 +121,8 @@ TEST(Ceilings, OfBenchCpuTable) {
 }
 
 TEST(Ceilings, WhatIsWrongIsNamed) {
+  EXPECT_THAT(ErrorOf("{\"name\": " + std::string(200'000, '[') + std::string(200'000, ']') + "}"),
+              HasSubstr("levels of nesting"));
   EXPECT_THAT(ErrorOf("["), HasSubstr("expected a JSON object"));
   EXPECT_THAT(ErrorOf("[1]"), HasSubstr("expected a JSON object"));
   EXPECT_THAT(ErrorOf(R"({"bf16_tflop": 3})"), HasSubstr("unknown field \"bf16_tflop\""));
