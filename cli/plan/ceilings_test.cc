@@ -129,6 +129,8 @@ TEST(Ceilings, WhatIsWrongIsNamed) {
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": "fast"})"),
               AllOf(HasSubstr("read_gb_s"), HasSubstr("found \"fast\"")));
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": 0})"), HasSubstr("above 0"));
+  EXPECT_THAT(ErrorOf(R"({"read_gb_s": 1e-300})"), HasSubstr("of a size that there is, found 1e-300"));
+  EXPECT_THAT(ErrorOf(R"({"read_gb_s": 1e300})"), HasSubstr("found 1e+300"));
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": -1})"), HasSubstr("found -1"));
   EXPECT_THAT(ErrorOf(R"({"overlap": 0.5})"), HasSubstr("at least 1"));
   EXPECT_THAT(ErrorOf(R"({"name": 3})"), HasSubstr("\"name\" to be a string"));

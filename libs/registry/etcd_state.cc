@@ -1,11 +1,26 @@
 #include "libs/registry/etcd_state.h"
 
 #include <charconv>
+#include <cmath>
 
 #include "libs/base/log.h"
 #include "libs/base/strings.h"
 
 namespace minke::registry {
+namespace {
+
+// Weights are none, or one per server: whoever reads them counts on it.
+bool IsSound(const cluster::v1::PlacementRecord& record) {
+  for (const auto& unit : record.placement()) {
+    if (unit.weights_size() != 0 && unit.weights_size() != unit.node_ids_size()) return false;
+    for (const float weight : unit.weights()) {
+      if (!std::isfinite(weight) || weight < 0) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
 
 EtcdKeys::EtcdKeys(const std::string& cluster)
     : root(StrCat("/minke/", cluster, "/")),
@@ -36,7 +51,7 @@ Learned ApplyPut(const EtcdKeys& keys, const etcd::KeyValue& kv, EtcdState& stat
   }
   if (kv.key == keys.placement) {
     cluster::v1::PlacementRecord record;
-    if (!record.ParseFromString(kv.value)) {
+    if (!record.ParseFromString(kv.value) || !IsSound(record)) {
       log::Warning("registry", StrCat("key=", kv.key, " is no placement; the last one stays"));
       return {};
     }

@@ -39,8 +39,8 @@ struct Learned {
   bool more = false;   // something other than a member's load
   bool loads = false;  // loads or the leader: what gateways are told beside the view
 };
-// A key was put. A value that is no report or record, or a member under another's key, is logged and does not
-// count. A member that was `kept` is back.
+// A key was put. A value that is no report or no sound record, or a member under another's key, is logged and
+// does not count. A member that was `kept` is back.
 Learned ApplyPut(const EtcdKeys& keys, const etcd::KeyValue& kv, EtcdState& state, std::set<NodeId>& kept);
 
 }  // namespace minke::registry

@@ -8,9 +8,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <csignal>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "libs/tracing/span.h"
@@ -107,9 +109,16 @@ struct Server {
   }
 };
 
+// From another loopback address each time: so many connections to one port leave no free ports behind them.
 int Connect(int port) {
+  static uint32_t number = 0;
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   FUZZ_ASSERT(fd >= 0);
+  sockaddr_in own{};
+  own.sin_family = AF_INET;
+  own.sin_addr.s_addr = htonl(INADDR_LOOPBACK + ++number % 60000 * 256);
+  (void)bind(fd, reinterpret_cast<sockaddr*>(&own),
+             sizeof(own));  // where that is not possible, from 127.0.0.1
   const int one = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
   const timeval patience{.tv_sec = 10, .tv_usec = 0};
@@ -118,14 +127,26 @@ int Connect(int port) {
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  FUZZ_ASSERT(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0);
+  // libFuzzer's timer would interrupt it, and what is interrupted goes on by itself.
+  sigset_t timer, before;
+  sigemptyset(&timer);
+  sigaddset(&timer, SIGALRM);
+  pthread_sigmask(SIG_BLOCK, &timer, &before);
+  for (int tries = 0; connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0; ++tries) {
+    FUZZ_ASSERT(errno == EADDRNOTAVAIL && tries < 1000);  // no port is free yet
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return fd;
 }
 
-// Takes one answer off the front. False: what is there is cut off.
-bool TakeAnswer(std::string_view* text, bool head_only) {
+enum class Taken { kWhole, kCutStream, kCut };
+
+// Takes one answer off the front. A stream may be cut: a client that closes its half of the connection has
+// left.
+Taken TakeAnswer(std::string_view* text, bool head_only) {
   const size_t end = text->find("\r\n\r\n");
-  if (end == std::string_view::npos) return false;
+  if (end == std::string_view::npos) return Taken::kCut;
   std::string_view head = text->substr(0, end + 2);
   text->remove_prefix(end + 4);
   FUZZ_ASSERT(head.starts_with("HTTP/1.1 ") && head[9] >= '1' && head[9] <= '5');
@@ -149,25 +170,25 @@ bool TakeAnswer(std::string_view* text, bool head_only) {
       has_length = true, length = std::stoul(std::string(line.substr(name.size() + 2)));
   }
   FUZZ_ASSERT(!(chunked && has_length));
-  if (head_only) return true;
+  if (head_only) return Taken::kWhole;
   if (chunked) {
     for (;;) {
       const size_t line = text->find("\r\n");
-      if (line == std::string_view::npos) return false;
+      if (line == std::string_view::npos) return Taken::kCutStream;
       const size_t size = std::stoul(std::string(text->substr(0, line)), nullptr, 16);
-      if (text->size() < line + 2 + size + 2) return false;
+      if (text->size() < line + 2 + size + 2) return Taken::kCutStream;
       FUZZ_ASSERT(text->substr(line + 2 + size, 2) == "\r\n");
       text->remove_prefix(line + 2 + size + 2);
-      if (size == 0) return true;
+      if (size == 0) return Taken::kWhole;
     }
   }
   if (!has_length) {  // until the end, to HTTP/1.0
     *text = {};
-    return true;
+    return Taken::kWhole;
   }
-  if (text->size() < length) return false;
+  if (text->size() < length) return Taken::kCut;
   text->remove_prefix(length);
-  return true;
+  return Taken::kWhole;
 }
 
 }  // namespace
@@ -181,7 +202,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
   const int fd = Connect(here.server->port());
   while (!input.empty()) {
     const std::string_view piece = input.TakeUntil(minke::fuzz::kPart);
-    if (send(fd, piece.data(), piece.size(), MSG_NOSIGNAL) < 0) break;  // it has closed already
+    ssize_t sent = 0;
+    do {
+      sent = send(fd, piece.data(), piece.size(), MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    if (sent < 0) break;  // it has closed already
   }
   shutdown(fd, SHUT_WR);
   std::string answer;
@@ -191,6 +216,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
     const ssize_t got = recv(fd, buffer, sizeof(buffer), 0);
     if (got == 0) break;
     if (got < 0) {
+      if (errno == EINTR) continue;
       FUZZ_ASSERT(errno == ECONNRESET && "it ends in time");
       reset = true;
       break;
@@ -198,15 +224,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
     answer.append(buffer, static_cast<size_t>(got));
   }
   close(fd);
+  // It lets go of the connection, also of one that it reset; and then no answer of this input's is still to
+  // come.
+  for (int tries = 0; here.server->connections() > 0; ++tries) {
+    FUZZ_ASSERT(tries < 100'000);
+    std::this_thread::sleep_for(std::chrono::microseconds(tries < 100 ? 10 : 100));
+  }
   std::deque<std::string> methods = here.handler.TakeMethods();
   std::string_view rest = answer;
   while (!rest.empty()) {
     const bool head_only = !methods.empty() && methods.front() == "HEAD";
     if (!methods.empty()) methods.pop_front();
-    if (!TakeAnswer(&rest, head_only)) {
-      FUZZ_ASSERT((reset || !rest.empty()) && "an answer cut off without a reason");
-      break;
-    }
+    const Taken taken = TakeAnswer(&rest, head_only);
+    FUZZ_ASSERT((taken != Taken::kCut || reset) && "an answer cut off without a reason");
+    if (taken != Taken::kWhole) break;
   }
   return 0;
 }
