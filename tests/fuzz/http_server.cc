@@ -15,12 +15,12 @@
 #include <thread>
 #include <vector>
 
+#include "libs/http/exchange.h"
+#include "libs/http/server.h"
 #include "libs/tracing/span.h"
-#include "services/gateway/http/exchange.h"
-#include "services/gateway/http/server.h"
 #include "tests/fuzz/fuzz.h"
 
-namespace minke::gateway {
+namespace minke {
 namespace {
 
 constexpr int64_t kBodyMax = 4096;
@@ -192,10 +192,10 @@ Taken TakeAnswer(std::string_view* text, bool head_only) {
 }
 
 }  // namespace
-}  // namespace minke::gateway
+}  // namespace minke
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
-  using namespace minke::gateway;
+  using namespace minke;
   static Server& here = *new Server;  // its threads run until the process ends
   if (bytes > 64 << 10) return 0;
   minke::fuzz::Input input(data, bytes);

@@ -134,7 +134,9 @@ def operators():
     table = {"serve": {"GB/s decode 1": 33, "GFLOP/s decode 1": 400}}
     for name, which, file in (("own", 1, own), ("own-over", 2, {"overlap": 1}), ("gpu", 2, gpu), ("cpu", 2, cpu), ("table", 2, table)):
         seed("operator_files", name, bytes([which]) + json.dumps(file).encode())
-    seed("operator_files", "keys", b"\x03# keys\nsecret\n\n other \r\n")
+    keys = b"# keys\nsecret-of-24-letters-more name=a requests_per_minute=5 tokens_per_minute=100 concurrency=2\n\n other \r\n"
+    seed("operator_files", "keys", b"\x03" + keys)
+    seed("operator_files", "tokens", b"\x04one name=x\ntwo\n")
 
 
 def http():

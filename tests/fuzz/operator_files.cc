@@ -1,12 +1,14 @@
 // Files that operators hand to the planner and the gateway: recorded loads, ceilings, API keys. The first
 // byte says which. What ceilings are accepted give plans of finite numbers.
 #include <cmath>
+#include <set>
+#include <sstream>
 
 #include "cli/plan/ceilings.h"
 #include "cli/plan/loads.h"
 #include "cli/plan/published.h"
 #include "cli/plan/search.h"
-#include "services/gateway/http/api_keys.h"
+#include "services/gateway/keys/key_file.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace {
@@ -49,20 +51,33 @@ void Rates(std::string_view text, bool over_h200) {
               model.ExpertMemory(plan.pools.experts).share() <= 1);
 }
 
-void Keys(std::string_view text) {
-  static const minke::fuzz::Folder folder;
-  folder.Write("keys", text);
-  const auto keys = minke::gateway::ApiKeys::Load(folder.path() + "/keys");
-  if (!keys.ok()) return;
-  FUZZ_ASSERT(keys->required() && "a file that opens the server to everybody");
-  FUZZ_ASSERT(!keys->Allows("") && !keys->Allows("Bearer ") && !keys->Allows("Bearer"));
+// Errors never show a key; what is longer than any word of theirs would be one.
+void Keys(std::string_view text, minke::gateway::KeyKind kind) {
+  const auto keys = minke::gateway::ParseKeys(text, kind);
+  if (!keys.ok()) {
+    std::istringstream lines{std::string(text)};
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::string key;
+      if (words >> key && key.size() >= 24 && key[0] != '#')
+        FUZZ_ASSERT(keys.status().message().find(key) == absl::string_view::npos);
+    }
+    return;
+  }
+  FUZZ_ASSERT(!keys->empty() && "a file that opens the server to everybody");
+  std::set<std::string> values, names;
+  for (const minke::gateway::KeyEntry& entry : *keys) {
+    FUZZ_ASSERT(!entry.key.empty() && values.insert(entry.key).second);
+    FUZZ_ASSERT(!entry.name.empty() && names.insert(entry.name).second);
+    FUZZ_ASSERT(entry.key.find_first_of(" \t\r\n") == std::string::npos);
+  }
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
   minke::fuzz::Input input(data, bytes);
-  switch (const auto which = input.Take<uint8_t>() % 4; which) {
+  switch (const auto which = input.Take<uint8_t>() % 5; which) {
     case 0:
       Loads(input.rest());
       break;
@@ -70,8 +85,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
     case 2:
       Rates(input.rest(), which == 2);
       break;
+    case 3:
+      Keys(input.rest(), minke::gateway::KeyKind::kApiKey);
+      break;
     default:
-      Keys(input.rest());
+      Keys(input.rest(), minke::gateway::KeyKind::kOperatorToken);
   }
   return 0;
 }
