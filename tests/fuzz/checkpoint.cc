@@ -12,8 +12,8 @@ namespace {
 constexpr std::string_view kConfig =
     R"({"model_type": "deepseek_v2", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4,
         "moe_intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
         "kv_lora_rank": 4, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 2,
         "max_position_embeddings": 64, "rms_norm_eps": 1e-6})";
 

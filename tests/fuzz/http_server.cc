@@ -152,7 +152,7 @@ Taken TakeAnswer(std::string_view* text, bool head_only) {
   FUZZ_ASSERT(head.starts_with("HTTP/1.1 ") && head[9] >= '1' && head[9] <= '5');
   if (head.starts_with("HTTP/1.1 100 ")) {
     FUZZ_ASSERT(head == "HTTP/1.1 100 Continue\r\n");
-    return TakeAnswer(text, head_only);
+    return text->empty() ? Taken::kCutStream : TakeAnswer(text, head_only);  // the body never came
   }
   size_t length = 0;
   bool chunked = false, has_length = false;

@@ -59,7 +59,8 @@ void Keys(std::string_view text, minke::gateway::KeyKind kind) {
     for (std::string line; std::getline(lines, line);) {
       std::istringstream words(line);
       std::string key;
-      if (words >> key && key.size() >= 24 && key[0] != '#')
+      // Where its bytes are also a name or a number, errors may show those.
+      if (words >> key && key.size() >= 24 && key[0] != '#' && text.find(key) == text.rfind(key))
         FUZZ_ASSERT(keys.status().message().find(key) == absl::string_view::npos);
     }
     return;
