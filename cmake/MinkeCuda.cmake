@@ -2,7 +2,7 @@
 set(MK_CUDA "AUTO" CACHE STRING "AUTO | ON | OFF")
 set_property(CACHE MK_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(MK_HAVE_CUDA OFF)
-if(MK_CUDA STREQUAL "AUTO" AND MK_SANITIZE)
+if(MK_CUDA STREQUAL "AUTO" AND (MK_SANITIZE OR MK_FUZZ))
   message(STATUS "CUDA: left out of sanitizer builds, which nvcc does not know")
 elseif(NOT MK_CUDA STREQUAL "OFF")
   if(MK_CUDA STREQUAL "ON")

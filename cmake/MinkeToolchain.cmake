@@ -17,5 +17,16 @@ if(MK_SANITIZE)
   endif()
 endif()
 
+# libFuzzer targets (tests/fuzz), built by clang: everything of ours counts edges, under AddressSanitizer and UBSan.
+option(MK_FUZZ "build tests/fuzz instead of everything else" OFF)
+if(MK_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+    message(FATAL_ERROR "MK_FUZZ needs clang, which has libFuzzer; found ${CMAKE_CXX_COMPILER_ID}")
+  endif()
+  set(MK_FUZZ_SANITIZERS address,undefined)
+  add_compile_options(-fsanitize=fuzzer-no-link,${MK_FUZZ_SANITIZERS} -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1)
+  add_link_options(-fsanitize=${MK_FUZZ_SANITIZERS})
+endif()
+
 # Ours only: attached per target by mk_library, never to what we include.
 set(MK_WARNINGS -Wall -Wextra -Werror -Wno-missing-field-initializers)

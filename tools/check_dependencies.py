@@ -40,7 +40,7 @@ def allowed(path, include):
             return False
         return here[1] == there[1] or (here[1] == "attention" and include.startswith(ROUTER_PURE))
     if there[0] in ("cli", "tests", "bench", "tools"):
-        return here[0] == there[0]
+        return here[0] == there[0] or there[0] == "cli" and here[0] == "tests"
     return True
 
 

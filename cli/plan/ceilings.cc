@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -79,6 +80,9 @@ absl::Status Expected(std::string_view what, const Json& found) {
   return absl::InvalidArgumentError(StrCat("expected ", what, ", found ", text));
 }
 
+// Beyond anything that is made, in any unit; keeps sums and quotients finite.
+constexpr double kMost = 1e24, kLeast = 1e-9;
+
 // object[field], which has to be a number above `least`, times `unit`, into `out`; nothing if it is absent.
 absl::Status Take(const Json& object, const char* field, double unit, double& out, double least = 0,
                   bool or_least = false) {
@@ -86,8 +90,10 @@ absl::Status Take(const Json& object, const char* field, double unit, double& ou
   if (found == object.end()) return absl::OkStatus();
   const double value =
       found->is_number() ? found->get<double>() * unit : std::numeric_limits<double>::quiet_NaN();
-  if (!std::isfinite(value) || value < least || (value == least && !or_least))
-    return Expected(StrCat("\"", field, "\" to be a number ", or_least ? "of at least " : "above ", least),
+  const bool small = value < least || (value == least && !or_least) || (value > 0 && value < kLeast);
+  if (!std::isfinite(value) || small || value > kMost)
+    return Expected(StrCat("\"", field, "\" to be a number ", or_least ? "of at least " : "above ", least,
+                           ", of a size that there is"),
                     *found);
   out = value;
   return absl::OkStatus();
@@ -266,6 +272,9 @@ absl::StatusOr<Ceilings> BuiltInCeilings(std::string_view gpu) {
 }
 
 absl::StatusOr<Ceilings> ParseCeilings(std::string_view text, Ceilings base) {
+  if (NestsTooDeep(text))
+    return absl::InvalidArgumentError(
+        StrCat("expected at most ", kJsonDepthMax, " levels of nesting, found more"));
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) return absl::InvalidArgumentError("expected a JSON object, found something else");
   const auto context = json.find("context");

@@ -121,12 +121,16 @@ TEST(Ceilings, OfBenchCpuTable) {
 }
 
 TEST(Ceilings, WhatIsWrongIsNamed) {
+  EXPECT_THAT(ErrorOf("{\"name\": " + std::string(200'000, '[') + std::string(200'000, ']') + "}"),
+              HasSubstr("levels of nesting"));
   EXPECT_THAT(ErrorOf("["), HasSubstr("expected a JSON object"));
   EXPECT_THAT(ErrorOf("[1]"), HasSubstr("expected a JSON object"));
   EXPECT_THAT(ErrorOf(R"({"bf16_tflop": 3})"), HasSubstr("unknown field \"bf16_tflop\""));
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": "fast"})"),
               AllOf(HasSubstr("read_gb_s"), HasSubstr("found \"fast\"")));
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": 0})"), HasSubstr("above 0"));
+  EXPECT_THAT(ErrorOf(R"({"read_gb_s": 1e-300})"), HasSubstr("of a size that there is, found 1e-300"));
+  EXPECT_THAT(ErrorOf(R"({"read_gb_s": 1e300})"), HasSubstr("found 1e+300"));
   EXPECT_THAT(ErrorOf(R"({"read_gb_s": -1})"), HasSubstr("found -1"));
   EXPECT_THAT(ErrorOf(R"({"overlap": 0.5})"), HasSubstr("at least 1"));
   EXPECT_THAT(ErrorOf(R"({"name": 3})"), HasSubstr("\"name\" to be a string"));

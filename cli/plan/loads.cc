@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 #include "services/router/placement/placement_table.h"
@@ -137,6 +138,9 @@ std::vector<UnitLoad> LoadSource::Next() {
 
 absl::StatusOr<std::vector<std::vector<UnitLoad>>> ParseLoads(const ModelConfig& config,
                                                               std::string_view text) {
+  if (NestsTooDeep(text))
+    return absl::InvalidArgumentError(
+        StrCat("expected at most ", kJsonDepthMax, " levels of nesting, found more"));
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto found = json.is_object() ? json.find("intervals") : json.end();
   if (!json.is_object() || found == json.end() || !found->is_array() || found->empty())

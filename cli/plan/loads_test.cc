@@ -86,6 +86,8 @@ TEST(ParseLoads, NamesWhatIsWrong) {
   config.n_group = 2;
   for (const char* bad : {"", "[]", R"({"intervals": []})", R"({"intervals": [{}]})"})
     EXPECT_FALSE(ParseLoads(config, bad).ok());
+  const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+  EXPECT_FALSE(ParseLoads(config, "{\"intervals\": [{\"rows\": " + deep + "}]}").ok());
   const auto negative = ParseLoads(config, R"({"intervals": [{"rows": [[5, -1]]}]})");
   EXPECT_THAT(std::string(negative.status().message()), testing::HasSubstr("intervals[0].rows[0][1]"));
 }

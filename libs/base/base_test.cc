@@ -6,6 +6,7 @@
 #include "gtest/gtest.h"
 #include "libs/base/dtype.h"
 #include "libs/base/ids.h"
+#include "libs/base/json_depth.h"
 #include "libs/base/log.h"
 #include "libs/base/thread_pool.h"
 
@@ -35,6 +36,21 @@ TEST(F16, WidensEveryValue) {
       EXPECT_EQ(got, sign * want) << bits;
     }
   }
+}
+
+TEST(JsonDepth, CountsBracketsThatAreOpenAtOnce) {
+  const std::string deep = std::string(64, '[') + std::string(64, ']');
+  EXPECT_FALSE(NestsTooDeep(deep));
+  EXPECT_TRUE(NestsTooDeep("{\"a\":" + deep + "}"));
+  EXPECT_TRUE(NestsTooDeep(std::string(100'000, '{')));
+  EXPECT_FALSE(NestsTooDeep("[" + std::string(100, '{').replace(1, 98, "}") + "]")) << "no JSON, but shallow";
+  std::string wide;
+  for (int i = 0; i < 1000; ++i) wide += "[],";
+  EXPECT_FALSE(NestsTooDeep(wide));
+  EXPECT_FALSE(NestsTooDeep("\"" + std::string(100, '[') + "\""));
+  EXPECT_FALSE(NestsTooDeep("\"\\\"" + std::string(100, '[') + "\"")) << "an escaped quote ends no string";
+  EXPECT_TRUE(NestsTooDeep("\"\\\\\"" + std::string(100, '[')));
+  EXPECT_FALSE(NestsTooDeep("\"\\"));
 }
 
 TEST(Ids, AreNeverZeroAndDiffer) {

@@ -99,6 +99,5 @@ struct Client::Impl {
 
 // The end of the range of keys that begin so.
 std::string EndOfPrefix(std::string prefix);
-KeyValue FromProto(const etcdserverpb::KeyValue& proto);
 
 }  // namespace minke::etcd

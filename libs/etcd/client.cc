@@ -4,6 +4,7 @@
 
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/etcd/answers.h"
 #include "libs/etcd/channels.h"
 
 namespace minke::etcd {
@@ -47,13 +48,6 @@ void Fill(const Transaction::Compare& compare, etcdserverpb::Compare& out) {
   }
 }
 
-Snapshot ToSnapshot(const etcdserverpb::RangeResponse& response) {
-  Snapshot snapshot;
-  for (const auto& kv : response.kvs()) snapshot.keys.push_back(FromProto(kv));
-  snapshot.revision = response.header().revision();
-  return snapshot;
-}
-
 }  // namespace
 
 std::string EndOfPrefix(std::string prefix) {
@@ -61,14 +55,6 @@ std::string EndOfPrefix(std::string prefix) {
   if (prefix.empty()) return std::string(1, '\0');  // etcd's word for: to the last key
   ++prefix.back();
   return prefix;
-}
-
-KeyValue FromProto(const etcdserverpb::KeyValue& proto) {
-  return {.key = proto.key(),
-          .value = proto.value(),
-          .create_revision = proto.create_revision(),
-          .mod_revision = proto.mod_revision(),
-          .lease = proto.lease()};
 }
 
 Channels::Call::Call(Channels& channels, bool watches) : channels_(channels), watches_(watches) {
@@ -174,7 +160,7 @@ absl::StatusOr<Snapshot> Client::Get(const std::string& key) {
   MK_RETURN_IF_ERROR(impl_->channels.Do([&](Channels::Endpoint& endpoint, grpc::ClientContext& context) {
     return endpoint.kv->Range(&context, request, &response);
   }));
-  return ToSnapshot(response);
+  return SnapshotOf(response);
 }
 
 absl::StatusOr<Snapshot> Client::GetPrefix(const std::string& prefix) {
@@ -185,7 +171,7 @@ absl::StatusOr<Snapshot> Client::GetPrefix(const std::string& prefix) {
   MK_RETURN_IF_ERROR(impl_->channels.Do([&](Channels::Endpoint& endpoint, grpc::ClientContext& context) {
     return endpoint.kv->Range(&context, request, &response);
   }));
-  return ToSnapshot(response);
+  return SnapshotOf(response);
 }
 
 absl::StatusOr<int64_t> Client::Put(const std::string& key, const std::string& value, int64_t lease) {

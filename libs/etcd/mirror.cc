@@ -4,6 +4,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
+#include "libs/etcd/answers.h"
 #include "libs/etcd/channels.h"
 #include "libs/etcd/client.h"
 
@@ -61,19 +62,7 @@ absl::Status Mirror::Impl::Follow(bool& synced) {
         break;
       }
       if (response.events().empty()) continue;
-      Change change{.revision = response.header().revision()};
-      for (const auto& event : response.events()) {
-        if (event.type() == etcdserverpb::Event::DELETE) {
-          // Put and deleted within one message: order matters, and only the last counts.
-          std::erase_if(change.put, [&](const KeyValue& kv) { return kv.key == event.kv().key(); });
-          change.deleted.push_back(event.kv().key());
-        } else {
-          std::erase(change.deleted, event.kv().key());
-          std::erase_if(change.put, [&](const KeyValue& kv) { return kv.key == event.kv().key(); });
-          change.put.push_back(FromProto(event.kv()));
-        }
-      }
-      events.changed(change);
+      events.changed(ChangeOf(response));
     }
   }
   call.context().TryCancel();

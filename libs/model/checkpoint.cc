@@ -15,6 +15,7 @@
 #include "absl/strings/str_join.h"
 #include "libs/base/dtype.h"
 #include "libs/base/hash.h"
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -156,6 +157,8 @@ absl::Status Checkpoint::AddFile(const std::string& path, const std::vector<std:
                StrCat(header_bytes));
   }
   const char* text = reinterpret_cast<const char*>(bytes) + 8;
+  if (NestsTooDeep({text, header_bytes}))
+    return Bad(path, "header", StrCat("at most ", kJsonDepthMax, " levels of nesting"), "more");
   const Json header = Json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
   if (header.is_discarded() || !header.is_object())
     return Bad(path, "header", "a JSON object", "something else");
@@ -182,6 +185,8 @@ absl::Status Checkpoint::AddIndex(const std::string& index_path) {
   std::ifstream file(index_path, std::ios::binary);
   std::stringstream text;
   text << file.rdbuf();
+  if (NestsTooDeep(text.str()))
+    return Bad(index_path, "index", StrCat("at most ", kJsonDepthMax, " levels of nesting"), "more");
   const Json index = Json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
   if (index.is_discarded() || !index.is_object() || !index.contains("weight_map") ||
       !index["weight_map"].is_object()) {

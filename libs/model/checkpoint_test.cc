@@ -138,6 +138,21 @@ TEST(Checkpoint, EveryDamageGetsOneClearError) {
          WriteFile(d + "/model.safetensors", std::string("\x04\0\0\0\0\0\0\0oops", 12));
        },
        {"header"}},
+      {"header that nests without end",
+       [](const std::string& d) {
+         const std::string deep = "{\"a\": " + std::string(200'000, '[') + std::string(200'000, ']') + "}";
+         const uint64_t size = deep.size();
+         WriteFile(d + "/model.safetensors",
+                   std::string(reinterpret_cast<const char*>(&size), 8) + deep + std::string(64, 'x'));
+       },
+       {"header", "levels of nesting"}},
+      {"index that nests without end",
+       [](const std::string& d) {
+         WriteFile(
+             d + "/model.safetensors.index.json",
+             "{\"weight_map\": {\"a\": " + std::string(200'000, '[') + std::string(200'000, ']') + "}}");
+       },
+       {"index", "levels of nesting"}},
       {"missing tensor",
        edit_header([&](auto& h) { h.erase(norm); }),
        {norm, "expected shape [64]", "found nothing"}},

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "libs/base/hash.h"
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -15,6 +16,8 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kDimensionMax = 1 << 24;
+// Of all layers together (V2: 9,600): whoever opens a checkpoint lists its tensors.
+constexpr int64_t kLayerExpertsMax = 1 << 20;
 
 absl::Status FieldError(std::string_view field, std::string_view expected, const Json* found) {
   std::string text =
@@ -161,6 +164,12 @@ absl::Status ReadExperts(const Json& json, ModelConfig& c) {
   MK_RETURN_IF_ERROR(reader.status());
   if (c.n_routed_experts > 65535)
     return FieldError("n_routed_experts", "at most 65535", Find(json, "n_routed_experts"));
+  if (int64_t{c.num_hidden_layers} * c.n_routed_experts > kLayerExpertsMax) {
+    return FieldError(
+        "n_routed_experts",
+        StrCat("at most ", kLayerExpertsMax / c.num_hidden_layers, " with ", c.num_hidden_layers, " layers"),
+        Find(json, "n_routed_experts"));
+  }
   if (c.num_experts_per_tok > c.n_routed_experts || c.num_experts_per_tok > 64) {
     return FieldError("num_experts_per_tok",
                       StrCat("at most min(64, n_routed_experts = ", c.n_routed_experts, ")"),
@@ -185,6 +194,10 @@ absl::Status ReadExperts(const Json& json, ModelConfig& c) {
 }  // namespace
 
 absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {
+  if (NestsTooDeep(text)) {
+    return absl::InvalidArgumentError(
+        StrCat("config.json: expected at most ", kJsonDepthMax, " levels of nesting, found more"));
+  }
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded() || !json.is_object()) {
     return absl::InvalidArgumentError("config.json: expected a JSON object, found something else");

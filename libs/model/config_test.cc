@@ -65,6 +65,18 @@ TEST(ModelConfig, EveryBadFieldIsNamedWithExpectedAndFound) {
               HasSubstr("rope_scaling.type"));
 }
 
+TEST(ModelConfig, WorkIsBoundedBeforeAnybodyCountsOnIt) {
+  // Errors write out what they found, which recursed until the stack's end.
+  const std::string deep = "{\"model_type\": " + std::string(200'000, '[') + std::string(200'000, ']') + "}";
+  EXPECT_THAT(std::string(ModelConfig::Parse(deep).status().message()), HasSubstr("levels of nesting"));
+  // A name for each tensor of 60,000 layers of 65,528 experts would not fit a memory.
+  nlohmann::json json = Tiny();
+  json["num_hidden_layers"] = 60'000;
+  json["n_routed_experts"] = 65'528;
+  EXPECT_THAT(std::string(ModelConfig::Parse(json.dump()).status().message()),
+              HasSubstr("n_routed_experts: expected at most 17 with 60000 layers, found 65528"));
+}
+
 TEST(ModelConfig, RopeParametersIsTheNewerSpellingOfRopeScaling) {
   nlohmann::json json = Tiny();
   const uint64_t hash = ModelConfig::Parse(json.dump())->Hash();

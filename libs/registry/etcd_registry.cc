@@ -1,7 +1,6 @@
 #include "libs/registry/etcd_registry.h"
 
 #include <algorithm>
-#include <charconv>
 #include <map>
 #include <set>
 #include <sstream>
@@ -28,24 +27,6 @@ constexpr absl::Duration kPause = absl::Milliseconds(200);  // after a report th
 constexpr absl::Duration kStatusesPeriod = absl::Milliseconds(900);  // members renew theirs once a second
 constexpr int kModelTries = 3;  // of agreeing while others change the same key
 
-NodeId ParseNodeId(std::string_view hex) {
-  NodeId id;
-  const auto [end, error] = std::from_chars(hex.data(), hex.data() + hex.size(), id.value, 16);
-  return error == std::errc() && end == hex.data() + hex.size() ? id : NodeId{};
-}
-
-// All that this process and others agree about, by name.
-struct Keys {
-  explicit Keys(const std::string& cluster)
-      : root(StrCat("/minke/", cluster, "/")),
-        members(root + "members/"),
-        model(root + "model"),
-        placement(root + "placement"),
-        leader(root + "leader") {}
-  std::string Member(NodeId id) const { return members + ToString(id); }
-  const std::string root, members, model, placement, leader;
-};
-
 absl::Status Refusal(std::string_view mine, std::string_view theirs) {
   return absl::InvalidArgumentError(StrCat("model fingerprint and precision: expected ", theirs,
                                            " (of the cluster's members), found ", mine));
@@ -64,7 +45,7 @@ std::vector<std::string> SplitEndpoints(const std::string& endpoints) {
 
 struct EtcdRegistry::Impl {
   const EtcdOptions options;
-  const Keys keys;
+  const EtcdKeys keys;
   const NodeId self;
   const bool gateway;       // is told the members' statuses too
   const std::string model;  // what the cluster has to agree about
@@ -138,34 +119,9 @@ void EtcdRegistry::Impl::MemberGoneLocked(NodeId id) {
 }
 
 bool EtcdRegistry::Impl::PutLocked(const etcd::KeyValue& kv) {
-  if (kv.key.starts_with(keys.members)) {
-    const NodeId id = ParseNodeId(std::string_view(kv.key).substr(keys.members.size()));
-    MemberReport member;
-    if (id == NodeId{} || !member.ParseFromString(kv.value) || member.member().node_id() != id.value) {
-      log::Warning("registry", StrCat("key=", kv.key, " is no member's report; it does not count"));
-      return false;
-    }
-    const bool was_kept = kept.erase(id) > 0;
-    const auto [it, fresh] = state.members.try_emplace(id);
-    const bool only_load = !fresh && !was_kept && cluster::OnlyLoadDiffers(it->second, member);
-    it->second = std::move(member);
-    loads_dirty = true;
-    return !only_load;
-  } else if (kv.key == keys.placement) {
-    PlacementRecord record;
-    if (!record.ParseFromString(kv.value)) {
-      log::Warning("registry", StrCat("key=", kv.key, " is no placement; the last one stays"));
-      return false;
-    }
-    state.record = std::move(record);
-    state.record_revision = kv.mod_revision;
-  } else if (kv.key == keys.leader) {
-    state.leader = ParseNodeId(kv.value);
-    state.leader_revision = kv.create_revision;
-    state.leader_lease = kv.lease;
-    loads_dirty = true;
-  }
-  return true;
+  const Learned learned = ApplyPut(keys, kv, state, kept);
+  loads_dirty |= learned.loads;
+  return learned.more;
 }
 
 void EtcdRegistry::Impl::GoneLocked(const std::string& key) {
@@ -428,7 +384,7 @@ int64_t EtcdRegistry::lease() const {
 absl::StatusOr<bool> EtcdRegistry::BecomeLeader() {
   const int64_t id = lease();
   if (id == 0) return absl::UnavailableError("no lease");
-  const Keys& keys = impl_->keys;
+  const EtcdKeys& keys = impl_->keys;
   MK_ASSIGN_OR_RETURN(
       const auto done,
       impl_->client.Commit(
@@ -438,7 +394,7 @@ absl::StatusOr<bool> EtcdRegistry::BecomeLeader() {
 
 absl::StatusOr<int64_t> EtcdRegistry::WriteRecord(const PlacementRecord& record, int64_t leader_revision,
                                                   int64_t record_revision) {
-  const Keys& keys = impl_->keys;
+  const EtcdKeys& keys = impl_->keys;
   MK_ASSIGN_OR_RETURN(const auto done,
                       impl_->client.Commit(etcd::Transaction()
                                                .IfCreated(keys.leader, leader_revision)

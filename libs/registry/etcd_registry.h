@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "libs/base/ids.h"
 #include "libs/cluster/make_view.h"
+#include "libs/registry/etcd_state.h"
 #include "libs/registry/registry.h"
 
 namespace minke::registry {
@@ -19,18 +20,6 @@ struct EtcdOptions {
   std::string cluster = "minke";
   absl::Duration lease = absl::Seconds(3);            // whole seconds, at least 2
   std::shared_ptr<tls::Identity> identity = nullptr;  // null: plaintext
-};
-
-// What etcd holds of the cluster, as far as this process knows.
-struct EtcdState {
-  uint64_t version = 0;                 // another one: something below may have changed
-  bool synced = false;                  // followed at the moment; false: an outage
-  cluster::Members members;             // with those kept for a lease after an outage
-  cluster::v1::PlacementRecord record;  // the last one known
-  int64_t record_revision = 0;          // of its last change; 0: etcd has none
-  NodeId leader;                        // 0: nobody
-  int64_t leader_revision = 0;          // at which it became the leader
-  int64_t leader_lease = 0;
 };
 
 class EtcdRegistry final : public Registry {

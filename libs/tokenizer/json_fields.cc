@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "absl/strings/str_cat.h"
+#include "libs/base/json_depth.h"
 #include "libs/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -78,6 +79,10 @@ absl::StatusOr<json> ReadJsonFile(const std::string& path) {
   std::string text(size, '\0');
   if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
+  }
+  if (NestsTooDeep(text)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": expected JSON of at most ", kJsonDepthMax, " levels of nesting, found more"));
   }
   try {
     return json::parse(text);

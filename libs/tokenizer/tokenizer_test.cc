@@ -186,6 +186,15 @@ TEST_F(TokenizerFiles, ErrorsNameFileFieldExpectedAndFound) {
               HasSubstr("tokenizer.json: expected JSON"));
 }
 
+TEST_F(TokenizerFiles, NestingIsBounded) {
+  std::string deep = "{\"normalizer\": ";
+  for (int i = 0; i < 50'000; ++i) deep += "{\"type\": \"Sequence\", \"normalizers\": [";
+  for (int i = 0; i < 50'000; ++i) deep += "]}";
+  folder_.Write("tokenizer.json", deep + "}");
+  EXPECT_THAT(std::string(Tokenizer::Load(folder_.path()).status().message()),
+              HasSubstr("levels of nesting"));
+}
+
 TEST_F(TokenizerFiles, ByteLevelFilesRoundTripEveryByteOfUtf8) {
   for (const ByteLevelOptions options :
        {ByteLevelOptions{512, 0, 1}, ByteLevelOptions{258, 256, 257}, ByteLevelOptions{300, 20, 255}}) {

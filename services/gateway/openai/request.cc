@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "libs/base/json_depth.h"
 #include "libs/base/strings.h"
 #include "nlohmann/json.hpp"
 #include "services/gateway/openai/request_fields.h"
@@ -16,28 +17,9 @@ using nlohmann::json;
 constexpr uint64_t kCompletionMaxTokens = 16;
 constexpr int64_t kChoicesMax = 128;
 
-// Depth of brackets outside strings; parsing itself does not recurse, code that walks values may.
-bool TooDeep(std::string_view text) {
-  int depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '{' || c == '[') {
-      if (++depth > kJsonDepthMax) return true;
-    } else if (c == '}' || c == ']') {
-      --depth;
-    }
-  }
-  return false;
-}
-
 std::variant<json, ApiError> ParseBody(std::string_view body) {
-  if (TooDeep(body)) return BadField("", StrCat("the body nests deeper than ", kJsonDepthMax, " levels"));
+  if (NestsTooDeep(body))
+    return BadField("", StrCat("the body nests deeper than ", kJsonDepthMax, " levels"));
   try {
     json value = json::parse(body);
     if (!value.is_object())

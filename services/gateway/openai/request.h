@@ -43,8 +43,6 @@ inline constexpr size_t kStopStringsMax = 16;
 inline constexpr size_t kStopStringBytesMax = 1024;
 inline constexpr uint32_t kTopLogprobsMax = 20;
 inline constexpr int kTimeoutSecondsMax = 86'400;
-// Nested deeper than any real body; keeps recursive code about JSON values off the stack's end.
-inline constexpr int kJsonDepthMax = 64;
 
 std::variant<GenerateRequest, ApiError> ParseRequest(Endpoint endpoint, std::string_view body,
                                                      const GatewayModel& model);

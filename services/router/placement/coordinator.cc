@@ -64,16 +64,18 @@ struct Pool {
     snapshot.replicas = options.replicas;
     AddLoads(options, members);
     const std::set<NodeId> unreachable = Unreachable(members);
+    const std::set<UnitId> known(options.units.begin(), options.units.end());
     std::map<NodeId, std::set<UnitId>> assigned;
     for (const auto& assignment : current.assigned()) {
-      for (const auto& unit : assignment.units()) assigned[NodeId{assignment.node_id()}].insert(UnitOf(unit));
+      for (const auto& unit : assignment.units()) {
+        if (known.contains(UnitOf(unit))) assigned[NodeId{assignment.node_id()}].insert(UnitOf(unit));
+      }
     }
     std::map<std::pair<NodeId, UnitId>, double> weights;
     for (const auto& unit : current.placement()) {
       for (int i = 0; i < unit.weights_size(); ++i)
         weights[{NodeId{unit.node_ids(i)}, UnitOf(unit.unit())}] = unit.weights(i);
     }
-    const std::set<UnitId> known(options.units.begin(), options.units.end());
     for (const auto& [id, report] : members) {
       if (report.member().role() != cluster::v1::ROLE_EXPERT || unreachable.contains(id)) continue;
       std::set<UnitId>& hosts = loaded[id];

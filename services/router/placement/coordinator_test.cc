@@ -161,6 +161,24 @@ TEST(Decide, WaitsForTheExpectedPoolAndThenPlacesEverything) {
   EXPECT_EQ(world.Decide().SerializeAsString(), before.SerializeAsString()) << "nothing has changed";
 }
 
+// A record that somebody else wrote into etcd, or of another model.
+TEST(Decide, UnitsThatTheModelLacksAreNotAssigned) {
+  cluster::Members members;
+  members[NodeId{1}] = Member(1, cluster::v1::ROLE_EXPERT);
+  PlacementRecord record;
+  auto& assignment = *record.add_assigned();
+  assignment.set_node_id(1);
+  for (const uint32_t layer : {1u, 99u}) {
+    auto& unit = *assignment.add_units();
+    unit.set_layer(layer);
+    unit.set_group(0);
+  }
+  const PlacementRecord next = router::Decide(Options(1), members, record, 1 << 30);
+  ASSERT_EQ(next.assigned_size(), 1);
+  EXPECT_EQ(next.assigned(0).units_size(), static_cast<int>(kLayers * kGroups));
+  for (const auto& unit : next.assigned(0).units()) EXPECT_LE(unit.layer(), kLayers);
+}
+
 TEST(Decide, ServersThatDrainKeepAUnitUntilAnotherHasLoadedIt) {
   for (const uint32_t seed : {1, 2, 3}) {
     World world(Options(3), seed);
