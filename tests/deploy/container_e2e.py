@@ -1,7 +1,7 @@
 """Builds the images with deploy/container/build --prebuilt, starts deploy/compose/compose.yaml with them, and gets a completion.
 
-By hand, as root: it needs debootstrap, buildah, podman, podman-compose, netavark and aardvark-dns, and takes minutes when Debian is not in
-MINKE_CONTAINER_CACHE yet.  python3 tests/deploy/container_e2e.py"""
+As root; skipped without debootstrap, buildah, podman, podman-compose, runc, netavark and aardvark-dns. A minute, and another when Debian is
+not in MINKE_CONTAINER_CACHE yet."""
 import http.client, json, os, shutil, socket, subprocess, sys, tempfile, time, unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
