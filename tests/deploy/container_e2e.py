@@ -2,7 +2,7 @@
 
 As root; skipped without debootstrap, buildah, podman, podman-compose, runc, netavark and aardvark-dns. A minute, and another when Debian is
 not in MINKE_CONTAINER_CACHE yet."""
-import http.client, json, os, shutil, socket, subprocess, sys, tempfile, time, unittest
+import http.client, json, os, shutil, socket, ssl, subprocess, sys, tempfile, time, unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -30,6 +30,13 @@ def run(*command, timeout=300, **more):
 
 
 class Containers(unittest.TestCase):
+    FILES = ("compose.yaml",)
+    tls = None   # what an https client trusts; None: http
+
+    @classmethod
+    def prepare(cls):
+        pass
+
     @classmethod
     def setUpClass(cls):
         cls.scratch = tempfile.mkdtemp(prefix="minke-container-")
@@ -44,7 +51,11 @@ class Containers(unittest.TestCase):
                           MINKE_ETCD_IMAGE="localhost/minke-etcd:" + TAG, MINKE_MODEL=os.path.join(ROOT, "models", "minke-shakespeare"),
                           MINKE_SECRETS=cls.scratch, MINKE_PORT=str(cls.port), MINKE_EXPERTS="3", MINKE_ROUTER_FLAGS="--threads=1",
                           MINKE_EXPERT_FLAGS="--threads=1", MINKE_ATTENTION_FLAGS="--threads=1")
-        cls.compose = ["podman-compose", "-p", PROJECT, "-f", os.path.join(ROOT, "deploy", "compose", "compose.yaml")]
+        cls.project = PROJECT + cls.__name__.lower()
+        cls.compose = ["podman-compose", "-p", cls.project]
+        for file in cls.FILES:
+            cls.compose += ["-f", os.path.join(ROOT, "deploy", "compose", file)]
+        cls.prepare()
         began = time.monotonic()
         run(os.path.join(ROOT, "deploy", "container", "build"), "--prebuilt", BIN, "--tag", TAG, timeout=900)
         print("built in %.0f s" % (time.monotonic() - began), flush=True)
@@ -71,7 +82,8 @@ class Containers(unittest.TestCase):
     @classmethod
     def request(cls, method, path, body=None, key=KEY):
         try:
-            c = http.client.HTTPConnection("127.0.0.1", cls.port, timeout=60)
+            c = (http.client.HTTPSConnection("127.0.0.1", cls.port, timeout=60, context=cls.tls) if cls.tls else
+                 http.client.HTTPConnection("127.0.0.1", cls.port, timeout=60))
             c.request(method, path, body and json.dumps(body), {"content-type": "application/json", **({"authorization": "Bearer " + key} if key else {})})
             r = c.getresponse()
             answer = r.status, r.read().decode()
@@ -80,15 +92,16 @@ class Containers(unittest.TestCase):
         except (OSError, http.client.HTTPException) as e:
             return None, repr(e)
 
-    @staticmethod
-    def names(service=""):
+    @classmethod
+    def names(cls, service=""):
         """Containers by their service."""
-        out = run("podman", "ps", "--format", "{{.Names}}", "--filter", "label=io.podman.compose.project=" + PROJECT)
+        out = run("podman", "ps", "--format", "{{.Names}}", "--filter", "label=io.podman.compose.project=" + cls.project)
         return sorted(n for n in out.split() if "_%s" % service in n)
 
     @classmethod
     def logs(cls):
-        return "\n".join("%s: %s" % (n, run("podman", "logs", "--tail", "10", n)) for n in cls.names())
+        last = lambda n: subprocess.run(["podman", "logs", "--tail", "10", n], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        return "\n".join("%s: %s" % (n, last(n)) for n in cls.names())
 
     def completion(self):
         status, text = self.request("POST", "/v1/completions", {"prompt": "KING:", "max_tokens": 12, "temperature": 0, "ignore_eos": True})
@@ -113,7 +126,7 @@ class Containers(unittest.TestCase):
             if "_etcd_" not in name:
                 run("podman", "healthcheck", "run", name)
         # Published: the gateway's HTTP port, on loopback, and nothing else.
-        ports = run("podman", "ps", "--format", "{{.Ports}}", "--filter", "label=io.podman.compose.project=" + PROJECT)
+        ports = run("podman", "ps", "--format", "{{.Ports}}", "--filter", "label=io.podman.compose.project=" + self.project)
         self.assertEqual(ports.split(), ["127.0.0.1:%d->8000/tcp" % self.port])
 
     def test_3_stopping_a_container_drains_it(self):
@@ -122,6 +135,26 @@ class Containers(unittest.TestCase):
         self.assertEqual(run("podman", "inspect", "--format", "{{.State.ExitCode}}", leaving), "0")   # 137: killed
         self.assertIn("draining", run("podman", "logs", leaving) + subprocess.run(["podman", "logs", leaving], capture_output=True, text=True).stderr)
         self.assertTrue(before and self.completion())
+
+
+class ContainersWithTls(Containers):
+    FILES = ("compose.yaml", "tls.yaml")
+
+    @classmethod
+    def prepare(cls):
+        certificates = os.path.join(cls.scratch, "tls")
+        run(os.path.join(ROOT, "deploy", "tls", "make_certificates"), certificates)
+        run("chown", "-R", "10001", certificates)
+        os.environ["MINKE_TLS"] = certificates
+        cls.tls = ssl.create_default_context(cafile=os.path.join(certificates, "ca.crt"))
+
+    def test_4_plain_http_is_refused(self):
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        c.request("GET", "/health")
+        answer = c.getresponse()
+        self.assertEqual(answer.status, 400)
+        self.assertIn(b"expected https, found http", answer.read())
+        c.close()
 
 
 if __name__ == "__main__":

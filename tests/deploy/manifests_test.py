@@ -437,13 +437,14 @@ class Compose(unittest.TestCase):
         for name, service in self.tls["services"].items():
             command = self.words(name, tls=True)
             mounted = [v.split(":")[-2] for v in service["volumes"]]
-            files = {f: v for f, v in flags_of(command).items() if v.startswith("/etc/minke/tls/")}
+            settings = service["environment"] if name == "etcd" else flags_of(command)
+            files = {f: v for f, v in settings.items() if v.startswith("/etc/minke/tls/")}
             self.assertEqual(len(files), {"etcd": 3, "gateway": 8}.get(name, 6), name)
             for value in files.values():
                 self.assertIn(os.path.dirname(value), mounted, name)
             if name == "etcd":
-                self.assertIn("--client-cert-auth", command)
-                self.assertEqual([a.replace("https:", "http:") for a in command if a in self.words("etcd") or "https:" in a], self.words("etcd"))
+                self.assertEqual(settings["ETCD_CLIENT_CERT_AUTH"], "true")
+                self.assertEqual({k: v.replace("https:", "http:") for k, v in settings.items() if "_URLS" in k}, self.file["services"]["etcd"]["environment"])
             else:
                 self.assertEqual(set(flags_of(command)) - known_flags(command[0]), set(), name)
                 self.assertEqual([a for a in command if a not in self.words(name) and not a.startswith(("--tls-", "--etcd-", "--http-tls-"))], [], name)
