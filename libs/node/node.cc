@@ -214,6 +214,12 @@ absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const Nod
   options.transport.poll = flags.poll == "spin"    ? transport::PollMode::kSpin
                            : flags.poll == "block" ? transport::PollMode::kBlock
                                                    : transport::PollMode::kAdaptive;
+  options.transport.on_deaf = [] {
+    // As after a kill: others take over, and whoever supervises this process starts a new one, with a queue
+    // of its own.
+    log::Error("transport", "nobody can reach this process any more; it ends");
+    ::_exit(1);
+  };
   return transport::CreateUcx(std::move(identity), std::move(options));
 }
 

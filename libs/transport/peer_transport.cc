@@ -25,6 +25,10 @@ constexpr size_t kGonePeersMax = 256;  // whose statistics are kept
 constexpr uint32_t kFruitlessSpinsMax = 4;
 constexpr uint32_t kSpinRetryInterval = 32;
 constexpr int64_t kShortSpinDivisor = 16;
+// Two peers' attempts of 5 s each are over by then; members that do not live have left the registry's view.
+constexpr int64_t kDeafNs = 10'000'000'000;
+constexpr int kMuteAttempts = 3;
+constexpr std::string_view kSharedMemory = "posix";  // as UCX names it
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 int64_t NowNs() {
@@ -316,6 +320,16 @@ void PeerTransport::KeepaliveLoop() {
   }
 }
 
+void PeerTransport::CheckHearing() {
+  const bool deaf =
+      deaf_since_ns_ != 0 && mute_attempts_ >= kMuteAttempts && now_ns_ - deaf_since_ns_ > kDeafNs;
+  if (!deaf || !options_.on_deaf) return;
+  log::Error("transport", StrCat("nothing was heard for ", (now_ns_ - deaf_since_ns_) / 1'000'000'000,
+                                 " s, through ", mute_attempts_, " connections: shared memory is stuck"));
+  deaf_since_ns_ = 0;
+  options_.on_deaf();
+}
+
 void PeerTransport::RunTimers() {
   // Whoever looks (engine or keepalive) does so twice per heartbeat. If nobody did for longer than one, this
   // process was stopped or starved, and its peers' silence proves nothing: they get a full measure of time
@@ -337,6 +351,7 @@ void PeerTransport::RunTimers() {
     if (lane->stage == Lane::Stage::kHandshake && lane->peer != nullptr)
       continue;  // the peer's deadline is the same
     if (lane->stage == Lane::Stage::kHandshake) {
+      ++mute_attempts_;
       log::Warning("transport", StrCat("a connecting node did not finish its handshake in ",
                                        absl::FormatDuration(options_.handshake_timeout)));
     }
@@ -348,6 +363,7 @@ void PeerTransport::RunTimers() {
     Peer& peer = *owner;
     if (peer.stage != Peer::Stage::kUp) {
       if (now_ns_ >= peer.deadline_ns) {
+        ++mute_attempts_;
         lost.emplace_back(
             &peer, absl::DeadlineExceededError(
                        StrCat("not connected within ", absl::FormatDuration(options_.handshake_timeout))));
@@ -359,6 +375,7 @@ void PeerTransport::RunTimers() {
     if (was_frozen) peer.last_heard_ns = now_ns_;
     const int64_t silence_ns = now_ns_ - peer.last_heard_ns;
     if (silence_ns >= peer.silence_max_ns) {
+      if (deaf_since_ns_ == 0 && peer.statistics.transport == kSharedMemory) deaf_since_ns_ = now_ns_;
       lost.emplace_back(&peer,
                         absl::DeadlineExceededError(StrCat("silent for ", silence_ns / 1'000'000, " ms")));
       continue;
@@ -390,6 +407,7 @@ void PeerTransport::RunTimers() {
     AtLatest(peer.last_sent_ns + heartbeat_ns_ / 2);
   }
   for (auto& [peer, status] : lost) LosePeer(peer, std::move(status));
+  CheckHearing();
 }
 
 // ---- Lanes and peers
@@ -664,6 +682,8 @@ void PeerTransport::LaneReady(Lane* lane) {
 
 void PeerTransport::OnFrame(Link* link, FrameRef frame, uint32_t credits) {
   mutex_.AssertHeld();
+  deaf_since_ns_ = 0;
+  mute_attempts_ = 0;
   auto* const lane = static_cast<Lane*>(link->owner);
   if (lane == nullptr) return;
   switch (lane->stage) {
@@ -736,6 +756,7 @@ void PeerTransport::OnLost(Link* link, const absl::Status& status) {
                                           [](const Lane* l) { return l != nullptr && l->said_goodbye; });
     return LosePeer(peer, said_goodbye ? SaidGoodbye() : status);
   }
+  if (lane->stage == Lane::Stage::kHandshake) ++mute_attempts_;
   CloseLane(lane);
 }
 

@@ -159,6 +159,12 @@ class PeerTransport final : public Transport, private DriverSink {
     if (deadline_ns < next_timer_ns_) next_timer_ns_ = deadline_ns;
   }
 
+  // Silence over shared memory is no partition: if nothing is heard after it while connections keep failing,
+  // nothing ever will be.
+  void CheckHearing() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  int64_t deaf_since_ns_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: something was heard since
+  int mute_attempts_ ABSL_GUARDED_BY(mutex_) = 0;      // connections since then in which nothing was heard
+
   const Identity identity_;
   const TransportOptions options_;
   const int64_t heartbeat_ns_;

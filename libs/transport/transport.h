@@ -58,6 +58,10 @@ struct TransportOptions {
   uint32_t peers_max = 1024;
   uint32_t inbox_frames_max = 65536;   // beyond it the sender's connection is closed
   uint32_t sends_per_peer_max = 4096;  // under way; beyond it Send() is RESOURCE_EXHAUSTED
+  // Called once this node hears nobody any more over shared memory, although others live: all of it that ever
+  // was said is lost, and will be. A process that is killed between taking a place in another's receive queue
+  // and filling it leaves a hole there which UCX's reader never passes. May end the process; null: nothing.
+  void (*on_deaf)() = nullptr;
 };
 
 struct Event {

@@ -1,6 +1,6 @@
 """A cluster grows, shrinks and is repaired while it serves: `minke scale`, `minke up --supervise`. Clients stream all
 the while; no request fails, and each text is that of an undisturbed run."""
-import os, re, shutil, signal, stat, tempfile, time, unittest
+import os, re, shutil, signal, stat, struct, tempfile, time, unittest
 import harness
 from harness import Cluster, Streams, alive, run, wait_until
 
@@ -172,7 +172,30 @@ class Supervise(ScaleCase):
                 self.kill(cluster, role)
                 self.assertTrue(wait_until(lambda: self.answers(cluster), 30), cluster.log())
                 streams.go_on(self, seconds=90)
-            self.assertEqual(cluster.log().count("restarts=1"), 4 + len(registry), cluster.log())
+            # A killed process may take another's hearing along (docs/reliability.md), which then ends and starts again too.
+            self.assertGreaterEqual(cluster.log().count("restarts=1"), 4 + len(registry), cluster.log())
+
+    def test_one_that_cannot_be_reached_any_more_starts_again(self):
+        """A hole in a receive queue, as a process leaves it that is killed between taking a place there and filling it."""
+        with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
+            streams.go_on(self, seconds=90)
+            deaf = cluster.pids("expert")[0]
+            self.take_a_place_in_the_receive_queue(deaf)
+            self.assertTrue(wait_until(lambda: "nobody can reach this process any more" in cluster.log(), 60), cluster.log())
+            self.assertTrue(wait_until(lambda: not alive(deaf) and self.answers(cluster), 30), cluster.log())
+            streams.go_on(self, seconds=90)
+            self.assertTrue(wait_until(lambda: len(self.living(cluster, "expert")) == 2, 10), cluster.log())
+
+    @staticmethod
+    def take_a_place_in_the_receive_queue(pid):
+        """Of UCX's posix transport: its memory begins with the queue's head."""
+        folder = "/proc/%d/fd/" % pid
+        queues = [folder + fd for fd in os.listdir(folder) if "ucx_shm_posix" in os.readlink(folder + fd)]
+        queue = min(queues, key=lambda path: os.stat(path).st_size)   # the other holds what does not fit into the queue
+        with open(queue, "r+b", buffering=0) as f:
+            head, = struct.unpack("<Q", f.read(8))
+            f.seek(0)
+            f.write(struct.pack("<Q", head + 1))
 
     def answers(self, cluster):
         try:
