@@ -9,6 +9,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "libs/base/utf8.h"
 
 namespace minke::log {
 namespace {
@@ -81,32 +82,15 @@ void AppendEscaped(std::string_view text, bool quoted, std::string& out) {
   }
 }
 
-// Length of the UTF-8 character that begins here; 0: none does.
-size_t CharacterLength(std::string_view text) {
-  const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
-  const size_t length = byte(0) < 0x80            ? 1
-                        : byte(0) >> 5 == 0b110   ? 2
-                        : byte(0) >> 4 == 0b1110  ? 3
-                        : byte(0) >> 3 == 0b11110 ? 4
-                                                  : 0;
-  if (length == 0 || length > text.size()) return 0;
-  uint32_t code = length == 1 ? byte(0) : byte(0) & (0xff >> (length + 1));
-  for (size_t i = 1; i < length; ++i) {
-    if (byte(i) >> 6 != 0b10) return 0;
-    code = code << 6 | (byte(i) & 0x3f);
-  }
-  constexpr uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
-  return code < kLeast[length] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) ? 0 : length;
-}
-
 // What is not UTF-8 becomes U+FFFD: a collector drops a line that is not JSON.
 std::string ValidUtf8(std::string_view text) {
   std::string valid;
   valid.reserve(text.size());
   while (!text.empty()) {
-    const size_t length = CharacterLength(text);
-    valid += length == 0 ? std::string_view("\xef\xbf\xbd") : text.substr(0, length);
-    text.remove_prefix(std::max<size_t>(length, 1));
+    const Utf8Step step = NextUtf8(text);
+    const bool whole = step.kind == Utf8Kind::kCharacter;
+    valid += whole ? text.substr(0, step.length) : kReplacementCharacter;
+    text.remove_prefix(whole ? step.length : 1);
   }
   return valid;
 }

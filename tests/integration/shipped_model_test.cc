@@ -8,7 +8,7 @@
 #include "gtest/gtest.h"
 #include "libs/model/checkpoint.h"
 #include "libs/tokenizer/tokenizer.h"
-#include "libs/tokenizer/utf8.h"
+#include "libs/base/utf8.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/local_cluster.h"
 
@@ -107,7 +107,7 @@ TEST(ShippedModel, TokenizerRoundTripsAnyText) {
     for (int i = rng() % 60; i > 0; --i) {
       constexpr uint32_t kLimits[] = {0x80, 0x80, 0x800, 0x10000, 0x110000};
       const uint32_t c = rng() % kLimits[rng() % 5];
-      if (c < 0xD800 || c > 0xDFFF) tokenizer::AppendUtf8(c, &text);
+      if (c < 0xD800 || c > 0xDFFF) AppendUtf8(c, &text);
     }
     const auto ids = (*tokenizer)->Encode(text);
     ASSERT_TRUE(ids.ok()) << ids.status();

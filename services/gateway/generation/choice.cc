@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_format.h"
 #include "libs/base/strings.h"
-#include "libs/tokenizer/utf8.h"
+#include "libs/base/utf8.h"
 
 namespace minke::gateway {
 
@@ -61,7 +61,7 @@ ChoiceDelta Choice::Take(SequenceEvent event) {
 std::string TokenName(const tokenizer::Tokenizer* tokenizer, uint32_t id) {
   if (tokenizer == nullptr || !tokenizer->HasToken(id)) return StrCat("token_id:", id);
   const std::string_view bytes = tokenizer->TokenBytes(id);
-  if (tokenizer::ValidUtf8Prefix(bytes) == bytes.size()) return std::string(bytes);
+  if (ValidUtf8Prefix(bytes) == bytes.size()) return std::string(bytes);
   std::string name = "bytes:";
   for (const char byte : bytes) absl::StrAppendFormat(&name, "\\x%02x", static_cast<uint8_t>(byte));
   return name;

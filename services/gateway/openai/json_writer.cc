@@ -3,7 +3,7 @@
 #include <charconv>
 #include <cmath>
 
-#include "libs/tokenizer/utf8.h"
+#include "libs/base/utf8.h"
 
 namespace minke::gateway {
 namespace {
@@ -18,10 +18,10 @@ void AppendEscaped(std::string_view text, std::string* out) {
   for (size_t i = 0; i < text.size();) {
     const auto byte = static_cast<unsigned char>(text[i]);
     if (byte >= 0x80) {
-      const tokenizer::Utf8Step step = tokenizer::NextUtf8(text.substr(i));
-      if (step.kind != tokenizer::Utf8Kind::kCharacter) {
+      const Utf8Step step = NextUtf8(text.substr(i));
+      if (step.kind != Utf8Kind::kCharacter) {
         flush(i, i + step.length);
-        out->append(tokenizer::kReplacementCharacter);
+        out->append(kReplacementCharacter);
       }
       i += step.length;
       continue;
