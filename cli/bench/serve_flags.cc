@@ -27,7 +27,7 @@ void AddServeFlags(CLI::App& app, ServeFlags& flags) {
       ->check(CLI::IsMember({"completions", "chat"}))
       ->capture_default_str();
   app.add_option("--model", flags.model, "default: the first the server lists");
-  app.add_option("--api-key-file", flags.api_key_file, "its first line is the bearer token");
+  app.add_option("--api-key-file", flags.api_key_file, "the first key in it is used");
   AddClientTlsFlags(app, flags.tls);
 
   app.add_option("--requests", flags.requests, "how many (default 100, or what --duration brings)")

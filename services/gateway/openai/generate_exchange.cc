@@ -24,19 +24,18 @@ AnswerHead MakeHead(const GenerateContext& context, const GenerateRequest& reque
 
 RequestFacts FactsOf(const GenerateRequest& request, const HttpRequest& http,
                      const std::string& response_id) {
-  RequestFacts facts{.request_id = http.request_id,
-                     .response_id = response_id,
-                     .traceparent = http.traceparent,
-                     .operation = request.endpoint == Endpoint::kChat ? "chat" : "text_completion",
-                     .route = http.path,
-                     .arrived = http.arrived,
-                     .stream = request.stream,
-                     .sequences = static_cast<uint32_t>(request.num_sequences()),
-                     .temperature = request.sampling.temperature,
-                     .top_p = request.sampling.top_p,
-                     .max_tokens = request.sampling.max_tokens};
-  for (const PreparedPrompt& prompt : request.prompts) facts.prompt_tokens += prompt.ids->size();
-  return facts;
+  return {.request_id = http.request_id,
+          .response_id = response_id,
+          .traceparent = http.traceparent,
+          .operation = request.endpoint == Endpoint::kChat ? "chat" : "text_completion",
+          .route = http.path,
+          .arrived = http.arrived,
+          .stream = request.stream,
+          .sequences = static_cast<uint32_t>(request.num_sequences()),
+          .prompt_tokens = request.prompt_tokens(),
+          .temperature = request.sampling.temperature,
+          .top_p = request.sampling.top_p,
+          .max_tokens = request.sampling.max_tokens};
 }
 
 }  // namespace
@@ -66,8 +65,7 @@ GenerateExchange::GenerateExchange(const GenerateContext& context, GenerateReque
                    : Clock::now() +
                          std::chrono::milliseconds(static_cast<int64_t>(1e3 * double{request_.timeout_s}))) {
   context_.counters->generations.fetch_add(1);
-  for (const PreparedPrompt& prompt : request_.prompts)
-    context_.counters->prompt_tokens.fetch_add(prompt.ids->size());
+  context_.counters->prompt_tokens.fetch_add(request_.prompt_tokens());
   RequestMetrics& metrics = context_.counters->requests;
   metrics.n.Observe(request_.n);
   metrics.max_tokens.Observe(request_.sampling.max_tokens);
@@ -202,8 +200,7 @@ void GenerateExchange::Emit(uint32_t index, ChoiceContent content, Output* out) 
 void GenerateExchange::Finish(Output* out) {
   done_ = true;
   record_.End(200, "");
-  Usage usage{.cached_tokens = cached_tokens_};
-  for (const PreparedPrompt& prompt : request_.prompts) usage.prompt_tokens += prompt.ids->size();
+  Usage usage{.prompt_tokens = request_.prompt_tokens(), .cached_tokens = cached_tokens_};
   for (const Sequence& sequence : sequences_) usage.completion_tokens += sequence.choice.completion_tokens();
   usage.cached_tokens = std::min(usage.cached_tokens, usage.prompt_tokens);  // n choices share their prompt
   if (request_.stream) {

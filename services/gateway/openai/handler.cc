@@ -161,9 +161,7 @@ std::unique_ptr<Exchange> OpenAiHandler::Handle(HttpRequest request, std::functi
   if (options_.keys != nullptr) {
     const std::shared_ptr<KeyAccount> account = options_.keys->Find(request.authorization);
     if (account == nullptr) return Error(401, "the API key is not valid any more", "invalid_api_key");
-    uint64_t prompt_tokens = 0;
-    for (const PreparedPrompt& prompt : generate.prompts) prompt_tokens += prompt.ids->size();
-    auto begun = account->Begin(static_cast<int64_t>(generate.num_sequences()), prompt_tokens,
+    auto begun = account->Begin(static_cast<int64_t>(generate.num_sequences()), generate.prompt_tokens(),
                                 KeyAccount::Clock::now());
     if (const auto* refusal = std::get_if<KeyRefusal>(&begun)) return Refused(*refusal);
     key_permit = std::get<KeyAccount::Permit>(std::move(begun));

@@ -35,6 +35,11 @@ struct GenerateRequest {
   Sampling sampling;
 
   size_t num_sequences() const { return prompts.size() * n; }
+  uint64_t prompt_tokens() const {  // of each prompt once, however many choices it has
+    uint64_t tokens = 0;
+    for (const PreparedPrompt& prompt : prompts) tokens += prompt.ids->size();
+    return tokens;
+  }
 };
 
 // A request may ask for this many sequences (prompts times n), stop strings, and bytes per stop string.
