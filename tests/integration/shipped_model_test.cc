@@ -6,9 +6,9 @@
 #include <random>
 
 #include "gtest/gtest.h"
+#include "libs/base/utf8.h"
 #include "libs/model/checkpoint.h"
 #include "libs/tokenizer/tokenizer.h"
-#include "libs/base/utf8.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/local_cluster.h"
 
