@@ -51,6 +51,8 @@ class FramePoolState {
   }
 
   void Return(FrameBlock* block) {
+    if (block->rows != nullptr) block->row_memory->ReturnBlock(std::exchange(block->rows, nullptr));
+    block->row_memory = nullptr;
     FreeList& list = free_lists_[block->size_class];
     {
       const std::lock_guard lock(list.mutex);
@@ -102,6 +104,17 @@ FramePool::~FramePool() { state_->DropHolder(); }
 FrameRef FramePool::Allocate(uint32_t payload_bytes) {
   MK_CHECK(payload_bytes <= wire::kPayloadBytesMax);
   return FrameRef(state_->Take(payload_bytes));
+}
+
+FrameRef FramePool::AllocateWithRows(uint32_t payload_bytes, uint32_t rows_offset, RowMemory& memory) {
+  MK_CHECK(rows_offset <= payload_bytes && payload_bytes - rows_offset <= memory.block_bytes());
+  std::byte* const rows = memory.TakeBlock();
+  if (rows == nullptr) return FrameRef();
+  internal::FrameBlock* const block = state_->Take(payload_bytes);
+  block->rows = rows;
+  block->rows_offset = rows_offset;
+  block->row_memory = &memory;
+  return FrameRef(block);
 }
 
 int64_t FramePool::allocated_bytes() const { return state_->allocated_bytes(); }

@@ -9,6 +9,7 @@
 #include <span>
 #include <utility>
 
+#include "libs/transport/row_memory.h"
 #include "libs/wire/frame.h"
 
 namespace minke::transport {
@@ -22,6 +23,9 @@ struct FrameBlock {
   uint32_t capacity = 0;           // payload bytes
   FramePoolState* pool = nullptr;  // lives until the pool and its last frame are gone
   FrameBlock* next_free = nullptr;
+  RowMemory* row_memory = nullptr;  // that `rows` is a block of
+  std::byte* rows = nullptr;        // null: in the payload
+  uint32_t rows_offset = 0;         // of the rows in the payload
   alignas(64) wire::FrameHeader header;
   // payload follows, 64-byte aligned
 };
@@ -52,6 +56,11 @@ class FrameRef {
   std::byte* payload() const { return reinterpret_cast<std::byte*>(block_ + 1); }
   std::span<std::byte> payload_span() const { return {payload(), block_->header.payload_bytes}; }
   uint32_t capacity() const { return block_->capacity; }
+  // Where the row data are if they are in row memory; null: in the payload, as everything else. If they are
+  // there, the payload's bytes from rows_offset() on, although payload_bytes counts them, mean nothing.
+  std::byte* device_rows() const { return block_->rows; }
+  uint32_t rows_offset() const { return block_->rows_offset; }
+  RowMemory* row_memory() const { return block_->row_memory; }
   // Gives up the handle without dropping its reference (for passing through C callbacks).
   internal::FrameBlock* Detach() { return std::exchange(block_, nullptr); }
 
@@ -72,6 +81,9 @@ class FramePool {
   // A frame with a default header (payload_bytes = `payload_bytes`) and an uninitialised payload.
   // REQUIRES: payload_bytes <= wire::kPayloadBytesMax.
   FrameRef Allocate(uint32_t payload_bytes);
+  // The same, with a block of `memory` for the row data behind the first `rows_offset` bytes; an empty handle
+  // if all blocks are in use. REQUIRES: the rows fit a block.
+  FrameRef AllocateWithRows(uint32_t payload_bytes, uint32_t rows_offset, RowMemory& memory);
 
   int64_t allocated_bytes() const;  // held from the system
   int64_t frames_in_use() const;    // references still out: 0 when idle, for leak tests

@@ -56,6 +56,7 @@ PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Dr
       linger_ns_(std::clamp<int64_t>(heartbeat_ns_, 100'000'000, 1'000'000'000)),
       pool_(std::move(pool)),
       address_(driver->address()),
+      carries_rows_(driver->carries_rows()),
       driver_(std::move(driver)),
       now_ns_(NowNs()),
       next_timer_ns_(now_ns_ + heartbeat_ns_ / 2),

@@ -38,6 +38,7 @@ class PeerTransport final : public Transport, private DriverSink {
   NodeId self() const override { return identity_.node_id; }
   std::string address() const override { return address_; }
   FramePool& frames() override { return *pool_; }
+  RowMemory* row_memory() const override { return carries_rows_ ? options_.rows : nullptr; }
 
   absl::Status Connect(NodeId peer, std::string_view address) override;
   void Disconnect(NodeId peer) override;
@@ -173,6 +174,7 @@ class PeerTransport final : public Transport, private DriverSink {
   const int64_t linger_ns_;
   const std::unique_ptr<FramePool> pool_;
   const std::string address_;
+  const bool carries_rows_;
 
   mutable Mutex mutex_;
   const std::unique_ptr<Driver> driver_;  // serialised by mutex_ as driver.h says

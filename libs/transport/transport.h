@@ -22,6 +22,7 @@
 #include "libs/base/dtype.h"
 #include "libs/base/ids.h"
 #include "libs/transport/frame_buffer.h"
+#include "libs/transport/row_memory.h"
 #include "libs/wire/frame.h"
 
 namespace minke::transport {
@@ -62,6 +63,9 @@ struct TransportOptions {
   // was said is lost, and will be. A process that is killed between taking a place in another's receive queue
   // and filling it leaves a hole there which UCX's reader never passes. May end the process; null: nothing.
   void (*on_deaf)() = nullptr;
+  // Where rows of received frames come to lie, if they can (see row_memory()); null: in host memory. Must
+  // outlive the transport and its frames.
+  RowMemory* rows = nullptr;
 };
 
 struct Event {
@@ -98,6 +102,9 @@ class Transport {
   // Where peers reach this node: "host:port" (ucx), "inproc:ID".
   virtual std::string address() const = 0;
   virtual FramePool& frames() = 0;
+  // TransportOptions::rows if this transport carries rows from and to there by itself, else null: then frames
+  // have their rows in host memory, and who computes on a GPU stages them.
+  virtual RowMemory* row_memory() const = 0;
 
   // Starts connecting to `peer` at `address`; kPeerUp or kPeerLost follows. Connecting to a peer that is up
   // or on its way (also because it connected to us) does nothing. When both connect at once, one connection
@@ -110,7 +117,9 @@ class Transport {
   // Queues `frame` on the lane of its traffic class. The transport supplies magic, version and credits of the
   // header that travels (the frame itself is not written, so it may be sent to several peers); the caller
   // everything else. Does not wait and does not check credit (see TakeCredit). UNAVAILABLE if the peer is not
-  // up; RESOURCE_EXHAUSTED if too many sends are under way to it.
+  // up; RESOURCE_EXHAUSTED if too many sends are under way to it. Rows in row memory must be complete there;
+  // to a peer that speaks wire version 1, and where the descriptors are too long for the wire below, they go
+  // by way of the frame's payload, which costs a wait for the GPU.
   virtual absl::Status Send(NodeId peer, FrameRef frame) = 0;
 
   // Credit, in rows. TakeCredit is all or nothing. The receiver of rows calls ReturnCredit when it has

@@ -233,6 +233,7 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   reduce.pairs = params.pairs;
   reduce.inner = inner_.as<uint8_t>();
   reduce.partial = args.partial;
+  reduce.partial_rows = args.partial_rows;
   reduce.finite = args.partial != nullptr ? args.finite : nullptr;
   reduce.x_residual = args.x_residual;
   reduce.outputs = args.outputs;

@@ -88,6 +88,8 @@ struct GroupedFfnArgs {
   bf16* partial = nullptr;  // [outputs, hidden]
   uint8_t* finite =
       nullptr;  // [outputs], of `partial`: 1 if every value of the row is finite, else 0; may be null
+  // Row of `partial` of each output; null: output i has row i. Distinct.
+  const int32_t* partial_rows = nullptr;  // [outputs]
   // ... or the sum added to what is there, one rounding per value.
   float* x_residual = nullptr;  // [outputs, hidden]
 };

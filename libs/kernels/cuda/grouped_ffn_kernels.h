@@ -99,6 +99,7 @@ struct FfnReduceParams {
   const uint16_t* pairs;
   const uint8_t* inner;
   uint16_t* partial;
+  const int32_t* partial_rows;  // null: output i has row i
   uint8_t* finite;
   float* x_residual;
   int32_t outputs, slots, hidden;

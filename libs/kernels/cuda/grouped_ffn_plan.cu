@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(1024) ReduceKernel(const FfnReduceParams p) {
   __syncthreads();
   const int n = count;
   if (n == 0 && p.partial == nullptr) return;
+  const int64_t row = p.partial_rows != nullptr ? p.partial_rows[output] : output;
   bool finite = true;
   for (int column = threadIdx.x * 8; column < p.hidden; column += blockDim.x * 8) {
     float sum[8] = {};
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(1024) ReduceKernel(const FfnReduceParams p) {
         sum[2 * j + 1] = fmaf(weight, values.y, sum[2 * j + 1]);
       }
     }
-    const int64_t to = static_cast<int64_t>(output) * p.hidden + column;
+    const int64_t to = row * p.hidden + column;
     if (p.partial != nullptr) {
       uint32_t packed[4];
 #pragma unroll

@@ -47,6 +47,7 @@ class FaultyTransport final : public Transport {
   NodeId self() const override { return inner_->self(); }
   std::string address() const override { return inner_->address(); }
   FramePool& frames() override { return inner_->frames(); }
+  RowMemory* row_memory() const override { return inner_->row_memory(); }
   absl::Status Connect(NodeId peer, std::string_view address) override {
     return inner_->Connect(peer, address);
   }

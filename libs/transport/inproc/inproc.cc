@@ -176,6 +176,7 @@ class InprocDriver final : public Driver {
   }
 
   std::string address() const override { return StrCat(kScheme, ToString(self_)); }
+  bool carries_rows() const override { return true; }
 
   absl::StatusOr<std::string> Resolve(std::string_view address) const override {
     uint64_t id = 0;

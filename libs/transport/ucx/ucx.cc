@@ -224,6 +224,7 @@ class UcxDriver final : public Driver {
   ~UcxDriver() override;
 
   std::string address() const override { return address_; }
+  bool carries_rows() const override { return false; }
   absl::StatusOr<std::string> Resolve(std::string_view address) const override;
   absl::StatusOr<Link*> Open(const std::string& resolved) override;
   void Progress(DriverSink& sink) override;
