@@ -108,8 +108,12 @@ absl::StatusOr<double> Measure(const std::vector<GroupedFfnWeights>& sets, const
     return s;
   if (absl::Status s = weight_table->Upload(slot_weights.data(), std::ssize(experts) * 4, stream); !s.ok())
     return s;
-  absl::StatusOr<cuda::GroupedFfn> ffn = cuda::GroupedFfn::Create(
-      {.shape = shape, .slots = kSlots, .outputs_max = outputs, .path = path, .variant = variant});
+  absl::StatusOr<cuda::GroupedFfn> ffn = cuda::GroupedFfn::Create({.shape = shape,
+                                                                   .format = sets[0].format(),
+                                                                   .slots = kSlots,
+                                                                   .outputs_max = outputs,
+                                                                   .path = path,
+                                                                   .variant = variant});
   if (!ffn.ok()) return ffn.status();
   const auto run = [&](int set) {
     cuda::GroupedFfnArgs args;

@@ -140,7 +140,7 @@ absl::Status RunDecode(Bench& bench, const DecodeCase& c, int variant, cuda::Pat
   options.sequences_max = c.batch;
   options.path = path;
   options.variant = variant % 10;
-  options.segment_cost = variant / 10;
+  options.combine_cost = variant >= 200 ? 1 << 20 : variant >= 100 ? -(1 << 20) : 0;
   absl::StatusOr<cuda::MlaDecode> decode = cuda::MlaDecode::Create(options);
   if (!decode.ok()) return decode.status();
   if (absl::Status s = decode->Plan(sequences, bench.stream); !s.ok()) return s;
@@ -252,7 +252,8 @@ void RunAll(Bench& bench) {
     std::snprintf(name, sizeof(name), "MLA decode, %d heads, B=%d, context %d%s%s", c.heads, c.batch,
                   c.context, c.ragged ? " ragged" : "",
                   c.queries > 1 ? (", " + std::to_string(c.queries) + " queries").c_str() : "");
-    each(name, {1}, [&](int variant, cuda::Path path, const std::string& work) {
+    // 1: blocks of 64 rows; 100: sequences are always cut, 200: never.
+    each(name, {1, 100, 200}, [&](int variant, cuda::Path path, const std::string& work) {
       return RunDecode(bench, c, variant, path, work);
     });
   }

@@ -62,6 +62,7 @@ absl::Status WholeModel::Allocate(const ModelConfig& c, const Options& options) 
     gate_ = std::move(made_gate);
     cuda::GroupedFfn::Options ffn;
     ffn.shape = moe_.begin()->second.experts.shape();
+    ffn.format = moe_.begin()->second.experts.format();
     ffn.slots = c.num_experts_per_tok;
     ffn.outputs_max = static_cast<int32_t>(rows);
     ffn.path = limits.path;

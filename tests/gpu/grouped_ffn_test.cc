@@ -190,6 +190,7 @@ class GroupedFfnTest : public testing::TestWithParam<Form> {
 
   GroupedFfn Make(const GroupedFfnShape& shape, int slots, int outputs_max) const {
     auto ffn = GroupedFfn::Create({.shape = shape,
+                                   .format = GetParam().format,
                                    .slots = slots,
                                    .outputs_max = outputs_max,
                                    .path = GetParam().path,

@@ -18,16 +18,6 @@ absl::Status Validate(const GroupedFfnShape& shape) {
   return absl::OkStatus();
 }
 
-int64_t BlockBytes(FfnFormat format) {
-  switch (format) {
-    case FfnFormat::kBF16:
-      return kFfnBF16Bytes;
-    case FfnFormat::kFP8:
-      return kFfnFP8Bytes;
-  }
-  return 0;
-}
-
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Where the planning kernel's tables begin in their buffer, in bytes.
@@ -46,18 +36,18 @@ struct TableOffsets {
 }  // namespace
 
 int64_t GroupedFfnWeights::Bytes(const GroupedFfnShape& shape, FfnFormat format) {
-  const FfnUnits units = UnitsOf(shape);
-  return BlockBytes(format) * shape.experts *
+  const FfnUnits units = UnitsOf(shape, format);
+  return int64_t{FfnBlockBytes(format)} * shape.experts *
          (int64_t{units.units1} * units.blocks1 + int64_t{units.units2} * units.blocks2);
 }
 
 absl::StatusOr<GroupedFfnWeights> GroupedFfnWeights::Create(const GroupedFfnShape& shape, FfnFormat format) {
   if (absl::Status s = Validate(shape); !s.ok()) return s;
-  const FfnUnits units = UnitsOf(shape);
+  const FfnUnits units = UnitsOf(shape, format);
   GroupedFfnWeights weights;
   weights.shape_ = shape;
   weights.format_ = format;
-  const int64_t block = BlockBytes(format) * shape.experts;
+  const int64_t block = int64_t{FfnBlockBytes(format)} * shape.experts;
   absl::StatusOr<DeviceBuffer> gate_up = DeviceBuffer::Allocate(block * units.units1 * units.blocks1);
   if (!gate_up.ok()) return gate_up.status();
   absl::StatusOr<DeviceBuffer> down = DeviceBuffer::Allocate(block * units.units2 * units.blocks2);
@@ -76,7 +66,7 @@ absl::Status GroupedFfnWeights::Load(int32_t expert, const bf16* gate, const bf1
     if (matrix == nullptr || !Aligned(matrix))
       return absl::InvalidArgumentError("expert weights: null or unaligned");
   }
-  const FfnUnits units = UnitsOf(shape_);
+  const FfnUnits units = UnitsOf(shape_, format_);
   FfnPackParams params;
   params.format = format_;
   params.first = gate;
@@ -159,10 +149,17 @@ absl::StatusOr<GroupedFfn> GroupedFfn::Create(const Options& options) {
     if (made.ok()) buffer = *std::move(made);
     return made.status();
   };
-  const FfnUnits units = UnitsOf(options.shape);
+  const FfnUnits units = UnitsOf(options.shape, options.format);
+  int64_t inner_bytes = pairs * units.blocks2 * FfnBlockColumns(options.format) * 2;
+  if (ffn.splits()) {
+    inner_bytes = (pairs + 8 * options.shape.experts) * units.blocks2 * kFfnSplitPairBytes;
+    const int64_t parts = int64_t{options.outputs_max} * 2 * 128 * units.blocks1;
+    if (absl::Status s = allocate(ffn.parts_, parts); !s.ok()) return s;
+    if (absl::Status s = allocate(ffn.part_scales_, int64_t{options.outputs_max} * 4); !s.ok()) return s;
+  }
   if (absl::Status s = allocate(ffn.tables_, TableOffsets(options.shape.experts, pairs).end); !s.ok())
     return s;
-  if (absl::Status s = allocate(ffn.inner_, pairs * units.blocks2 * 64 * 2); !s.ok()) return s;
+  if (absl::Status s = allocate(ffn.inner_, inner_bytes); !s.ok()) return s;
   if (absl::Status s = allocate(ffn.pairs_, pairs * options.shape.hidden * 2); !s.ok()) return s;
   return ffn;
 }
@@ -176,6 +173,9 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   }
   if (args.weights == nullptr || !(args.weights->shape() == shape)) {
     return absl::InvalidArgumentError("grouped FFN: no weights, or of another shape");
+  }
+  if (args.weights->format() != options_.format) {
+    return absl::InvalidArgumentError("grouped FFN: weights of another format");
   }
   if (args.x == nullptr || args.experts == nullptr || args.slot_weights == nullptr ||
       (args.partial == nullptr) == (args.x_residual == nullptr)) {
@@ -199,27 +199,40 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   plan.experts = shape.experts;
   plan.outputs = args.outputs;
   plan.slots = options_.slots;
-  plan.units = UnitsOf(shape);
+  const FfnFormat format = args.weights->format();
+  plan.units = UnitsOf(shape, format);
   const int32_t slots = args.outputs * options_.slots;
   plan.block_slots = std::max(kFfnPlanSlots, (slots + kFfnPlanBlocksMax - 1) / kFfnPlanBlocksMax);
-  plan.tile_rows = FfnTileRows(args.weights->format());
+  plan.tile_rows = FfnTileRows(format);
   plan.clusters = device_.multiprocessors / 2;
   plan.solo_units = options_.variant;
+  plan.split = {};
+  if (splits()) {
+    // Pairs are then of the outputs' parts, whatever rows those came from.
+    plan.source = nullptr;
+    plan.split = {.x = args.x,
+                  .source = args.source,
+                  .parts = parts_.as<uint8_t>(),
+                  .scales = part_scales_.as<float>(),
+                  .hidden = shape.hidden,
+                  .blocks = plan.units.blocks1};
+  }
   MK_CUDA_RETURN_IF_ERROR(LaunchFfnPlan(plan, path_ == Path::kHopper, stream.handle()));
 
   FfnParams params;
   params.tables = plan.tables;
   params.x = args.x;
+  params.parts = plan.split.parts;
+  params.part_scales = plan.split.scales;
   params.gate_up = args.weights->gate_up();
   params.down = args.weights->down();
-  params.inner = inner_.as<uint16_t>();
+  params.inner = inner_.as<uint8_t>();
   params.pairs = pairs_.as<uint16_t>();
   params.expert_of = args.experts;
   params.slots = slots;
   params.experts = shape.experts;
   params.hidden = shape.hidden;
   params.units = plan.units;
-  const FfnFormat format = args.weights->format();
   if (path_ == Path::kHopper) {
     MK_CUDA_RETURN_IF_ERROR(LaunchFfnSm90(params, format, device_.multiprocessors, stream.handle()));
   } else {
@@ -239,7 +252,11 @@ absl::Status GroupedFfn::Run(const GroupedFfnArgs& args, const Stream& stream) {
   reduce.outputs = args.outputs;
   reduce.slots = options_.slots;
   reduce.hidden = shape.hidden;
-  reduce.inner_lines = plan.units.blocks2;
+  reduce.experts = plan.tables.experts;
+  reduce.expert_count = shape.experts;
+  reduce.inner_pair_bytes = static_cast<int32_t>(
+      plan.units.blocks2 * (splits() ? kFfnSplitPairBytes : int64_t{FfnBlockColumns(format)} * 2));
+  reduce.inner_pairs_more = splits() ? 8 * shape.experts : 0;
   MK_CUDA_RETURN_IF_ERROR(LaunchFfnReduce(reduce, path_ == Path::kHopper, stream.handle()));
   return absl::OkStatus();
 }

@@ -31,11 +31,12 @@ struct GroupedFfnShape {
 // while loading. The scale is the block's largest magnitude / 448, rounded up to four significant bits, so
 // that weight times scale is exact in bf16 (magnitudes up to 100,000; a block that holds NaN or infinity
 // becomes NaN). Against the bf16 weights, an output row of random weights is off by about 4.5 % (each of the
-// three matrices by 2.6 %); against the rounded weights both forms have the same error.
+// three matrices by 2.6 %); against the rounded weights both forms have the same bounds. Hopper multiplies
+// e4m3 by e4m3, each activation in two parts that lose nothing (grouped_ffn_split.cuh).
 enum class FfnFormat : uint8_t { kBF16, kFP8 };
 
 // Weights of the experts of one (layer, shard) on the device, packed for the kernels: gate and up, then down,
-// in tiles of 128 rows x 64 columns in the order the kernels read them. Missing rows and columns are zero.
+// in tiles of 128 rows x 128 bytes in the order the kernels read them. Missing rows and columns are zero.
 // Thread-compatible. What has been loaded in stream order may be used in that order.
 class GroupedFfnWeights {
  public:
@@ -100,8 +101,11 @@ class GroupedFfn {
  public:
   struct Options {
     GroupedFfnShape shape;
-    int32_t slots = 0;        // 1..32
-    int32_t outputs_max = 0;  // the workspace holds outputs_max * slots pairs of 2 (hidden + inner) bytes
+    FfnFormat format = FfnFormat::kBF16;  // of the weights
+    int32_t slots = 0;                    // 1..32
+    // The workspace holds outputs_max * slots pairs of 2 (hidden + inner) bytes; for kFP8 on Hopper also
+    // outputs_max rows of 2 hidden bytes.
+    int32_t outputs_max = 0;
     Path path = Path::kAuto;
     int32_t variant =
         0;  // for measurements: units a block takes of a lone tile of pairs, 1 or 2; 0 is the one to use
@@ -111,17 +115,23 @@ class GroupedFfn {
   // INVALID_ARGUMENT if shapes, pointers or the capacity do not fit.
   absl::Status Run(const GroupedFfnArgs& args, const Stream& stream);
 
-  int64_t workspace_bytes() const { return tables_.bytes() + inner_.bytes() + pairs_.bytes(); }
+  int64_t workspace_bytes() const {
+    return tables_.bytes() + inner_.bytes() + pairs_.bytes() + parts_.bytes() + part_scales_.bytes();
+  }
 
  private:
   GroupedFfn() = default;
+  // Whether activations meet the weights in two e4m3 parts each (grouped_ffn_kernels.h).
+  bool splits() const { return options_.format == FfnFormat::kFP8 && path_ == Path::kHopper; }
 
   Options options_;
   DeviceInfo device_;
   Path path_ = Path::kPortable;
   DeviceBuffer tables_;  // GroupedFfnTables
-  DeviceBuffer inner_;   // [pairs, inner rounded up to 64] bf16, pairs by expert
+  DeviceBuffer inner_;   // [pairs, inner rounded up to blocks] bf16, or two parts of e4m3; pairs by expert
   DeviceBuffer pairs_;   // [pairs, hidden] bf16, pairs by expert
+  DeviceBuffer parts_;   // [outputs_max, 2, hidden rounded up to blocks] e4m3
+  DeviceBuffer part_scales_;  // [outputs_max] f32
 };
 
 }  // namespace minke::cuda

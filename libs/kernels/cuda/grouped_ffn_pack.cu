@@ -13,22 +13,22 @@ constexpr int kScaleRows = 128, kScaleColumns = 128;
 // One 16-byte piece a thread.
 __global__ void __launch_bounds__(kThreads) PackBF16Kernel(const FfnPackParams p) {
   const int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t pieces = static_cast<int64_t>(p.units) * p.blocks * (kFfnBF16Bytes / 16);
+  const int64_t pieces = static_cast<int64_t>(p.units) * p.blocks * (kFfnWeightBytes / 16);
   if (piece >= pieces) return;
   const int chunk = piece % 8, row_of_unit = piece / 8 % kFfnUnitRows;
-  const int block = piece / (kFfnBF16Bytes / 16) % p.blocks, unit = piece / (kFfnBF16Bytes / 16) / p.blocks;
+  const int block = piece / (kFfnWeightBytes / 16) % p.blocks, unit = piece / (kFfnWeightBytes / 16) / p.blocks;
   const uint16_t* from = p.first;
   int row = unit * kFfnUnitRows + row_of_unit;
   if (p.second != nullptr) {
     row = unit * (kFfnUnitRows / 2) + row_of_unit / 16 * 8 + row_of_unit % 8;
     if (row_of_unit % 16 >= 8) from = p.second;
   }
-  const int column = block * kFfnBlockColumns + chunk * 8;
+  const int column = block * 64 + chunk * 8;
   uint4 value = make_uint4(0, 0, 0, 0);
   if (row < p.rows && column < p.columns) {
     value = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(row) * p.columns + column);
   }
-  uint8_t* to = p.to + (static_cast<int64_t>(unit) * p.blocks + block) * kFfnBF16Bytes;
+  uint8_t* to = p.to + (static_cast<int64_t>(unit) * p.blocks + block) * kFfnWeightBytes;
   *reinterpret_cast<uint4*>(to + row_of_unit * 128 + ((chunk ^ (row_of_unit & 7)) << 4)) = value;
 }
 
@@ -66,38 +66,28 @@ __global__ void __launch_bounds__(kThreads) PackFP8Kernel(const FfnPackParams p)
   for (int i = 0; i < kThreads / 32; ++i) largest = fmaxf(largest, warp_largest[i]);
   const float scale = not_finite ? NAN : Scale(largest);
 
-  // Words of four weights: tile, part, thread, word; gate and up hold every second word.
-  constexpr int kWords = kScaleRows * kScaleColumns / 4;
-  const int first_unit = paired ? 2 * blockIdx.y : blockIdx.y, words = paired ? 2 : 4;
-  for (int i = threadIdx.x; i < kWords; i += kThreads) {
-    int at = i;
-    const int word = paired ? at % 2 * 2 + blockIdx.z : at % 4;
-    at /= words;
-    const int thread = at % 128;
-    at /= 128;
-    const int part = at % 2, tile = at / 2 % 2, block_index = at / 4 % 2, unit_index = at / 8;
-    const int unit = first_unit + unit_index, block = 2 * blockIdx.x + block_index;
-    if (unit >= p.units || block >= p.blocks) continue;
-    const int slab = tile * 4 + thread / 32, row_of_slab = thread % 32 / 4;
-    const int row = paired ? unit * 64 + slab * 8 + row_of_slab
-                           : unit * kFfnUnitRows + slab * 16 + row_of_slab + (word & 1) * 8;
-    const int column = block * kFfnBlockColumns + (2 * part + word / 2) * 16 + 2 * (thread % 4);
-    const auto quantise = [&](int offset) {
-      return static_cast<uint32_t>(__nv_cvt_float_to_fp8(read(row, column + offset) / scale, __NV_SATFINITE, __NV_E4M3));
-    };
-    uint8_t* to = p.to + (static_cast<int64_t>(unit) * p.blocks + block) * kFfnFP8Bytes;
-    *reinterpret_cast<uint32_t*>(to + (((tile * 2 + part) * 128 + thread) * 4 + word) * 4) =
-        quantise(8) | quantise(0) << 8 | quantise(9) << 16 | quantise(1) << 24;
-  }
-  if (threadIdx.x < 4) {
-    const int unit = first_unit + threadIdx.x / 2, block = 2 * blockIdx.x + threadIdx.x % 2;
-    if ((threadIdx.x < 2 || paired) && unit < p.units && block < p.blocks) {
-      const uint32_t factor = __bfloat16_as_ushort(__float2bfloat16(scale * 0x1p120f)) * 0x10001u;
-      uint8_t* to = p.to + (static_cast<int64_t>(unit) * p.blocks + block) * kFfnFP8Bytes;
-      uint32_t* factors = reinterpret_cast<uint32_t*>(to + kFfnUnitRows * kFfnBlockColumns);
-      factors[blockIdx.z] = factor;
-      if (!paired) factors[1] = factor;
+  // Pieces of 16 weights, and the scale behind each unit's block.
+  const int units_here = paired ? 2 : 1, first_unit = units_here * blockIdx.y, block = blockIdx.x;
+  constexpr int kBlockBytes = kFfnBlockBytes<FfnFormat::kFP8>;
+  const auto block_of = [&](int unit) { return p.to + (static_cast<int64_t>(unit) * p.blocks + block) * kBlockBytes; };
+  for (int i = threadIdx.x; i < kScaleRows * 8; i += kThreads) {
+    const int row = i / 8, chunk = i % 8;
+    const int unit = first_unit + (paired ? row / 64 : 0);
+    if (unit >= p.units) continue;
+    const int row_of_unit = paired ? row % 64 / 8 * 16 + row % 8 + 8 * static_cast<int>(blockIdx.z) : row;
+    uint32_t packed[4] = {};
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const float value = read(first_row + row, first_column + chunk * 16 + k) / scale;
+      packed[k / 4] |= static_cast<uint32_t>(__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3)) << k % 4 * 8;
     }
+    *reinterpret_cast<uint4*>(block_of(unit) + row_of_unit * 128 + ((chunk ^ (row_of_unit & 7)) << 4)) =
+        make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+  if (threadIdx.x < units_here && first_unit + threadIdx.x < p.units) {
+    float* scales = reinterpret_cast<float*>(block_of(first_unit + threadIdx.x) + kFfnWeightBytes);
+    scales[blockIdx.z] = scale;
+    if (!paired) scales[1] = scale;
   }
 }
 
@@ -106,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) PackFP8Kernel(const FfnPackParams p)
 cudaError_t LaunchFfnPack(const FfnPackParams& params, cudaStream_t stream) {
   switch (params.format) {
     case FfnFormat::kBF16: {
-      const int64_t pieces = static_cast<int64_t>(params.units) * params.blocks * (kFfnBF16Bytes / 16);
+      const int64_t pieces = static_cast<int64_t>(params.units) * params.blocks * (kFfnWeightBytes / 16);
       PackBF16Kernel<<<static_cast<unsigned>((pieces + kThreads - 1) / kThreads), kThreads, 0, stream>>>(params);
       break;
     }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
+#include "libs/kernels/cuda/grouped_ffn_split.cuh"
 
 namespace minke::cuda {
 namespace {
@@ -101,6 +102,71 @@ __global__ void __launch_bounds__(kPlanThreads) CountKernel(const FfnPlanParams 
   }
 }
 
+constexpr int kSplitThreads = 128;                          // of a row
+constexpr int kSplitRows = kPlanThreads / kSplitThreads;    // of a block
+constexpr int kSplitKept = 5;                               // times 8 values a thread: rows of 5,120 stay in registers
+
+// Eight values from `column` on, zeros past the end.
+__device__ __forceinline__ uint4 LoadEight(const uint16_t* row, int column, int columns) {
+  return column < columns ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+}
+__device__ __forceinline__ uint32_t Largest(uint32_t largest, const uint4& eight) {
+  const uint32_t packed[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) largest = max(largest, max(packed[j] << 16 & 0x7fffffffu, packed[j] & 0x7fff0000u));
+  return largest;
+}
+__device__ __forceinline__ void StoreParts(uint8_t* to, int64_t second, const uint4& eight, float inverse) {
+  const uint32_t packed[4] = {eight.x, eight.y, eight.z, eight.w};
+  uint32_t a[4], b[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    Split(__uint_as_float(packed[j] << 16) * inverse, __uint_as_float(packed[j] & 0xffff0000u) * inverse, a[j], b[j]);
+  }
+  *reinterpret_cast<uint2*>(to) = make_uint2(a[0] | a[1] << 16, a[2] | a[3] << 16);
+  *reinterpret_cast<uint2*>(to + second) = make_uint2(b[0] | b[1] << 16, b[2] | b[3] << 16);
+}
+
+// An output's row of x in two parts (grouped_ffn_split.cuh), by the threads of a row.
+__device__ __forceinline__ void SplitRow(const FfnPlanParams& p, int block, uint32_t (*largest_of)[kSplitThreads / 32]) {
+  const FfnSplitParams& split = p.split;
+  const int row = threadIdx.x / kSplitThreads, thread = threadIdx.x % kSplitThreads;
+  const int outputs = p.outputs_used == nullptr ? p.outputs : min(max(*p.outputs_used, 0), p.outputs);
+  const int output = block * kSplitRows + row;
+  const bool here = output < outputs;
+  const uint16_t* from = split.x;
+  if (here) from += static_cast<int64_t>(split.source == nullptr ? output : split.source[output]) * split.hidden;
+  const int columns = here ? split.hidden : 0;
+  constexpr int kStep = kSplitThreads * 8, kFar = kSplitKept * kStep;
+  uint4 kept[kSplitKept];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kSplitKept; ++i) kept[i] = LoadEight(from, i * kStep + thread * 8, columns);
+#pragma unroll
+  for (int i = 0; i < kSplitKept; ++i) largest = Largest(largest, kept[i]);
+  for (int column = kFar + thread * 8; column < columns; column += kStep) {
+    largest = Largest(largest, LoadEight(from, column, columns));
+  }
+  largest = __reduce_max_sync(~0u, largest);
+  if (threadIdx.x % 32 == 0) largest_of[row][thread / 32] = largest;
+  __syncthreads();
+  if (!here) return;
+#pragma unroll
+  for (int i = 0; i < kSplitThreads / 32; ++i) largest = max(largest, largest_of[row][i]);
+  const SplitScale scale(largest);
+  const int64_t bytes = 128 * split.blocks;  // of a part
+  uint8_t* to = split.parts + 2 * bytes * output;
+#pragma unroll
+  for (int i = 0; i < kSplitKept; ++i) {
+    const int column = i * kStep + thread * 8;
+    if (column < bytes) StoreParts(to + column, bytes, kept[i], scale.inverse);
+  }
+  for (int column = kFar + thread * 8; column < bytes; column += kStep) {
+    StoreParts(to + column, bytes, LoadEight(from, column, columns), scale.inverse);
+  }
+  if (thread == 0) split.scales[output] = scale.scale;
+}
+
 // The pairs keep the order of the outputs inside an expert: each warp takes consecutive slots, counts their pairs by
 // expert, and later places them after those of the warps and blocks before it.
 __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p) {
@@ -109,9 +175,12 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
   __shared__ int before[kGroupedFfnExpertsMax];  // pairs of the blocks before
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   LaunchDependents();
+  if (blockIdx.x >= p.blocks) {
+    return SplitRow(p, blockIdx.x - p.blocks, reinterpret_cast<uint32_t (*)[kSplitThreads / 32]>(counts));
+  }
   const Range range = Part(p, warp);
   if (warp < range.warps) Count(p, range, lane, counts[warp]);
-  if (gridDim.x > 1) DependentWait();
+  if (p.blocks > 1) DependentWait();
   __syncthreads();
   for (int e = threadIdx.x; e < p.experts; e += kPlanThreads) {
     int sum = 0;
@@ -122,10 +191,10 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const FfnPlanParams p
       sum += count;
     }
     int all = sum, earlier = 0;
-    if (gridDim.x > 1) {
+    if (p.blocks > 1) {
       all = 0;
 #pragma unroll 8
-      for (int b = 0; b < gridDim.x; ++b) {
+      for (int b = 0; b < p.blocks; ++b) {
         const int count = p.tables.block_counts[b * p.experts + e];
         earlier += b < blockIdx.x ? count : 0;
         all += count;
@@ -206,79 +275,102 @@ __device__ __forceinline__ bool Finite(uint32_t packed) {
   return (packed & 0x7f80u) != 0x7f80u && (packed & 0x7f800000u) != 0x7f800000u;
 }
 
-// Forgets `lines` lines of 128 bytes of each of n pairs.
-__device__ __forceinline__ void Discard(const uint8_t* data, int lines, const int* positions, int n) {
-  for (int i = threadIdx.x; i < n * lines; i += blockDim.x) {
-    const uint8_t* line = data + (static_cast<int64_t>(positions[i / lines]) * lines + i % lines) * 128;
-    asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
-  }
+__device__ __forceinline__ void DiscardLine(const uint8_t* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
 }
 
-// One output a block, 8 columns a thread at a time.
-__global__ void __launch_bounds__(1024) ReduceKernel(const FfnReduceParams p) {
+constexpr int kReduceChunks = 4;  // of 8 columns, that a thread asks for at once
+constexpr int kReduceThreadsMax = 256;
+
+// One output a block: small blocks, so that while some look their pairs up others move data.
+__global__ void __launch_bounds__(kReduceThreadsMax) ReduceKernel(const FfnReduceParams p) {
   __shared__ int positions[32];
   __shared__ float weights[32];
   __shared__ int count;
   LaunchDependents();
   DependentWait();
-  const int output = blockIdx.x;
-  if (p.outputs_used != nullptr && output >= *p.outputs_used) return;
+  const int output = blockIdx.x, outputs = p.outputs_used == nullptr ? p.outputs : min(*p.outputs_used, p.outputs);
+  if (output >= outputs) return;
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     const int64_t slot = static_cast<int64_t>(output) * p.slots + lane;
     const int position = lane < p.slots ? p.position[slot] : -1;
+    const float weight = lane < p.slots ? p.slot_weights[slot] : 0;
     const uint32_t pairs = __ballot_sync(~0u, position >= 0);
     if (position >= 0) {
       const int at = __popc(pairs & ((1u << lane) - 1));
       positions[at] = position;
-      weights[at] = p.slot_weights[slot];
+      weights[at] = weight;
     }
     if (lane == 0) count = __popc(pairs);
   }
+  const int64_t row = p.partial_rows != nullptr ? p.partial_rows[output] : output;
   __syncthreads();
   const int n = count;
   if (n == 0 && p.partial == nullptr) return;
-  const int64_t row = p.partial_rows != nullptr ? p.partial_rows[output] : output;
   bool finite = true;
-  for (int column = threadIdx.x * 8; column < p.hidden; column += blockDim.x * 8) {
-    float sum[8] = {};
+  const int step = blockDim.x * 8;
+  for (int first = threadIdx.x * 8; first < p.hidden; first += kReduceChunks * step) {
+    float sum[kReduceChunks][8] = {};
 #pragma unroll 2
     for (int i = 0; i < n; ++i) {
-      const uint4 pair =
-          __ldcs(reinterpret_cast<const uint4*>(p.pairs + static_cast<int64_t>(positions[i]) * p.hidden + column));
+      const uint16_t* from = p.pairs + static_cast<int64_t>(positions[i]) * p.hidden + first;
       const float weight = weights[i];
-      const uint32_t packed[4] = {pair.x, pair.y, pair.z, pair.w};
+      uint4 pair[kReduceChunks];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 values = Halves(packed[j]);
-        sum[2 * j] = fmaf(weight, values.x, sum[2 * j]);
-        sum[2 * j + 1] = fmaf(weight, values.y, sum[2 * j + 1]);
+      for (int c = 0; c < kReduceChunks; ++c) {
+        if (first + c * step < p.hidden) pair[c] = __ldcs(reinterpret_cast<const uint4*>(from + c * step));
+      }
+#pragma unroll
+      for (int c = 0; c < kReduceChunks; ++c) {
+        const uint32_t packed[4] = {pair[c].x, pair[c].y, pair[c].z, pair[c].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 values = Halves(packed[j]);
+          sum[c][2 * j] = fmaf(weight, values.x, sum[c][2 * j]);
+          sum[c][2 * j + 1] = fmaf(weight, values.y, sum[c][2 * j + 1]);
+        }
       }
     }
-    const int64_t to = row * p.hidden + column;
-    if (p.partial != nullptr) {
-      uint32_t packed[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(sum[2 * j], sum[2 * j + 1]);
-        packed[j] = *reinterpret_cast<const uint32_t*>(&both);
-        finite &= Finite(packed[j]);
-      }
-      *reinterpret_cast<uint4*>(p.partial + to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    } else {
-      float4* residual = reinterpret_cast<float4*>(p.x_residual + to);
+    for (int c = 0; c < kReduceChunks; ++c) {
+      if (first + c * step >= p.hidden) break;
+      const int64_t to = row * p.hidden + first + c * step;
+      if (p.partial != nullptr) {
+        uint32_t packed[4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float4 value = residual[j];
-        value.x += sum[4 * j], value.y += sum[4 * j + 1], value.z += sum[4 * j + 2], value.w += sum[4 * j + 3];
-        residual[j] = value;
+        for (int j = 0; j < 4; ++j) {
+          const __nv_bfloat162 both = __floats2bfloat162_rn(sum[c][2 * j], sum[c][2 * j + 1]);
+          packed[j] = *reinterpret_cast<const uint32_t*>(&both);
+          finite &= Finite(packed[j]);
+        }
+        *reinterpret_cast<uint4*>(p.partial + to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      } else {
+        float4* residual = reinterpret_cast<float4*>(p.x_residual + to);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float4 value = residual[j];
+          value.x += sum[c][4 * j], value.y += sum[c][4 * j + 1];
+          value.z += sum[c][4 * j + 2], value.w += sum[c][4 * j + 3];
+          residual[j] = value;
+        }
       }
     }
   }
-  // The pairs are used up. Left alone, they would be written to memory in the middle of a later call's reads of weights.
+  // The pairs are used up, and so is the block's share of what was between the products. Left alone, both would be written to
+  // memory in the middle of a later call's reads of weights.
   __syncthreads();
-  if (p.hidden % 64 == 0) Discard(reinterpret_cast<const uint8_t*>(p.pairs), p.hidden / 64, positions, n);
-  Discard(p.inner, p.inner_lines, positions, n);
+  if (p.hidden % 64 == 0) {
+    const int lines = p.hidden / 64;
+    for (int i = threadIdx.x; i < n * lines; i += blockDim.x) {
+      DiscardLine(reinterpret_cast<const uint8_t*>(p.pairs) +
+                  (static_cast<int64_t>(positions[i / lines]) * lines + i % lines) * 128);
+    }
+  }
+  const int64_t lines =
+      static_cast<int64_t>(p.experts[p.expert_count].row + p.inner_pairs_more) * p.inner_pair_bytes / 128;
+  const int64_t share = (lines + outputs - 1) / outputs, end = min((output + 1) * share, lines);
+  for (int64_t i = output * share + threadIdx.x; i < end; i += blockDim.x) DiscardLine(p.inner + i * 128);
   if (p.finite != nullptr) {
     const int all = __syncthreads_and(finite);
     if (threadIdx.x == 0) p.finite[output] = all != 0;
@@ -303,16 +395,19 @@ cudaError_t LaunchAfter(void (*kernel)(Params), const Params& params, dim3 block
 }  // namespace
 
 cudaError_t LaunchFfnPlan(const FfnPlanParams& params, bool chained, cudaStream_t stream) {
-  const int blocks = (params.outputs * params.slots + params.block_slots - 1) / params.block_slots;
-  if (blocks > 1) {
-    CountKernel<<<blocks, kPlanThreads, 0, stream>>>(params);
+  FfnPlanParams p = params;
+  p.blocks = (p.outputs * p.slots + p.block_slots - 1) / p.block_slots;
+  if (p.blocks > 1) {
+    CountKernel<<<p.blocks, kPlanThreads, 0, stream>>>(p);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  return LaunchAfter(PlanKernel, params, dim3(blocks), dim3(kPlanThreads), chained && blocks > 1, stream);
+  const int splits = p.split.parts == nullptr ? 0 : (p.outputs + kSplitRows - 1) / kSplitRows;
+  return LaunchAfter(PlanKernel, p, dim3(p.blocks + splits), dim3(kPlanThreads), chained && p.blocks > 1, stream);
 }
 
 cudaError_t LaunchFfnReduce(const FfnReduceParams& params, bool chained, cudaStream_t stream) {
-  const dim3 threads(std::min(1024, (params.hidden / 8 + 31) / 32 * 32));
+  const int wanted = (params.hidden / 8 + kReduceChunks - 1) / kReduceChunks;
+  const dim3 threads(std::min(kReduceThreadsMax, (wanted + 31) / 32 * 32));
   return LaunchAfter(ReduceKernel, params, dim3(params.outputs), threads, chained, stream);
 }
 

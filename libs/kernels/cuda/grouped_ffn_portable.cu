@@ -1,6 +1,7 @@
 // Grouped SwiGLU for any GPU from sm_80 on: the plain form. A block computes one unit of weight rows for up to 64 pairs of
 // an expert; weights are the left operand, so that a thread has gate and up of a column in one fragment.
-#include "libs/kernels/cuda/grouped_ffn_fp8.cuh"
+#include <cuda_bf16.h>
+
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
 #include "libs/kernels/cuda/mma_sm80.cuh"
 
@@ -12,7 +13,7 @@ using namespace sm80;
 constexpr int kThreads = 128;
 constexpr int kPairs = kFfnPortableTileRows;
 constexpr int kStages = 3;
-constexpr int kStageWeights = kFfnBF16Bytes;  // enough for either format
+constexpr int kStageWeights = kFfnWeightBytes;  // enough for either format
 constexpr int kStageBytes = kStageWeights + kPairs * 128;
 constexpr int kSharedBytes = kStages * kStageBytes;
 
@@ -28,16 +29,33 @@ __device__ __forceinline__ void WaitCopies() {
 // Row r, 16-byte piece c of rows of 128 bytes.
 __device__ __forceinline__ int Swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
+// Two e4m3 values times their factor. Shifted into place, the bits of e4m3 are those
+// of a bf16 2^120 times smaller; `factor` (two times the same bf16) makes up for it, exactly.
+__device__ __forceinline__ uint32_t ExpandFP8(uint32_t two, uint32_t factor) {
+  const uint32_t bytes = __byte_perm(two, 0, 0x1404);  // to bytes 1 and 3
+  const uint32_t a = (bytes & 0x80008000u) | ((bytes >> 4) & 0x07f007f0u);
+  const __nv_bfloat162 x = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                   *reinterpret_cast<const __nv_bfloat162*>(&factor));
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+__device__ __forceinline__ uint32_t Factor(float scale) {
+  return __bfloat16_as_ushort(__float2bfloat16(scale * 0x1p120f)) * 0x10001u;
+}
+
+// A step of the products is 64 columns, half of a block of e4m3: 128 rows of 64 bytes.
 // kDown = false: inner = silu(gate x) * (up x); true: pairs = down inner.
 template <FfnFormat kFormat, bool kDown>
 __global__ void __launch_bounds__(kThreads) ProductKernel(const FfnParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
-  constexpr int kBytes = kFormat == FfnFormat::kFP8 ? kFfnFP8Bytes : kFfnBF16Bytes;
+  constexpr bool kFP8 = kFormat == FfnFormat::kFP8;
+  constexpr int kColumns = kFfnBlockColumns<kFormat>, kBytes = kFfnBlockBytes<kFormat>, kHalves = kColumns / 64;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int units = kDown ? p.units.units2 : p.units.units1, blocks = kDown ? p.units.blocks2 : p.units.blocks1;
-  const int64_t inner_row = p.units.blocks2 * 64;
+  const int steps = blocks * kHalves;
+  const int64_t inner_row = p.units.blocks2 * kColumns;
+  uint16_t* const inner = reinterpret_cast<uint16_t*>(p.inner);
   const int64_t row_values = kDown ? inner_row : p.hidden;
-  const int columns = static_cast<int>(row_values);
+  const int columns = kDown ? p.units.units1 * 64 : p.hidden;  // what there is of a row; the rest is zero
   const int64_t items = static_cast<int64_t>(p.tables.experts[p.experts].tiles) * units;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int tile = static_cast<int>(item / units), unit = static_cast<int>(item % units);
@@ -57,45 +75,56 @@ __global__ void __launch_bounds__(kThreads) ProductKernel(const FfnParams p) {
 #pragma unroll
     for (int i = 0; i < kPairs / 16; ++i) {
       const int pair = first + min(thread / 8 + 16 * i, count - 1);
-      rows[i] = (kDown ? p.inner + pair * inner_row : p.x + p.tables.pair_source[pair] * row_values) + piece * 8;
+      rows[i] = (kDown ? inner + pair * inner_row : p.x + p.tables.pair_source[pair] * row_values) + piece * 8;
     }
-    const auto fetch = [&](int block) {
-      if (block < blocks) {
-        uint8_t* to = shared + block % kStages * kStageBytes;
-        const uint8_t* from = weights + static_cast<int64_t>(block) * kBytes;
-        for (int i = thread * 16; i < kBytes; i += kThreads * 16) CopyAsync(to + i, from + i, true);
-        const bool inside = block * 64 + piece * 8 < columns;
+    const auto fetch = [&](int step) {
+      if (step < steps) {
+        uint8_t* to = shared + step % kStages * kStageBytes;
+        const uint8_t* from = weights + static_cast<int64_t>(step / kHalves) * kBytes;
+        if constexpr (kFP8) {
+          for (int i = thread; i < kFfnUnitRows * 4; i += kThreads) {
+            const int row = i / 4, chunk = i % 4 + step % kHalves * 4;
+            CopyAsync(to + i * 16, from + row * 128 + ((chunk ^ (row & 7)) << 4), true);
+          }
+        } else {
+          for (int i = thread * 16; i < kBytes; i += kThreads * 16) CopyAsync(to + i, from + i, true);
+        }
+        const bool inside = step * 64 + piece * 8 < columns;
 #pragma unroll
         for (int i = 0; i < kPairs / 16; ++i) {
           const int row = thread / 8 + 16 * i;
           const bool valid = inside && row < count;
-          CopyAsync(to + kStageWeights + Swizzled(row, piece), valid ? rows[i] + block * 64 : rows[0], valid);
+          CopyAsync(to + kStageWeights + Swizzled(row, piece), valid ? rows[i] + step * 64 : rows[0], valid);
         }
       }
       CommitCopies();
     };
     float d[2][8][4] = {};
     __syncthreads();
-    for (int block = 0; block < kStages - 1; ++block) fetch(block);
-    for (int block = 0; block < blocks; ++block) {
+    for (int step = 0; step < kStages - 1; ++step) fetch(step);
+    for (int step = 0; step < steps; ++step) {
       WaitCopies();
       __syncthreads();
-      fetch(block + kStages - 1);
-      const uint8_t* stage = shared + block % kStages * kStageBytes;
+      fetch(step + kStages - 1);
+      const uint8_t* stage = shared + step % kStages * kStageBytes;
       const uint8_t* pairs = stage + kStageWeights;
-      uint2 factors = {};
-      if constexpr (kFormat == FfnFormat::kFP8) {
-        factors = *reinterpret_cast<const uint2*>(stage + kFfnUnitRows * kFfnBlockColumns);
+      uint32_t factors[2];
+      if constexpr (kFP8) {
+        const float* scales =
+            reinterpret_cast<const float*>(weights + static_cast<int64_t>(step / kHalves) * kBytes + kFfnWeightBytes);
+        factors[0] = Factor(scales[0]), factors[1] = Factor(scales[1]);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         uint32_t a[2][4];
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          if constexpr (kFormat == FfnFormat::kFP8) {
-            const uint2 bytes = *reinterpret_cast<const uint2*>(stage + ((t * 2 + k / 2) * 128 + thread) * 16 + k % 2 * 8);
-            ExpandFP8(bytes.x, factors.x, a[t][0], a[t][2]);
-            ExpandFP8(bytes.y, factors.y, a[t][1], a[t][3]);
+          if constexpr (kFP8) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int row = t * 64 + warp * 16 + lane / 4 + i % 2 * 8, column = k * 16 + lane % 4 * 2 + i / 2 * 8;
+              a[t][i] = ExpandFP8(*reinterpret_cast<const uint16_t*>(stage + row * 64 + column), factors[i % 2]);
+            }
           } else {
             const int row = t * 64 + warp * 16 + (lane & 15);
             LoadMatrix4(a[t], reinterpret_cast<const uint16_t*>(stage + Swizzled(row, 2 * k + lane / 16)));
@@ -131,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) ProductKernel(const FfnParams p) {
           } else {
             const int column = unit * 64 + t * 32 + warp * 8 + lane / 4;
             const float value = low / (1.f + __expf(-low)) * high;
-            p.inner[(first + row) * inner_row + column] = __bfloat16_as_ushort(__float2bfloat16(value));
+            inner[(first + row) * inner_row + column] = __bfloat16_as_ushort(__float2bfloat16(value));
           }
         }
       }

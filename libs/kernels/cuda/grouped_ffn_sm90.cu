@@ -7,10 +7,13 @@
 // one) for up to 128 pairs:
 //   pair item: both blocks have the same units and different pairs; each fetches half of the weights for both.
 //   solo item: the blocks have different units and the same pairs.
-// Roles: two consumer warpgroups (fp8: four); of one more, a warp that takes items and fetches weights (bulk copies), and
+// e4m3 weights are multiplied as they are: a pair's activations come in two parts, side by side as two of the product's
+// columns (grouped_ffn_kernels.h), whose sums are scaled and added up after every block of weights, which e4m3 sums need for
+// their accuracy, too.
+// Roles: two consumer warpgroups; of one more, a warp that takes items and fetches weights (bulk copies), and
 // three that gather the pairs' rows of x (16-byte asynchronous copies) or fetch their gate/up results (bulk copies).
-#include "libs/kernels/cuda/grouped_ffn_fp8.cuh"
 #include "libs/kernels/cuda/grouped_ffn_kernels.h"
+#include "libs/kernels/cuda/grouped_ffn_split.cuh"
 #include "libs/kernels/cuda/products.cuh"
 
 namespace minke::cuda {
@@ -20,23 +23,25 @@ using namespace ptx;
 
 constexpr int kEarlyBlocks = 6;     // of each unit, asked for before the plan is there
 constexpr int kEarlySlots = 4096;   // looked through for that
+constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);  // of consumers, one of fetchers
 constexpr int kGatherWarps = 3, kGatherRows = 4 * kGatherWarps;  // rows of x that are asked for at a time
 
-// Of shared memory. bf16: 4 x (16 + 2 x 16) KiB, fp8: 8 x (8 + 2 x 8.125) KiB, and 20 KiB for the rest.
+// Of shared memory: 4 stages of 16 + 2 x 16 KiB (fp8: and a KiB of scales), and 20 KiB for the rest.
 template <FfnFormat kFormat>
 struct Layout {
   static constexpr bool kFP8 = kFormat == FfnFormat::kFP8;
-  static constexpr int kStages = kFP8 ? 8 : 4;
+  static constexpr int kStages = 4;
   static constexpr int kPairs = FfnTileRows(kFormat);
-  static constexpr int kGroups = kFP8 ? 4 : 2;  // of consumers
-  static constexpr int kThreads = 128 * kGroups + 128;
-  static constexpr int kUnitBytes = kFP8 ? kFfnFP8Bytes : kFfnBF16Bytes;  // of one block of columns
-  static constexpr int kLoadBytes = kFP8 ? kFfnFP8UsedBytes : kFfnBF16Bytes;
-  static constexpr int kPairBytes = kPairs * 128;
+  static constexpr int kUnitBytes = FfnBlockBytes(kFormat);               // of one block of columns, in memory
+  static constexpr int kLoadBytes = kFfnWeightBytes + (kFP8 ? kFfnScaleBytes : 0);
+  static constexpr int kPairBytes = 128 * 128 + (kFP8 ? 1024 : 0);        // rows of pairs, then scales
   static constexpr int kWeights = kStages * kPairBytes;
-  static constexpr int kStaging = kWeights + kStages * 2 * kUnitBytes;
-  static constexpr int kStagingBytes = 16384 / kGroups;  // of a warpgroup
-  static constexpr int kExperts = kStaging + kGroups * kStagingBytes;
+  static constexpr int kScales = kWeights + kStages * 2 * kFfnWeightBytes;  // fp8: [stages, 2] of weights
+  static constexpr int kStaging = kScales + (kFP8 ? kStages * 2 * kFfnScaleBytes : 0);
+  static constexpr int kStagingBytes = 8192;                              // of a warpgroup
+  static constexpr int kLargest = kStaging + kGroups * kStagingBytes;     // fp8: [kGroups, 4 warps, kPairs]
+  static constexpr int kPairScales = kLargest + (kFP8 ? kGroups * 4 * kPairs * 4 : 0);  // fp8: [4 items, kPairs] of x
+  static constexpr int kExperts = kPairScales + (kFP8 ? 4 * kPairs * 4 : 0);
   static constexpr int kWork = kExperts + (kGroupedFfnExpertsMax + 1) * 16;
   static constexpr int kClaim = kWork + 2 * 32;
   static constexpr int kFull = kClaim + 16;
@@ -104,6 +109,10 @@ __device__ __forceinline__ uint64_t EvictFirst() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// A word as part of the thread's copies; see GatherArrive.
+__device__ __forceinline__ void GatherWord(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 // A word and its arrival to the same places in block `rank` of the cluster.
 __device__ __forceinline__ void SendWord(uint32_t to, int value, uint32_t barrier, uint32_t rank) {
   asm volatile(
@@ -151,6 +160,23 @@ __device__ __forceinline__ uint4 LoadShared(uint32_t from) {
                : "r"(from)
                : "memory");
   return v;
+}
+
+__device__ __forceinline__ float2 LoadShared2(uint32_t from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 LoadSharedBits2(uint32_t from) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void StoreSharedBits2(uint32_t to, uint2 v) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void StoreSharedByte(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void Release(uint32_t barrier, int lane) {
@@ -239,7 +265,8 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
     const int claim_at = max(0, work.blocks - 8);  // the next item is known when this one's last block is asked for
     for (int block = 0; block < work.blocks; ++block) {
       const uint32_t full = base + L::kFull + 8 * ring.stage;
-      const uint32_t to = base + L::kWeights + ring.stage * 2 * L::kUnitBytes;
+      const uint32_t to = base + L::kWeights + ring.stage * 2 * kFfnWeightBytes;
+      [[maybe_unused]] const uint32_t scales_to = base + L::kScales + ring.stage * 2 * kFfnScaleBytes;
       BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
       BarrierExpect(full, work.units * L::kLoadBytes);
       if (work.shared) {
@@ -248,11 +275,19 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
         BarrierWait(mine, (ready >> ring.stage) & 1);
         ready ^= 1u << ring.stage;
         if (rank < work.units) {
-          LoadBulkMulticast(to + rank * L::kUnitBytes, from + rank * unit_bytes, L::kLoadBytes, full);
+          const uint8_t* of = from + rank * unit_bytes;
+          LoadBulkMulticast(to + rank * kFfnWeightBytes, of, kFfnWeightBytes, full);
+          if constexpr (L::kFP8) {
+            LoadBulkMulticast(scales_to + rank * kFfnScaleBytes, of + kFfnWeightBytes, kFfnScaleBytes, full);
+          }
         }
       } else {
         for (int u = 0; u < work.units; ++u) {
-          LoadBulk(to + u * L::kUnitBytes, from + u * unit_bytes, L::kLoadBytes, full, once);
+          const uint8_t* of = from + u * unit_bytes;
+          LoadBulk(to + u * kFfnWeightBytes, of, kFfnWeightBytes, full, once);
+          if constexpr (L::kFP8) {
+            LoadBulk(scales_to + u * kFfnScaleBytes, of + kFfnWeightBytes, kFfnScaleBytes, full, once);
+          }
         }
       }
       from += L::kUnitBytes;
@@ -260,6 +295,14 @@ __device__ __forceinline__ void Produce(const FfnParams& p, uint8_t* shared, uin
       ring.Next();
     }
   }
+}
+
+// Of `rows` pairs of a tile in two parts.
+__device__ __forceinline__ int SplitRows(int rows) { return (rows + 7) / 8 * 8; }
+// Where a tile's pairs begin in `inner` in two parts, in pairs: an expert's at a multiple of 8, as are its tiles.
+__device__ __forceinline__ int SplitPlace(const FfnExpert* experts, const Work& work) {
+  const int first = experts[work.expert].row;
+  return (first / 8 + work.expert) * 8 + work.row - first;
 }
 
 // Fetches the rows of the pairs. kGatherWarps warps: of x, a thread has one 16-byte column of every kGatherRows-th row.
@@ -270,7 +313,7 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
   const int lane = thread % 32, piece = thread % 8, first = thread / 8;
   // Row first + 12 i begins 128 (first + 12 i) bytes in, its pieces swapped by its number modulo 8.
   const uint32_t even = first * 128 + ((piece ^ (first & 7)) << 4), odd = first * 128 + ((piece ^ ((first + 4) & 7)) << 4);
-  constexpr int kSteps = (L::kPairs + kGatherRows - 1) / kGatherRows;
+  constexpr int kSteps = (128 + kGatherRows - 1) / kGatherRows;
   Ring<L::kStages> ring;
   for (int n = 0;; ++n) {
     const int slot = n & 1;
@@ -281,19 +324,20 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
     const int rows = work.units > 0 ? work.rows : 0;
     if (work.phase == 1) {
       // What the gate/up items of these pairs wrote lies as it will lie here, block after block.
-      const int bytes = rows * 128;
+      const int64_t bytes = L::kFP8 ? SplitRows(rows) * kFfnSplitPairBytes : rows * 128;
       if (thread == 0 && rows > 0) {
-        const int want = 2 * L::kGroups * (experts[work.expert + 1].items1 - experts[work.expert].items1);
+        const int want = 2 * kGroups * (experts[work.expert + 1].items1 - experts[work.expert].items1);
         while (LoadAcquire(p.tables.done + work.expert) < want) __nanosleep(32);
         FenceAsync();
       }
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.inner) + static_cast<int64_t>(work.row) * work.blocks * 128;
+      const uint8_t* from = p.inner + (L::kFP8 ? SplitPlace(experts, work) * work.blocks * kFfnSplitPairBytes
+                                               : static_cast<int64_t>(work.row) * work.blocks * 128);
       for (int block = 0; block < work.blocks; ++block, from += bytes) {
         const uint32_t full = base + L::kFull + 8 * ring.stage;
         BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
         if (thread == 0 && rows > 0) {
-          BarrierExpectMore(full, bytes);
-          LoadBulk(base + ring.stage * L::kPairBytes, from, bytes, full);
+          BarrierExpectMore(full, static_cast<int>(bytes));
+          LoadBulk(base + ring.stage * L::kPairBytes, from, static_cast<int>(bytes), full);
         }
         BarrierArrive(full);
         ring.Next();
@@ -301,20 +345,31 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
       continue;
     }
     uint32_t offsets[kSteps];  // in pieces of 16 bytes
+    uint32_t wanted = 0;       // rows that are there
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int row = first + i * kGatherRows;
-      offsets[i] = (row < rows ? p.tables.pair_source[work.row + row] : 0) * (p.hidden / 8) + piece;
+      const int row = first + i * kGatherRows, pair = L::kFP8 ? row / 16 * 8 + row % 8 : row, part = row / 8 % 2;
+      const bool there = pair < rows;
+      const int source = there ? p.tables.pair_source[work.row + pair] : 0;
+      wanted |= there ? 1u << i : 0;
+      if constexpr (L::kFP8) {
+        offsets[i] = (2 * source + part) * (work.blocks * 8) + piece;
+        if (there && piece == 0 && part == 0) {
+          GatherWord(base + L::kPairScales + ((n & 3) * L::kPairs + pair) * 4, p.part_scales + source);
+        }
+      } else {
+        offsets[i] = source * (p.hidden / 8) + piece;
+      }
     }
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.x);
+    const uint8_t* from = L::kFP8 ? p.parts : reinterpret_cast<const uint8_t*>(p.x);
     for (int block = 0; block < work.blocks; ++block, from += 128) {
       const uint32_t to = base + ring.stage * L::kPairBytes;
       const uint32_t to_even = to + even, to_odd = to + odd;
       BarrierWait(base + L::kEmpty + 8 * ring.stage, ring.parity ^ 1);
-      if (block * 64 + 64 <= p.hidden) {
+      if (L::kFP8 || block * 64 + 64 <= p.hidden) {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          if (first + i * kGatherRows < rows) {
+          if (wanted >> i & 1) {
             GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
                         from + static_cast<uint64_t>(offsets[i]) * 16, 16);
           }
@@ -324,7 +379,7 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
         const int bytes = block * 64 + piece * 8 < p.hidden ? 16 : 0;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          if (first + i * kGatherRows < rows) {
+          if (wanted >> i & 1) {
             GatherPiece(((i & 1) ? to_odd : to_even) + i * kGatherRows * 128,
                         bytes == 0 ? from : from + static_cast<uint64_t>(offsets[i]) * 16, bytes);
           }
@@ -337,13 +392,12 @@ __device__ __forceinline__ void Gather(const FfnParams& p, const uint8_t* shared
 }
 
 // d of `kTiles` times 64 weight rows and kN pairs. gathered: the pairs' rows were written as if by ordinary stores.
-template <FfnFormat kFormat, int kN, int kTiles>
+template <int kN, int kTiles>
 __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t base, int blocks, bool gathered, int group,
-                                         int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
-  using L = Layout<kFormat>;
+                                         int lane, Ring<4>& ring) {
+  using L = Layout<FfnFormat::kBF16>;
   // kTiles = 2: a unit for each warpgroup, 1: half a unit.
-  constexpr int kHalf = kFfnUnitRows * kFfnBlockColumns / 2 * (L::kFP8 ? 1 : 2);
-  const int unit = (kTiles == 2 ? group : group / 2) * L::kUnitBytes, part = kTiles == 2 ? unit : unit + group % 2 * kHalf;
+  const int part = group * (kTiles == 2 ? kFfnWeightBytes : kFfnWeightBytes / 2);
   // Set, not left to the first product: of what is unset, the compiler keeps every form's in registers between items.
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -352,59 +406,98 @@ __device__ __forceinline__ void Multiply(float (&d)[kTiles][kN / 2], uint32_t ba
     Pin(d[t]);
   }
   int before = 0;
-  if constexpr (kFormat == FfnFormat::kBF16) {
-    for (int block = 0; block < blocks; ++block) {
-      const uint32_t pairs = base + ring.stage * L::kPairBytes;
-      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitBytes + part;
-      BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
-      if (gathered) FenceAsyncShared();
-      ProductsBegin();
+  for (int block = 0; block < blocks; ++block) {
+    const uint32_t pairs = base + ring.stage * L::kPairBytes;
+    const uint32_t weights = base + L::kWeights + ring.stage * 2 * kFfnWeightBytes + part;
+    BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+    if (gathered) FenceAsyncShared();
+    ProductsBegin();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          ProductShared(d[t], Descriptor(weights + t * 8192 + k * 32, 1024, 16), Descriptor(pairs + k * 32, 1024, 16), 1);
-        }
+      for (int t = 0; t < kTiles; ++t) {
+        ProductShared(d[t], Descriptor(weights + t * 8192 + k * 32, 1024, 16), Descriptor(pairs + k * 32, 1024, 16), 1);
       }
-      ProductsCommit();
-      ProductsWait<1>();
-      if (block > 0) Release(base + L::kEmpty + 8 * before, lane);
-      before = ring.stage;
-      ring.Next();
     }
-  } else {
-    // Left operands in registers. Four warpgroups of half a unit: while the products of some are under way, others expand
-    // theirs. A second set of operands in each does not fit the registers of so large a block.
-    static_assert(kTiles == 1);
-    uint32_t a[8];
-    const int thread = warp * 32 + lane;
-    for (int block = 0; block < blocks; ++block) {
-      const uint32_t pairs = base + ring.stage * L::kPairBytes;
-      const uint32_t weights = base + L::kWeights + ring.stage * 2 * L::kUnitBytes;
-      BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
-      const uint4 bytes[2] = {LoadShared(weights + part + thread * 16), LoadShared(weights + part + 2048 + thread * 16)};
-      const uint4 factors = LoadShared(weights + unit + kFfnUnitRows * kFfnBlockColumns);
-      if (gathered) FenceAsyncShared();
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        ProductsWait<0>();
-        ExpandFragments(bytes[q], factors.x, factors.y, a);
-        ProductsBegin();
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          ProductRegisters(d[0], a + 4 * k, Descriptor(pairs + (2 * q + k) * 32, 1024, 16), 1);
-        }
-        ProductsCommit();
-      }
-      if (block > 0) Release(base + L::kEmpty + 8 * before, lane);
-      before = ring.stage;
-      ring.Next();
-    }
+    ProductsCommit();
+    ProductsWait<1>();
+    if (block > 0) Release(base + L::kEmpty + 8 * before, lane);
+    before = ring.stage;
+    ring.Next();
   }
   ProductsWait<0>();
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) Pin(d[t]);
   Release(base + L::kEmpty + 8 * before, lane);
+}
+
+// sum += scale (first parts' sums + second parts' / 16), of kPairs pairs; `gate` and `up` scale the rows of a thread. kDown: so
+// do the pairs' own scales, which lie at `pair_scales`.
+template <int kPairs, bool kDown>
+__device__ __forceinline__ void AddScaled(float (&sum)[kPairs / 2], float (&part)[kPairs], float2 scales,
+                                          uint32_t pair_scales, int lane) {
+  Pin(part);
+#pragma unroll
+  for (int g = 0; g < kPairs / 8; ++g) {
+    float2 of_pair = make_float2(1.f, 1.f);
+    if constexpr (kDown) {
+      of_pair = LoadShared2(pair_scales + (8 * g + 2 * (lane % 4)) * 4);
+      of_pair.x *= scales.x, of_pair.y *= scales.x;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = kDown ? (i % 2 == 0 ? of_pair.x : of_pair.y) : (i < 2 ? scales.x : scales.y);
+      sum[4 * g + i] = fmaf(scale, fmaf(part[8 * g + 4 + i], 0.0625f, part[8 * g + i]), sum[4 * g + i]);
+    }
+  }
+}
+
+// The same of e4m3 weights, a unit's two tiles of 64 rows one after the other, so that one is multiplied while the other's
+// sums are scaled and added up: of gate and up after every block, of down, whose pairs have a scale for every 64 columns,
+// after half. The other warpgroup's products fill what is left.
+template <int kPairs, bool kDown>
+__device__ __forceinline__ void MultiplySplit(float (&sum)[2][kPairs / 2], uint32_t base, int blocks, int rows, int group,
+                                              int lane, Ring<4>& ring) {
+  using L = Layout<FfnFormat::kFP8>;
+  constexpr int kHalves = kDown ? 2 : 1, kSteps = 4 / kHalves;
+  float part[2][kPairs];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+#pragma unroll
+    for (int i = 0; i < kPairs / 2; ++i) sum[t][i] = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) part[t][i] = 0;
+    Pin(sum[t]);
+    Pin(part[t]);
+  }
+  const int rows8 = SplitRows(rows);
+  for (int block = 0; block < blocks; ++block) {
+    const uint32_t pairs = base + ring.stage * L::kPairBytes;
+    const uint32_t weights = base + L::kWeights + (ring.stage * 2 + group) * kFfnWeightBytes;
+    BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
+    if (!kDown) FenceAsyncShared();
+    const float2 scales = LoadShared2(base + L::kScales + (ring.stage * 2 + group) * kFfnScaleBytes);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      ProductsBegin();
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int k = half * kSteps; k < (half + 1) * kSteps; ++k) {
+          ProductE4M3(part[t], Descriptor(weights + t * 8192 + k * 32, 1024, 16), Descriptor(pairs + k * 32, 1024, 16),
+                      k > half * kSteps);
+        }
+        ProductsCommit();
+      }
+      const uint32_t pair_scales = pairs + rows8 * (256 + half * 4);
+      ProductsWait<1>();
+      AddScaled<kPairs, kDown>(sum[0], part[0], scales, pair_scales, lane);
+      ProductsWait<0>();
+      AddScaled<kPairs, kDown>(sum[1], part[1], scales, pair_scales, lane);
+    }
+    Release(base + L::kEmpty + 8 * ring.stage, lane);
+    ring.Next();
+  }
 }
 
 __device__ __forceinline__ float Swish(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
@@ -419,10 +512,10 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
   const int thread = warp * 32 + lane, matrix = lane / 8;
   const int column = work.unit * 128 + group * 64 * kTiles;  // of the down product
   // The gate/up product leaves in the order in which it is fetched: tile, block of 64 columns, row, pieces swapped.
-  const int block = work.unit + (kTiles == 2 ? group : group / 2), first_piece = kTiles == 2 ? 0 : group % 2 * 4;
+  const int block = work.unit + (kTiles == 2 ? group : 0), first_piece = kTiles == 2 ? 0 : group * 4;
   const int64_t row = work.row;
   uint8_t* out = kDown ? reinterpret_cast<uint8_t*>(p.pairs) + (row * p.hidden + column) * 2
-                       : reinterpret_cast<uint8_t*>(p.inner) + (row * p.units.blocks2 + work.rows * block) * 128;
+                       : p.inner + (row * p.units.blocks2 + work.rows * block) * 128;
   const uint64_t keep = EvictLast();
   const auto at = [](int row, int piece) {
     const int turn = kPieces >= 8 ? row & 7 : (row >> 1) & 3;
@@ -466,14 +559,98 @@ __device__ __forceinline__ void Store(const float (&d)[kTiles][kN / 2], const Ff
   }
 }
 
-template <FfnFormat kFormat, int kN, int kTiles>
-__device__ __forceinline__ void Compute(const FfnParams& p, const Work& work, uint32_t base, int group,
-                                        int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
-  using L = Layout<kFormat>;
+// silu(gate) * up of a unit in two parts, in the order in which they are fetched. gate and up still lack the scales of their
+// pairs' x.
+template <int kPairs>
+__device__ __forceinline__ void StoreSplit(const float (&sum)[2][kPairs / 2], const FfnParams& p, const FfnExpert* experts,
+                                           const Work& work, uint32_t base, int item, int group, int warp, int lane) {
+  using L = Layout<FfnFormat::kFP8>;
+  constexpr int kEights = kPairs / 8;
+  const int thread = warp * 32 + lane, pair = 2 * (lane % 4), rows8 = SplitRows(work.rows);
+  const uint32_t x_scales = base + L::kPairScales + (item & 3) * L::kPairs * 4;
+  const uint32_t largest_of = base + L::kLargest + group * 4 * L::kPairs * 4;
+  const uint32_t staging = base + L::kStaging + group * L::kStagingBytes;
+  float value[2][kEights][2];
+#pragma unroll
+  for (int g = 0; g < kEights; ++g) {
+    const float2 x_scale = LoadShared2(x_scales + (8 * g + pair) * 4);
+    uint32_t largest[2] = {};
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float scale = i == 0 ? x_scale.x : x_scale.y;
+        const float exact = Swish(sum[t][4 * g + i] * scale, sum[t][4 * g + 2 + i] * scale);
+        value[t][g][i] = __bfloat162float(__float2bfloat16(exact));
+        largest[i] = max(largest[i], __float_as_uint(value[t][g][i]) & 0x7fffffffu);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], d));
+    }
+    if (lane < 4) StoreSharedBits2(largest_of + (warp * L::kPairs + 8 * g + pair) * 4, make_uint2(largest[0], largest[1]));
+  }
+  NamedSync<128>(1 + group);  // and the rows before have left
+  const int unit = work.unit + group, half = unit % 2;
+  uint8_t* const out = p.inner + (static_cast<int64_t>(SplitPlace(experts, work)) * p.units.blocks2 + unit / 2 * rows8) *
+                                     kFfnSplitPairBytes;
+  float* const out_scales = reinterpret_cast<float*>(out + rows8 * 256);
+#pragma unroll
+  for (int g = 0; g < kEights; ++g) {
+    if (8 * g >= rows8) break;
+    uint2 largest = make_uint2(0, 0);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint2 of_warp = LoadSharedBits2(largest_of + (w * L::kPairs + 8 * g + pair) * 4);
+      largest.x = max(largest.x, of_warp.x), largest.y = max(largest.y, of_warp.y);
+    }
+    const SplitScale scale[2] = {SplitScale(largest.x), SplitScale(largest.y)};
+    if (warp == g % 4 && lane < 4) {
+      *reinterpret_cast<float2*>(out_scales + half * rows8 + 8 * g + pair) = make_float2(scale[0].scale, scale[1].scale);
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      uint32_t first, second;
+      Split(value[t][g][0] * scale[0].inverse, value[t][g][1] * scale[1].inverse, first, second);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Staged: rows of 64 bytes, pieces swapped by bits 1 and 2 of the row.
+        const int row = 16 * g + pair + i, byte = warp % 2 * 8 + lane / 4;
+        const uint32_t to = staging + row * 64 + (((t * 2 + warp / 2) ^ (row >> 1 & 3)) << 4) + byte;
+        StoreSharedByte(to, first >> 8 * i & 0xff);
+        StoreSharedByte(to + 8 * 64, second >> 8 * i & 0xff);
+      }
+    }
+  }
+  NamedSync<128>(1 + group);
+  const uint64_t keep = EvictLast();
+  const bool alone = half == 0 && unit + 1 == p.units.units1;  // nobody else writes the block's other half
+  for (int i = thread; i < 2 * rows8 * 4; i += 128) {
+    const int row = i / 4, piece = i % 4;
+    const uint4 v = LoadShared(staging + row * 64 + ((piece ^ (row >> 1 & 3)) << 4));
+    uint8_t* to = out + row * 128 + (((half * 4 + piece) ^ (row & 7)) << 4);
+    if (work.shared) {
+      *reinterpret_cast<uint4*>(to) = v;
+    } else {
+      StoreKeep(to, v, keep);
+    }
+    if (alone) *reinterpret_cast<uint4*>(out + row * 128 + (((4 + piece) ^ (row & 7)) << 4)) = make_uint4(0, 0, 0, 0);
+  }
+  if (alone) {
+    for (int i = thread; i < rows8; i += 128) out_scales[rows8 + i] = 0;
+  }
+}
+
+template <int kN, int kTiles>
+__device__ __forceinline__ void Compute(const FfnParams& p, const Work& work, uint32_t base, int group, int warp, int lane,
+                                        Ring<4>& ring) {
+  using L = Layout<FfnFormat::kBF16>;
   // Otherwise the addresses of every form are kept in registers from item to item.
   asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
   float d[kTiles][kN / 2];
-  Multiply<kFormat, kN, kTiles>(d, base, work.blocks, work.phase == 0, group, warp, lane, ring);
+  Multiply<kN, kTiles>(d, base, work.blocks, work.phase == 0, group, lane, ring);
   asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
   const uint32_t staging = base + L::kStaging + group * L::kStagingBytes;
   if (work.phase == 0) {
@@ -483,19 +660,49 @@ __device__ __forceinline__ void Compute(const FfnParams& p, const Work& work, ui
   }
 }
 
-template <FfnFormat kFormat, int kTiles>
-__device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work, uint32_t base, int group,
-                                            int warp, int lane, Ring<Layout<kFormat>::kStages>& ring) {
+template <int kPairs>
+__device__ __forceinline__ void ComputeSplit(const FfnParams& p, const FfnExpert* experts, const Work& work, uint32_t base,
+                                             int item, int group, int warp, int lane, Ring<4>& ring) {
+  using L = Layout<FfnFormat::kFP8>;
+  asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
+  float sum[2][kPairs / 2];
+  if (work.phase == 0) {
+    MultiplySplit<kPairs, false>(sum, base, work.blocks, work.rows, group, lane, ring);
+    asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
+    StoreSplit<kPairs>(sum, p, experts, work, base, item, group, warp, lane);
+  } else {
+    MultiplySplit<kPairs, true>(sum, base, work.blocks, work.rows, group, lane, ring);
+    asm volatile("" : "+r"(warp), "+r"(lane), "+r"(base), "+r"(group));
+    const uint32_t staging = base + L::kStaging + group * L::kStagingBytes;
+    Store<kPairs, 2, true, L::kStagingBytes>(sum, p, work, staging, group, warp, lane);
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void ComputeRows(const FfnParams& p, const Work& work, uint32_t base, int group, int warp,
+                                            int lane, Ring<4>& ring) {
   if (work.rows <= 8) {
-    Compute<kFormat, 8, kTiles>(p, work, base, group, warp, lane, ring);
+    Compute<8, kTiles>(p, work, base, group, warp, lane, ring);
   } else if (work.rows <= 16) {
-    Compute<kFormat, 16, kTiles>(p, work, base, group, warp, lane, ring);
+    Compute<16, kTiles>(p, work, base, group, warp, lane, ring);
   } else if (work.rows <= 32) {
-    Compute<kFormat, 32, kTiles>(p, work, base, group, warp, lane, ring);
-  } else if (Layout<kFormat>::kPairs == 64 || work.rows <= 64) {
-    Compute<kFormat, 64, kTiles>(p, work, base, group, warp, lane, ring);
-  } else if constexpr (Layout<kFormat>::kPairs == 128) {
-    Compute<kFormat, 128, kTiles>(p, work, base, group, warp, lane, ring);
+    Compute<32, kTiles>(p, work, base, group, warp, lane, ring);
+  } else if (work.rows <= 64) {
+    Compute<64, kTiles>(p, work, base, group, warp, lane, ring);
+  } else {
+    Compute<128, kTiles>(p, work, base, group, warp, lane, ring);
+  }
+}
+__device__ __forceinline__ void ComputeRowsSplit(const FfnParams& p, const FfnExpert* experts, const Work& work,
+                                                 uint32_t base, int item, int group, int warp, int lane, Ring<4>& ring) {
+  if (work.rows <= 8) {
+    ComputeSplit<8>(p, experts, work, base, item, group, warp, lane, ring);
+  } else if (work.rows <= 16) {
+    ComputeSplit<16>(p, experts, work, base, item, group, warp, lane, ring);
+  } else if (work.rows <= 32) {
+    ComputeSplit<32>(p, experts, work, base, item, group, warp, lane, ring);
+  } else {
+    ComputeSplit<64>(p, experts, work, base, item, group, warp, lane, ring);
   }
 }
 
@@ -510,11 +717,19 @@ __device__ __forceinline__ void Consume(const FfnParams& p, const uint8_t* share
     const Work work = ReadWork(shared, L::kWork + slot * 32);
     Release(base + L::kWorkEmpty + 8 * slot, lane);
     if (work.phase < 0) break;
-    if (L::kGroups == 2 ? work.units == 1 : group / 2 < work.units) {
-      ComputeRows<kFormat, 1>(p, work, base, group, warp, lane, ring);
-    } else if (L::kGroups == 2 && work.units == 2) {
-      if constexpr (L::kGroups == 2) ComputeRows<kFormat, 2>(p, work, base, group, warp, lane, ring);
-    } else {
+    bool computes = work.units > 0;
+    if constexpr (L::kFP8) {
+      computes = group < work.units;  // two warpgroups do not share a unit, whose scales are of all its columns
+      if (computes) {
+        const FfnExpert* experts = reinterpret_cast<const FfnExpert*>(shared + L::kExperts);
+        ComputeRowsSplit(p, experts, work, base, n, group, warp, lane, ring);
+      }
+    } else if (work.units == 1) {
+      ComputeRows<1>(p, work, base, group, warp, lane, ring);
+    } else if (work.units == 2) {
+      ComputeRows<2>(p, work, base, group, warp, lane, ring);
+    }
+    if (!computes) {
       for (int block = 0; block < work.blocks; ++block) {
         BarrierWait(base + L::kFull + 8 * ring.stage, ring.parity);
         Release(base + L::kEmpty + 8 * ring.stage, lane);
@@ -541,7 +756,7 @@ __device__ __forceinline__ void FetchEarly(const FfnParams& p) {
   const int items = (p.units.units1 + 3) / 4, cluster = blockIdx.x / 2, expert = cluster / items;
   if (expert >= p.experts) return;
   bool wanted = false;
-  for (int i = threadIdx.x; i < min(p.slots, kEarlySlots); i += L::kThreads) wanted |= p.expert_of[i] == expert;
+  for (int i = threadIdx.x; i < min(p.slots, kEarlySlots); i += kThreads) wanted |= p.expert_of[i] == expert;
   if (__syncthreads_or(wanted) && threadIdx.x < 2) {
     const int unit = (cluster % items * 2 + blockIdx.x % 2) * 2 + threadIdx.x;
     if (unit < p.units.units1) {
@@ -552,7 +767,7 @@ __device__ __forceinline__ void FetchEarly(const FfnParams& p) {
 }
 
 template <FfnFormat kFormat>
-__global__ void __launch_bounds__(Layout<kFormat>::kThreads, 1) FfnKernel(const FfnParams p) {
+__global__ void __launch_bounds__(kThreads, 1) FfnKernel(const FfnParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kFormat>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -563,12 +778,12 @@ __global__ void __launch_bounds__(Layout<kFormat>::kThreads, 1) FfnKernel(const 
     if (base % 1024 != 0) __trap();
     for (int i = 0; i < L::kStages; ++i) {
       BarrierInit(base + L::kFull + 8 * i, 1 + 32 * kGatherWarps);
-      BarrierInit(base + L::kEmpty + 8 * i, 4 * L::kGroups);
+      BarrierInit(base + L::kEmpty + 8 * i, 4 * kGroups);
       BarrierInit(base + L::kReady + 8 * i, 1);
     }
     for (int i = 0; i < 2; ++i) {
       BarrierInit(base + L::kWorkFull + 8 * i, 1);
-      BarrierInit(base + L::kWorkEmpty + 8 * i, 4 * L::kGroups + kGatherWarps);
+      BarrierInit(base + L::kWorkEmpty + 8 * i, 4 * kGroups + kGatherWarps);
       BarrierInit(base + L::kClaimFull + 8 * i, 1);
       BarrierInit(base + L::kClaimEmpty + 8 * i, 1);
     }
@@ -576,12 +791,14 @@ __global__ void __launch_bounds__(Layout<kFormat>::kThreads, 1) FfnKernel(const 
   }
   FetchEarly<kFormat>(p);
   DependentWait();
-  for (int i = threadIdx.x; i <= p.experts; i += L::kThreads) {
+  for (int i = threadIdx.x; i <= p.experts; i += kThreads) {
     reinterpret_cast<int4*>(shared + L::kExperts)[i] = reinterpret_cast<const int4*>(p.tables.experts)[i];
   }
   __syncthreads();
   ClusterSync();
-  constexpr int kConsumers = 4 * L::kGroups;  // warps
+  constexpr int kConsumers = 4 * kGroups;  // warps
+  // Of the registers that the block began with, 168 a thread: who asks for more than the others gave back waits for ever.
+  static_assert(256 * 232 + 128 * 40 <= 384 * 168 && 256 * 224 + 128 * 48 <= 384 * 168);
   if (warp >= kConsumers) {
     RegistersDown<48>();
     if (warp == kConsumers) {
@@ -592,7 +809,7 @@ __global__ void __launch_bounds__(Layout<kFormat>::kThreads, 1) FfnKernel(const 
     __syncwarp();
     ClusterSync();  // the other block may still arrive at barriers here
   } else {
-    RegistersUp<L::kFP8 ? 104 : 224>();
+    RegistersUp<L::kFP8 ? 224 : 224>();
     Consume<kFormat>(p, shared, base, warp / 4, warp % 4, lane);
     __syncwarp();
     ClusterSync();
@@ -608,7 +825,7 @@ cudaError_t Launch(const FfnParams& params, int multiprocessors, cudaStream_t st
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(multiprocessors / 2 * 2);
-  config.blockDim = dim3(Layout<kFormat>::kThreads);
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = Layout<kFormat>::kBytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];

@@ -45,7 +45,7 @@ absl::StatusOr<MlaDecode> MlaDecode::Create(const Options& options) {
   decode.path_ = *path;
   MlaDecodePlanLimits& limits = decode.limits_;
   limits.heads = options.heads;
-  if (options.segment_cost > 0) limits.segment_cost = options.segment_cost;
+  if (options.combine_cost != 0) limits.combine_cost = options.combine_cost;
   if (decode.path_ == Path::kHopper) {
     // Both halves of 128 heads read the same pages: two blocks share every load.
     decode.blocks_per_worker_ = options.heads == 128 && options.variant == 0 ? 2 : 1;

@@ -41,7 +41,9 @@ class MlaDecode {
     int32_t sequences_max = 1024;
     Path path = Path::kAuto;
     int32_t variant = 0;  // of the Hopper kernel, for measurements; 0: the one to use; 1: blocks of 64 rows
-    int32_t segment_cost = 0;  // 0: the default of MlaDecodePlanLimits
+    // 0: the default of MlaDecodePlanLimits; for measurements: < 0: items are cut wherever that balances
+    // better
+    int32_t combine_cost = 0;
   };
   static absl::StatusOr<MlaDecode> Create(const Options& options);
 

@@ -1,6 +1,10 @@
 #include "libs/kernels/cuda/mla_decode_plan.h"
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
+#include <queue>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -36,6 +40,44 @@ int32_t Lay(std::span<const Item> items, int64_t payload, int32_t cost, Emit emi
     }
   }
   return workers;
+}
+
+// Whole items by worker, the longest first, each to the worker that has least; `payload` is that of the
+// busiest.
+std::vector<std::vector<int32_t>> ShareWhole(std::span<const Item> items, int32_t workers, int32_t cost,
+                                             int64_t& payload) {
+  std::vector<int32_t> order(items.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return items[a].pages > items[b].pages; });
+  using Load = std::pair<int64_t, int32_t>;  // pages, worker
+  std::priority_queue<Load, std::vector<Load>, std::greater<>> least;
+  for (int32_t w = 0; w < workers; ++w) least.push({0, w});
+  std::vector<std::vector<int32_t>> shares(workers);
+  payload = 0;
+  for (const int32_t i : order) {
+    const auto [pages, worker] = least.top();
+    least.pop();
+    const int64_t after = pages + items[i].pages + cost;
+    shares[worker].push_back(i);
+    payload = std::max(payload, after);
+    least.push({after, worker});
+  }
+  return shares;
+}
+
+DecodeSegment SegmentOf(const Item& item, int32_t begin, int32_t pages) {
+  DecodeSegment segment = {};
+  segment.row = item.row;
+  segment.rows = item.rows;
+  segment.row_offset = item.row_offset;
+  segment.first_limit = item.first_limit;
+  segment.length = item.length;
+  segment.sequence = item.sequence;
+  segment.page_begin = begin;
+  segment.pages = pages;
+  segment.split = -1;
+  return segment;
 }
 
 }  // namespace
@@ -82,21 +124,22 @@ absl::StatusOr<MlaDecodePlan> PlanMlaDecode(std::span<const DecodeSequence> sequ
 
   MlaDecodePlan plan;
   plan.tokens = token;
-  plan.payload = high;
   plan.worker_begin.push_back(0);
+  int64_t whole = 0;
+  const auto shares = ShareWhole(items, limits.workers, limits.segment_cost, whole);
+  if (whole <= high + limits.combine_cost) {
+    plan.payload = whole;
+    for (const std::vector<int32_t>& share : shares) {
+      for (const int32_t i : share) plan.segments.push_back(SegmentOf(items[i], 0, items[i].pages));
+      plan.worker_begin.push_back(static_cast<int32_t>(plan.segments.size()));
+    }
+    return plan;
+  }
+  plan.payload = high;
   Lay(
       items, high, limits.segment_cost,
       [&](const Item& item, int32_t begin, int32_t pages) {
-        DecodeSegment segment = {};
-        segment.row = item.row;
-        segment.rows = item.rows;
-        segment.row_offset = item.row_offset;
-        segment.first_limit = item.first_limit;
-        segment.length = item.length;
-        segment.sequence = item.sequence;
-        segment.page_begin = begin;
-        segment.pages = pages;
-        segment.split = -1;
+        DecodeSegment segment = SegmentOf(item, begin, pages);
         if (pages < item.pages) {
           if (begin == 0) plan.combines.push_back({item.row, item.rows, plan.splits, 0});
           segment.split = plan.splits++;

@@ -4,7 +4,7 @@
 // `item_rows`; an item must see every page of its sequence. Items are laid end to end, measured in pages plus
 // a fixed cost per segment, and the line is cut into equal parts, one per worker. An item that is cut becomes
 // several segments, whose partial results a second kernel combines; an item in one piece writes its result
-// directly.
+// directly. Where whole items are balanced nearly as well, none is cut.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,9 @@ struct MlaDecodePlanLimits {
   int32_t workers = 1;
   // Loading queries, starting the pipeline and writing a result cost about as much as this many pages.
   int32_t segment_cost = 3;
+  // And so do writing partial results and combining them, once, if any item is cut; negative: they are cut
+  // unless whole ones balance better by that much.
+  int32_t combine_cost = 6;
 };
 
 // INVALID_ARGUMENT if a sequence has no query, more than 4, or fewer tokens than queries.

@@ -108,5 +108,25 @@ TEST(MlaDecodePlan, OneLongSequenceKeepsEveryWorkerBusy) {
   EXPECT_EQ(plan->payload, 10 + limits.segment_cost);
 }
 
+// 128 equal sequences for 66 workers: two each is a little worse balanced than a cut line, and needs no
+// combining.
+TEST(MlaDecodePlan, WholeSequencesWhereTheyBalanceNearlyAsWell) {
+  const std::vector<DecodeSequence> sequences(128, {4096, 1});
+  const auto plan = PlanMlaDecode(sequences, Limits(128, 128, 66));
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->splits, 0);
+  EXPECT_TRUE(plan->combines.empty());
+  EXPECT_EQ(std::ssize(plan->segments), 128);
+  EXPECT_EQ(plan->payload, 2 * (64 + 3));
+}
+
+TEST(MlaDecodePlan, CutsWhereWholeSequencesWouldNotBalance) {
+  std::vector<DecodeSequence> sequences(67, {4096, 1});
+  const auto plan = PlanMlaDecode(sequences, Limits(128, 128, 66));
+  ASSERT_TRUE(plan.ok());
+  EXPECT_GT(plan->splits, 0);
+  EXPECT_LT(plan->payload, 2 * 64);
+}
+
 }  // namespace
 }  // namespace minke::cuda
