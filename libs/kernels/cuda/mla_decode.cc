@@ -139,7 +139,7 @@ absl::Status MlaDecode::Run(const MlaDecodeArgs& args, const Stream& stream) {
   combine.combines = reinterpret_cast<const DecodeCombine*>(tables + at.combines);
   combine.item_rows = limits_.item_rows;
   MK_CUDA_RETURN_IF_ERROR(
-      LaunchDecodeCombine(combine, 8 * device_.multiprocessors, path_ == Path::kHopper, stream.handle()));
+      LaunchDecodeCombine(combine, 2 * device_.multiprocessors, path_ == Path::kHopper, stream.handle()));
   return absl::OkStatus();
 }
 

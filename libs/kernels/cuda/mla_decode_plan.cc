@@ -127,7 +127,7 @@ absl::StatusOr<MlaDecodePlan> PlanMlaDecode(std::span<const DecodeSequence> sequ
   plan.worker_begin.push_back(0);
   int64_t whole = 0;
   const auto shares = ShareWhole(items, limits.workers, limits.segment_cost, whole);
-  if (whole <= high + limits.combine_cost) {
+  if (whole <= high + high / 32 + limits.combine_cost) {
     plan.payload = whole;
     for (const std::vector<int32_t>& share : shares) {
       for (const int32_t i : share) plan.segments.push_back(SegmentOf(items[i], 0, items[i].pages));

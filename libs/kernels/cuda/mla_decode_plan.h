@@ -58,8 +58,9 @@ struct MlaDecodePlanLimits {
   int32_t workers = 1;
   // Loading queries, starting the pipeline and writing a result cost about as much as this many pages.
   int32_t segment_cost = 3;
-  // And so do writing partial results and combining them, once, if any item is cut; negative: they are cut
-  // unless whole ones balance better by that much.
+  // And so do writing partial results and combining them, once, if any item is cut; pages of cut items also
+  // take a little longer, by about a 32nd. Negative: they are cut unless whole ones balance better by that
+  // much.
   int32_t combine_cost = 6;
 };
 

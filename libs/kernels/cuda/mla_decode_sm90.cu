@@ -153,6 +153,11 @@ __device__ __forceinline__ void ProduceQueriesAndRope(const DecodeParams& p, con
     BarrierWait(q_rope.empty, q_rope.parity ^ 1);
     BarrierExpect(q_rope.full, kTile);
     Load2D(q_rope.tiles, q_map, kRank, row, q_rope.full);
+    if (s + 1 < end) {  // the next segment's wait for this one's end, and then not for memory
+      const int next = p.segments[s + 1].row + static_cast<int>(rank) * 64;
+#pragma unroll
+      for (int i = 0; i < 9; ++i) Prefetch2D(q_map, i * 64, next);
+    }
     PageReader reader(p.page_table + segment.sequence * p.page_table_stride + segment.page_begin, pages);
     for (int t = 0; t < pages; ++t, ++page, reader.Advance()) {
       const Slot slot = RopeSlot(base, page, s - begin + 1);
