@@ -11,9 +11,10 @@
 
 namespace minke::cuda {
 
+// Either side on the device or in page-locked memory.
 struct RowMove {
-  void* to = nullptr;          // on the device
-  const void* from = nullptr;  // on the device or in page-locked memory
+  void* to = nullptr;
+  const void* from = nullptr;
 };
 
 // Everything 16-byte aligned, row_bytes too. What is written is read by no move of the same call.
