@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
@@ -38,11 +39,12 @@ class GpuRowMemory final : public RowMemory {
   // On a stream of its own: the transport's keepalive thread may need it while the engine copies.
   absl::Status CopyToHost(std::byte* to, const std::byte* from, size_t bytes) override {
     MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
-    MK_RETURN_IF_ERROR(memory_.Download(to, static_cast<int64_t>(bytes), downloads_, from - base()));
+    MK_RETURN_IF_ERROR(cuda::CopyToHost(to, from, static_cast<int64_t>(bytes), downloads_));
     return downloads_.Synchronize();
   }
 
   absl::Status CopyRows(std::span<const RowCopy> copies) override {
+    const std::lock_guard lock(copying_);
     MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
     auto* const moves = moves_.as<cuda::RowMove>();
     while (!copies.empty()) {
@@ -71,48 +73,7 @@ class GpuRowMemory final : public RowMemory {
   const cuda::Stream copies_, downloads_;
   const cuda::PinnedBuffer moves_, staging_;
   const int64_t staged_max_;
-};
-
-class GpuRowCombiner final : public RowCombiner {
- public:
-  GpuRowCombiner(const RowMemory& memory, int64_t rows_max, int64_t partials_max, int device,
-                 cuda::Stream stream, cuda::PinnedBuffer tables)
-      : memory_(memory),
-        rows_max_(rows_max),
-        partials_max_(partials_max),
-        device_(device),
-        stream_(std::move(stream)),
-        tables_(std::move(tables)) {}
-
-  absl::Status Combine(std::span<const int32_t> begin, std::span<const int32_t> partials,
-                       float* sums) override {
-    if (begin.empty() || std::ssize(begin) - 1 > rows_max_ ||
-        std::ssize(partials) > rows_max_ * partials_max_) {
-      return absl::InvalidArgumentError(StrCat("Combine: ", begin.size(), " offsets, ", partials.size(),
-                                               " partial sums, room for ", rows_max_ + 1, " and ",
-                                               rows_max_ * partials_max_));
-    }
-    MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
-    auto* const table = tables_.as<int32_t>();
-    std::copy(begin.begin(), begin.end(), table);
-    std::copy(partials.begin(), partials.end(), table + begin.size());
-    cuda::CombineArgs args;
-    args.base = reinterpret_cast<const bf16*>(memory_.base());
-    args.begin = table;
-    args.partials = table + begin.size();
-    args.sums = sums;
-    args.rows = std::ssize(begin) - 1;
-    args.width = memory_.row_bytes() / int64_t{sizeof(bf16)};
-    MK_RETURN_IF_ERROR(cuda::CombineRows(args, stream_));
-    return stream_.Synchronize();
-  }
-
- private:
-  const RowMemory& memory_;
-  const int64_t rows_max_, partials_max_;
-  const int device_;
-  const cuda::Stream stream_;
-  const cuda::PinnedBuffer tables_;  // page-locked: begin, then partials
+  std::mutex copying_;  // several engines of one process (tests) may share a row memory
 };
 
 }  // namespace
@@ -141,22 +102,6 @@ absl::StatusOr<std::unique_ptr<RowMemory>> MakeGpuRowMemory(int64_t row_bytes, i
   return std::make_unique<GpuRowMemory>(*std::move(memory), row_bytes, rows_per_block, blocks, device,
                                         std::move(copies), std::move(downloads), std::move(moves),
                                         std::move(staging));
-}
-
-absl::StatusOr<std::unique_ptr<RowCombiner>> MakeGpuRowCombiner(const RowMemory& memory, int64_t rows_max,
-                                                                int64_t partials_max) {
-  if (!memory.on_gpu() || rows_max < 1 || partials_max < 1) {
-    return absl::InvalidArgumentError(StrCat("row combiner: ", rows_max, " rows of ", partials_max,
-                                             " partial sums",
-                                             memory.on_gpu() ? "" : ", which are on no GPU"));
-  }
-  MK_ASSIGN_OR_RETURN(const int device, cuda::CurrentDeviceIndex());
-  MK_ASSIGN_OR_RETURN(cuda::Stream stream, cuda::Stream::Create());
-  MK_ASSIGN_OR_RETURN(
-      cuda::PinnedBuffer tables,
-      cuda::PinnedBuffer::Allocate((rows_max + 1 + rows_max * partials_max) * int64_t{sizeof(int32_t)}));
-  return std::make_unique<GpuRowCombiner>(memory, rows_max, partials_max, device, std::move(stream),
-                                          std::move(tables));
 }
 
 }  // namespace minke

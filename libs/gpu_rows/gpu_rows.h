@@ -18,9 +18,9 @@ absl::StatusOr<std::unique_ptr<transport::RowMemory>> MakeGpuRowMemory(int64_t r
                                                                        int32_t rows_per_block,
                                                                        int32_t blocks);
 
-// For partial sums in `memory`, which must outlive it and was made above; at most `rows_max` rows at a time,
-// of `partials_max` partials each.
-absl::StatusOr<std::unique_ptr<RowCombiner>> MakeGpuRowCombiner(const transport::RowMemory& memory,
-                                                                int64_t rows_max, int64_t partials_max);
+// For bf16 rows of `width`, a multiple of 8, on this GPU: at most `rows_max` at a time, of `partials_max`
+// partials each. Takes page-locked memory for all of them, as they may all have come to the host.
+absl::StatusOr<std::unique_ptr<RowCombiner>> MakeGpuRowCombiner(int64_t width, int64_t rows_max,
+                                                                int64_t partials_max);
 
 }  // namespace minke

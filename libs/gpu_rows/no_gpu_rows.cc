@@ -12,8 +12,7 @@ absl::StatusOr<std::unique_ptr<transport::RowMemory>> MakeGpuRowMemory(int64_t, 
   return Missing();
 }
 
-absl::StatusOr<std::unique_ptr<RowCombiner>> MakeGpuRowCombiner(const transport::RowMemory&, int64_t,
-                                                                int64_t) {
+absl::StatusOr<std::unique_ptr<RowCombiner>> MakeGpuRowCombiner(int64_t, int64_t, int64_t) {
   return Missing();
 }
 

@@ -5,7 +5,6 @@
 #include "libs/gpu_rows/gpu_rows.h"
 #include "libs/gpu_rows/testing/host_row_combiner.h"
 #include "libs/kernels/cuda/row_copies.h"
-#include "libs/transport/testing/host_row_memory.h"
 #include "tests/gpu/gpu_support.h"
 
 namespace minke::cuda {
@@ -39,11 +38,17 @@ TEST(GpuRowMemory, TooMuchSaysHowMuch) {
   EXPECT_NE(memory.status().message().find("1125899906842624"), std::string::npos) << memory.status();
 }
 
-TEST(GpuRowMemory, BytesOutsideAreNotCopiedToTheHost) {
+TEST(GpuRowMemory, OtherMemoryOfTheDeviceIsCopiedToTheHostToo) {
+  std::mt19937 rng(10);
+  const Stream stream = *Stream::Create();
   const auto memory = MakeGpuRowMemory(32, 2, 2);
   ASSERT_TRUE(memory.ok()) << memory.status();
-  std::byte out[64];
-  EXPECT_FALSE((*memory)->CopyToHost(out, (*memory)->base() + 96, 64).ok());
+  const auto other = RandomBytes(rng, 4096);
+  const DeviceBuffer device = ToDevice(other, stream);
+  ASSERT_TRUE(stream.Synchronize().ok());
+  std::vector<std::byte> out(4000);
+  ASSERT_TRUE((*memory)->CopyToHost(out.data(), device.as<std::byte>() + 96, out.size()).ok());
+  EXPECT_TRUE(std::equal(out.begin(), out.end(), other.begin() + 96));
 }
 
 // Rows from ordinary host memory, from this memory and from elsewhere on the GPU, in any number: against a
@@ -104,34 +109,32 @@ TEST(GpuRowMemory, CopiesAreALoops) {
   }
 }
 
-TEST(GpuRowMemory, CombinesAsTheHost) {
+// Partial sums in row memory and in ordinary host memory, mixed: against the loop on the host.
+TEST(GpuRowCombiner, AddsAsTheHost) {
   std::mt19937 rng(13);
   const Stream stream = *Stream::Create();
   for (const int64_t width : {8, 96, 2048, 5120, 7176}) {
     constexpr int32_t kRows = 300;
-    auto memory = MakeGpuRowMemory(width * 2, kRows, 1);
-    ASSERT_TRUE(memory.ok()) << memory.status();
-    transport::HostRowMemory host(width * 2, kRows, 1);
     std::vector<bf16> values = RandomBF16(rng, kRows * width, 3);
-    for (int64_t i = 0; i < width; ++i) values[i] = F32ToBF16(-0.0f);  // row 0
-    std::memcpy(host.base(), values.data(), host.bytes());
-    std::vector<RowCopy> fill;
-    for (int32_t i = 0; i < kRows; ++i)
-      fill.push_back({(*memory)->base() + i * width * 2, host.base() + i * width * 2, true});
-    ASSERT_TRUE((*memory)->CopyRows(fill).ok());
-    auto combiner = MakeGpuRowCombiner(**memory, 130, 8);
+    std::fill_n(values.begin(), width, F32ToBF16(-0.0f));  // row 0
+    const DeviceBuffer device = ToDevice(values, stream);
+    auto combiner = MakeGpuRowCombiner(width, 130, 8);
     ASSERT_TRUE(combiner.ok()) << combiner.status();
-    HostRowCombiner reference(host);
+    HostRowCombiner reference(width, Precision::kBF16);
     for (const int rows : {1, 2, 17, 64, 130}) {
-      std::vector<int32_t> begin = {0}, partials;
+      std::vector<int32_t> begin = {0};
+      std::vector<PartialSum> partials, on_host;
       for (int i = 0; i < rows; ++i) {
-        const int count = static_cast<int>(rng() % 9);  // none, too
-        for (int p = 0; p < count; ++p) partials.push_back(static_cast<int32_t>(rng() % kRows));
+        for (int count = static_cast<int>(rng() % 9); count > 0; --count) {  // none, too
+          const int64_t row = partials.empty() ? 0 : static_cast<int64_t>(rng() % kRows);
+          on_host.push_back({reinterpret_cast<const std::byte*>(&values[row * width]), true});
+          partials.push_back(rng() % 2 == 0 ? on_host.back()
+                                            : PartialSum{device.as<std::byte>() + row * width * 2, false});
+        }
         begin.push_back(static_cast<int32_t>(partials.size()));
       }
-      if (!partials.empty()) partials.front() = 0;
       std::vector<float> want(rows * width);
-      ASSERT_TRUE(reference.Combine(begin, partials, want.data()).ok());
+      ASSERT_TRUE(reference.Combine(begin, on_host, want.data()).ok());
       const DeviceBuffer sums = Poisoned(rows * width * 4, stream);
       ASSERT_TRUE(stream.Synchronize().ok());
       const absl::Status combined = (*combiner)->Combine(begin, partials, sums.as<float>());
@@ -141,6 +144,7 @@ TEST(GpuRowMemory, CombinesAsTheHost) {
     }
     const std::vector<int32_t> too_many(132);
     EXPECT_TRUE(absl::IsInvalidArgument((*combiner)->Combine(too_many, {}, nullptr)));
+    EXPECT_TRUE(absl::IsInvalidArgument((*combiner)->Combine(std::vector<int32_t>{0, 1}, {}, nullptr)));
   }
 }
 
@@ -152,12 +156,13 @@ TEST(CombineRowsTest, AddsToWhatIsThere) {
   const auto values = RandomBF16(rng, 4 * kWidth, 3), before = RandomBF16(rng, 3 * kWidth, 5);
   std::vector<float> x(before.size());
   for (size_t i = 0; i < x.size(); ++i) x[i] = BF16ToF32(before[i]) * 1.001f;
-  const std::vector<int32_t> begin = {0, 3, 3, 4}, partials = {2, 0, 3, 1};
+  const std::vector<int32_t> begin = {0, 3, 3, 4};
   const DeviceBuffer rows = ToDevice(values, stream), sums = ToDevice(x, stream);
-  const DeviceBuffer begins = ToDevice(begin, stream), numbers = ToDevice(partials, stream);
-  ASSERT_TRUE(CombineRows({.base = rows.as<bf16>(),
-                           .begin = begins.as<int32_t>(),
-                           .partials = numbers.as<int32_t>(),
+  std::vector<const bf16*> partials;
+  for (const int row : {2, 0, 3, 1}) partials.push_back(rows.as<bf16>() + row * kWidth);
+  const DeviceBuffer begins = ToDevice(begin, stream), pointers = ToDevice(partials, stream);
+  ASSERT_TRUE(CombineRows({.begin = begins.as<int32_t>(),
+                           .partials = pointers.as<const bf16*>(),
                            .sums = sums.as<float>(),
                            .rows = 3,
                            .width = kWidth,

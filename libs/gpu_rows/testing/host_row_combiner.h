@@ -1,27 +1,23 @@
-// What adds up partial sums in a HostRowMemory, for tests, which have no GPU.
+// Adds partial sums up in host memory posing as a device's: for tests, which have no GPU, and the GPU's
+// oracle.
 #pragma once
-
-#include <algorithm>
 
 #include "libs/base/dtype.h"
 #include "libs/gpu_rows/row_combiner.h"
-#include "libs/transport/row_memory.h"
 
 namespace minke {
 
 class HostRowCombiner final : public RowCombiner {
  public:
-  explicit HostRowCombiner(const transport::RowMemory& memory) : memory_(memory) {}
+  HostRowCombiner(int64_t width, Precision precision) : width_(width), precision_(precision) {}
 
-  absl::Status Combine(std::span<const int32_t> begin, std::span<const int32_t> partials,
+  absl::Status Combine(std::span<const int32_t> begin, std::span<const PartialSum> partials,
                        float* sums) override {
-    const int64_t width = memory_.row_bytes() / int64_t{sizeof(bf16)};
-    const auto* base = reinterpret_cast<const bf16*>(memory_.base());
-    for (size_t row = 0; row + 1 < begin.size(); ++row, sums += width) {
-      for (int64_t i = 0; i < width; ++i) {
+    for (size_t row = 0; row + 1 < begin.size(); ++row, sums += width_) {
+      for (int64_t i = 0; i < width_; ++i) {
         float sum = 0;
         for (int32_t p = begin[row]; p < begin[row + 1]; ++p) {
-          const float value = BF16ToF32(base[partials[p] * width + i]);
+          const float value = Value(partials[p].row, i);
           sum = p == begin[row] ? value : sum + value;
         }
         sums[i] = 0.0f + sum;
@@ -31,7 +27,12 @@ class HostRowCombiner final : public RowCombiner {
   }
 
  private:
-  const transport::RowMemory& memory_;
+  float Value(const std::byte* row, int64_t i) const {
+    return precision_ == Precision::kExact ? reinterpret_cast<const float*>(row)[i]
+                                           : BF16ToF32(reinterpret_cast<const bf16*>(row)[i]);
+  }
+  const int64_t width_;
+  const Precision precision_;
 };
 
 }  // namespace minke

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const CombineArgs a) {
   if (begin == end && a.add) return;
   float sum[8] = {};
   for (int32_t p = begin; p < end; ++p) {
-    const uint4 packed = *reinterpret_cast<const uint4*>(a.base + a.partials[p] * a.width + column);
+    const uint4 packed = *reinterpret_cast<const uint4*>(a.partials[p] + column);
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -64,6 +64,12 @@ absl::Status MoveRows(const RowMove* moves, int64_t count, int64_t row_bytes, co
   if (row_bytes % 16 != 0) return absl::InvalidArgumentError("MoveRows: rows are not multiples of 16 bytes");
   MoveKernel<<<static_cast<unsigned>(count), kThreads, 0, stream.handle()>>>(moves, static_cast<int>(row_bytes / 16));
   return Launched();
+}
+
+absl::Status CopyToHost(void* to, const void* from, int64_t bytes, const Stream& stream) {
+  MK_CUDA_RETURN_IF_ERROR(
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream.handle()));
+  return absl::OkStatus();
 }
 
 absl::Status CombineRows(const CombineArgs& args, const Stream& stream) {

@@ -20,14 +20,16 @@ struct RowMove {
 // Everything 16-byte aligned, row_bytes too. What is written is read by no move of the same call.
 absl::Status MoveRows(const RowMove* moves, int64_t count, int64_t row_bytes, const Stream& stream);
 
-// For every row i: the rows partials[begin[i]], ..., partials[begin[i + 1] - 1] of `base`, summed in f32 in
-// this order; the first is taken as it is. Then sums[i] = 0 + that, or, with `add`, sums[i] += that. A row
-// with no partials: 0, or untouched. Width a multiple of 8, rows 16-byte aligned.
+// Bytes of any of the device's memory to ordinary memory, where they are once the stream is synchronised.
+absl::Status CopyToHost(void* to, const void* from, int64_t bytes, const Stream& stream);
+
+// For every row i: the rows partials[begin[i]], ..., partials[begin[i + 1] - 1], summed in f32 in this order;
+// the first is taken as it is. Then sums[i] = 0 + that, or, with `add`, sums[i] += that. A row with no
+// partials: 0, or untouched. Width a multiple of 8, rows 16-byte aligned.
 struct CombineArgs {
-  const bf16* base = nullptr;         // [.., width]
-  const int32_t* begin = nullptr;     // [rows + 1], ascending
-  const int32_t* partials = nullptr;  // row numbers
-  float* sums = nullptr;              // [rows, width], on the device
+  const int32_t* begin = nullptr;         // [rows + 1], ascending
+  const bf16* const* partials = nullptr;  // rows [width], on the device or in page-locked memory
+  float* sums = nullptr;                  // [rows, width], on the device
   int64_t rows = 0, width = 0;
   bool add = false;
 };
