@@ -19,10 +19,13 @@ namespace minke::router {
 // One row and the groups to send it to (bit g: group g). Pointers are borrowed for the call.
 struct WorkItem {
   uint32_t row = 0;                   // index in the exchange
-  const std::byte* data = nullptr;    // [hidden] Act
+  const std::byte* data = nullptr;    // [hidden] Act, in host memory unless on_device
   const uint16_t* experts = nullptr;  // [k] ascending
   const float* weights = nullptr;     // [k]
   uint64_t groups = 0;
+  // `data` is in the memory of the device that the transport's row memory is on, complete, and stays as it is
+  // during the call. REQUIRES: transport.row_memory() is not null.
+  bool on_device = false;
 };
 
 // Engine thread only.
