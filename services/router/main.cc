@@ -51,8 +51,8 @@ int main(int argc, char** argv) {
   }
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
-  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ROUTER, **checkpoint);
-  if (!transport.ok()) return fail(transport.status());
+  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_ROUTER, **checkpoint, Device::kCpu);
+  if (!data_plane.ok()) return fail(data_plane.status());
   options.registry = *std::move(registry);
   options.on_refused = [](const absl::Status& status) {
     node::Fail("router", status);
@@ -63,7 +63,8 @@ int main(int argc, char** argv) {
   options.advertise_host = flags.advertise;
   options.precision = flags.ParsedPrecision();
   options.threads = flags.Threads();
-  auto service = router::RouterService::Start(*std::move(checkpoint), *std::move(transport), options);
+  auto service =
+      router::RouterService::Start(*std::move(checkpoint), std::move(data_plane->transport), options);
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(
       flags, "router", (*service)->engine().transport(),
