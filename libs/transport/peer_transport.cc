@@ -738,7 +738,7 @@ void PeerTransport::HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) {
   peer.last_heard_ns = now_ns_;
   ++peer.statistics.received_frames;
   peer.statistics.received_bytes += FrameBytes(frame);
-  if (row_memory() != nullptr && wire::RowDataOffsetOf(header).has_value()) {
+  if (wire::RowDataOffsetOf(header).has_value()) {
     ++(frame.device_rows() != nullptr ? peer.statistics.frames_in_row_memory
                                       : peer.statistics.frames_in_host_memory);
   }

@@ -93,7 +93,7 @@ struct PeerStatistics {
   std::string transport;  // as UCX names it: "posix", "tcp", "rc_mlx5" ...; "inproc"; empty: was never up
   // Headers included; what the wire below adds is not.
   uint64_t sent_bytes = 0, received_bytes = 0, sent_frames = 0, received_frames = 0;
-  // Of the received frames those with row data, by where these came to lie. Only counted with row memory.
+  // Of the received frames those with row data, by where these came to lie.
   uint64_t frames_in_row_memory = 0, frames_in_host_memory = 0;
   uint64_t errors = 0;  // connections that failed or broke; not those that ended with a goodbye
 };

@@ -90,9 +90,8 @@ absl::StatusOr<std::vector<UcxSetting>> ChooseSettings(const UcxOptions& options
     return absl::FailedPreconditionError("transport rdma: UCX sees no RDMA device on this host");
   }
   const RowMemory* const rows = options.transport.rows;
-  const bool cuda =
-      rows != nullptr && rows->on_gpu() && ComponentPresent("cuda_cpy") && ComponentPresent("cuda_ipc");
-  return SettingsFor(selection, interface.name, interface.loopback, rdma_present, cuda);
+  return SettingsFor(selection, interface.name, interface.loopback, rdma_present,
+                     rows != nullptr && rows->on_gpu() && UcxKnowsCuda());
 }
 
 absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
@@ -460,10 +459,6 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   MK_ASSIGN_OR_RETURN(const std::vector<UcxSetting> settings, ChooseSettings(options, interface));
   MK_ASSIGN_OR_RETURN(Context context, CreateContext(settings));
   MK_ASSIGN_OR_RETURN(const bool carries_rows, Carries(context.get(), rows));
-  if (rows != nullptr && rows->on_gpu()) {
-    log::Info("transport", carries_rows ? "rows travel from and to GPU memory"
-                                        : "this UCX has no CUDA: rows travel through host memory");
-  }
   if (!carries_rows) rows = nullptr;
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
   MK_ASSIGN_OR_RETURN(const size_t header_bytes_max, HeaderBytesMax(worker.get()));
@@ -757,6 +752,10 @@ absl::StatusOr<UcxSelection> ParseUcxSelection(std::string_view text) {
   if (text == "rdma") return UcxSelection::kRdma;
   return absl::InvalidArgumentError(
       StrCat("transport: expected auto, shm, tcp or rdma, found \"", text, "\""));
+}
+
+bool UcxKnowsCuda() {
+  return internal::ComponentPresent("cuda_cpy") && internal::ComponentPresent("cuda_ipc");
 }
 
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptions options) {
