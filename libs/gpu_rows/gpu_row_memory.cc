@@ -35,6 +35,8 @@ class GpuRowMemory final : public RowMemory {
         staged_max_(staging_.bytes() / row_bytes) {}
 
   bool on_gpu() const override { return true; }
+  // A device that cannot be used now fails in whatever is done with it next.
+  void UseInThisThread() override { (void)cuda::UseDevice(device_); }
 
   // On a stream of its own: the transport's keepalive thread may need it while the engine copies.
   absl::Status CopyToHost(std::byte* to, const std::byte* from, size_t bytes) override {

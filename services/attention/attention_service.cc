@@ -115,12 +115,14 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   };
   MK_ASSIGN_OR_RETURN(std::unique_ptr<AttentionModel> model,
                       LoadModel(checkpoint, o, *service->pool_, progress));
+  if (o.wrap_model) model = o.wrap_model(std::move(model));
   const int64_t page_bytes = model->CacheBytesPerToken() * kernels::kPageTokens;
   const ModelLimits limits{
       .cache_pages = std::max<int64_t>(1, o.engine.cache_bytes / page_bytes),
       .microbatches = MicrobatchesMax(o.engine),
       .rows_max = std::max(o.engine.limits.step_tokens_max, o.engine.limits.sequences_max),
       .sequences_max = o.engine.limits.sequences_max,
+      .row_memory = transport->row_memory(),
       .allowed_tokens = o.allowed_tokens};
   MK_RETURN_IF_ERROR(model->Prepare(limits));
   std::unique_ptr<router::Gate> gate;

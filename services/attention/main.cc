@@ -42,7 +42,8 @@ int main(int argc, char** argv) {
   if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
-  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_ATTENTION, **checkpoint, Device::kCpu);
+  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_ATTENTION, **checkpoint,
+                                        attention_flags.tensor_parallel > 1 ? Device::kCpu : *device);
   if (!data_plane.ok()) return fail(data_plane.status());
   auto options = attention::ToServiceOptions(attention_flags, **checkpoint, flags.ParsedPrecision());
   if (!options.ok()) return fail(options.status());

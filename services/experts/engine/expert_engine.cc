@@ -142,15 +142,7 @@ void ExpertEngine::Accept(transport::Event& event) {
   if (view.ok() && !(header.layer < config_.num_hidden_layers && config_.IsMoeLayer(header.layer))) {
     view = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no experts"));
   }
-  if (view.ok() && event.frame.device_rows() != nullptr) {
-    const auto expected = static_cast<uint32_t>(view->data - event.frame.payload());
-    if (event.frame.rows_offset() == expected) {
-      view->data = event.frame.device_rows();
-    } else {
-      view = absl::InvalidArgumentError(
-          StrCat("ExpertWork: rows: expected at ", expected, ", found at ", event.frame.rows_offset()));
-    }
-  }
+  if (view.ok() && event.frame.device_rows() != nullptr) view->data = event.frame.device_rows();
   if (!view.ok()) {
     ++counters_.bad_frames;
     log::Warning("experts", StrCat("bad message peer=", ToString(event.peer), ": ", view.status().message()));

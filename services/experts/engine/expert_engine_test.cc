@@ -136,13 +136,13 @@ class Server {
   ExpertEngineStatus status() const { return engine_->status(); }
 
   // In row memory: `in_rows`, if a block is free.
-  void Send(const Message& message, uint64_t step, bool in_rows, uint32_t offset_error = 0) {
+  void Send(const Message& message, uint64_t step, bool in_rows) {
     const auto rows = static_cast<uint32_t>(message.rows.size());
     const auto pairs = static_cast<uint32_t>(message.pairs.size());
     const uint32_t bytes = wire::WorkPayloadBytes(Shape(), rows, pairs);
     const auto data_bytes = static_cast<uint32_t>(message.data.size() * sizeof(bf16));
     FrameRef frame;
-    if (in_rows) frame = origin_->frames().AllocateWithRows(bytes, bytes - data_bytes + offset_error, *rows_);
+    if (in_rows) frame = origin_->frames().AllocateWithRows(bytes, bytes - data_bytes, *rows_);
     if (!frame) frame = origin_->frames().Allocate(bytes);
     const wire::WorkSpans spans = wire::LayOutWork(Shape(), rows, pairs, frame.payload_span());
     std::copy(message.rows.begin(), message.rows.end(), spans.rows.begin());
@@ -309,19 +309,6 @@ TEST(ExpertEngineRows, AnOriginWithoutRowMemoryIsAnswered) {
   HostRowMemory rows(Shape().row_bytes(), BlockRows(), 200);
   Server server(&rows, nullptr);
   ExpectSame(RunAll(server, work, [](size_t) { return false; }), want);
-}
-
-TEST(ExpertEngineRows, RowsThatAreNotWhereTheKindHasThemAreABadMessage) {
-  std::mt19937 rng(4);
-  HostRowMemory rows(Shape().row_bytes(), BlockRows(), 10);
-  Server server(&rows, &rows);
-  server.backend().go.Notify();
-  const Message message = RandomMessage(2, rng);
-  server.Send(message, 1, true, wire::kRowAlignment);
-  const absl::Time limit = absl::Now() + absl::Seconds(20);
-  while (server.status().bad_frames == 0 && absl::Now() < limit) absl::SleepFor(absl::Milliseconds(5));
-  EXPECT_EQ(server.status().bad_frames, 1u);
-  EXPECT_EQ(server.backend().launches, 0);
 }
 
 TEST(ExpertEngineRows, RowMemoryOfAnotherDeviceIsRefused) {
