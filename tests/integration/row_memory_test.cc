@@ -60,12 +60,15 @@ struct Where {
   const char* name;
   int attention_blocks, expert_blocks;
   bool poses = true;
+  int router_blocks = 0;
 };
 // Nodes with and without row memory, and one whose model is the host's although its transport has it.
 constexpr Where kWhere[] = {{"Both", kPlenty, kPlenty},
                             {"Attention", kPlenty, 0},
                             {"Experts", 0, kPlenty},
-                            {"TransportOnly", kPlenty, kPlenty, false}};
+                            {"TransportOnly", kPlenty, kPlenty, false},
+                            {"All", kPlenty, kPlenty, true, kPlenty},
+                            {"Router", 0, 0, true, kPlenty}};
 
 class RowMemoryCluster : public testing::TestWithParam<Where> {
  protected:
@@ -74,6 +77,7 @@ class RowMemoryCluster : public testing::TestWithParam<Where> {
     options.attention_row_blocks = GetParam().attention_blocks;
     options.expert_row_blocks = GetParam().expert_blocks;
     options.attention_poses = GetParam().poses;
+    options.router_row_blocks = GetParam().router_blocks;
     return options;
   }
 };
@@ -204,6 +208,23 @@ TEST(RowMemory, RowsOfAnswersDoNotCrossHostMemory) {
     there += peer.frames_in_row_memory, elsewhere += peer.frames_in_host_memory;
   EXPECT_GT(there, 0u);
   EXPECT_EQ(elsewhere, 0u) << "sums";
+}
+
+// And with row memory on the router, too, no row of any message.
+TEST(RowMemory, NoRowCrossesHostMemoryWhereAllHaveIt) {
+  ClusterOptions options{.checkpoint = Golden::Get("v2").checkpoint};
+  options.attention_row_blocks = options.expert_row_blocks = options.router_row_blocks = kPlenty;
+  LocalCluster cluster(options);
+  (void)BitsOf(cluster.Run(Requests(8)));
+  uint64_t dispatches = 0;
+  for (const auto& peer : cluster.router_engine().transport().all_statistics()) {
+    dispatches += peer.frames_in_row_memory;
+    EXPECT_EQ(peer.frames_in_host_memory, 0u);
+  }
+  EXPECT_GT(dispatches, 0u);
+  const LocalCluster::RowFrames frames = cluster.row_frames();
+  EXPECT_GT(frames.in_row_memory, 0u);
+  EXPECT_EQ(frames.in_host_memory, 0u);
 }
 
 }  // namespace
