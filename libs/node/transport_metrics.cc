@@ -8,9 +8,8 @@ void CollectTransport(const transport::Transport& transport, telemetry::Page& pa
   constexpr char kRows[] = "minke:ucx_row_frames_total",
                  kRowsHelp[] = "Received frames with row data, by where these came to lie";
   constexpr char kErrors[] = "minke:ucx_errors_total", kErrorsHelp[] = "Connections that failed or broke";
-  for (const auto& [name, help] :
-       {std::pair{kBytes, kBytesHelp}, std::pair{kFrames, kFramesHelp}, std::pair{kRows, kRowsHelp},
-        std::pair{kErrors, kErrorsHelp}})
+  for (const auto& [name, help] : {std::pair{kBytes, kBytesHelp}, std::pair{kFrames, kFramesHelp},
+                                   std::pair{kRows, kRowsHelp}, std::pair{kErrors, kErrorsHelp}})
     page.Declare(name, help, telemetry::MetricType::kCounter);
   for (const transport::PeerStatistics& peer : transport.all_statistics()) {
     const std::string id = ToString(peer.peer);

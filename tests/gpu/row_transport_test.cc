@@ -206,6 +206,21 @@ TEST_F(RowTransport, WithoutAFreeBlockRowsComeToHostMemory) {
   ExpectEchoes(/*to_row_memory=*/false);
 }
 
+// Without what only one host has: what a GPU's memory does over a plain network. The other process has the
+// same environment.
+TEST_F(RowTransport, RowsGoOverTcpToo) {
+  ASSERT_EQ(setenv("UCX_TLS", "tcp,self,cuda_copy", 1), 0);
+  transport_.reset();
+  UcxOptions options;
+  options.transport.rows = rows_.get();
+  transport_ = CreateUcx(MakeIdentity(1), options).value();
+  ASSERT_EQ(transport_->row_memory(), rows_.get());
+  PeerProcess peer("gpu");
+  Connect(peer);
+  ExpectEchoes(/*to_row_memory=*/true);
+  unsetenv("UCX_TLS");
+}
+
 // While nobody polls, the keepalive thread receives.
 TEST_F(RowTransport, RowsArriveWhileTheEngineComputes) {
   PeerProcess peer("gpu");
