@@ -43,6 +43,8 @@ std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) 
   if (options_.faults) options.credit_ttl = absl::Milliseconds(500);
   if (role == cluster::v1::ROLE_ATTENTION)
     options.rows = MakeRows(options_.attention_row_blocks, options_.attention_device);
+  if (role == cluster::v1::ROLE_ROUTER)
+    options.rows = MakeRows(options_.router_row_blocks, options_.router_device);
   if (role == cluster::v1::ROLE_EXPERT)
     options.rows = MakeRows(options_.expert_row_blocks, options_.experts_device);
   std::unique_ptr<transport::Transport> made;
@@ -81,6 +83,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   auto router = router::RouterService::Start(
       checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
       {.precision = options_.precision,
+       .device = options_.router_device,
        .replicas = options_.replicas,
        .expert_servers = options_.experts,
        .threads = options_.threads,
@@ -161,6 +164,7 @@ LocalCluster::RowFrames LocalCluster::row_frames() const {
       frames.in_host_memory += peer.frames_in_host_memory;
     }
   };
+  add(router_->engine().transport());
   for (const auto& attention : attentions_) add(attention->engine().transport());
   for (const auto& expert : experts_) add(expert->engine().transport());
   return frames;
