@@ -240,14 +240,15 @@ absl::StatusOr<DataPlane> MakeDataPlane(const NodeFlags& flags, uint8_t role, co
     MK_ASSIGN_OR_RETURN(plane.transport, MakeUcxTransport(flags, role, checkpoint, nullptr));
     return plane;
   }
-  std::string staged = "--row-memory-mib is 0";
-  if (flags.row_memory_mib > 0) {
+  const bool possible = transport::UcxKnowsCuda();
+  std::string staged = possible ? "--row-memory-mib is 0" : "UCX has no CUDA here";
+  if (possible && flags.row_memory_mib > 0) {
     const wire::RowShape shape = RowShapeOf(checkpoint.config(), flags.ParsedPrecision());
     const int32_t rows_per_block = wire::DispatchRowsMax(shape);  // of no kind does a message have more
     const int64_t blocks = (int64_t{flags.row_memory_mib} << 20) / (rows_per_block * shape.row_bytes());
     auto rows = MakeGpuRowMemory(shape.row_bytes(), rows_per_block, static_cast<int32_t>(blocks));
     if (!rows.ok() && !absl::IsResourceExhausted(rows.status())) return rows.status();
-    staged = rows.ok() ? "UCX has no CUDA here" : std::string(rows.status().message());
+    staged = rows.ok() ? "UCX does not carry GPU memory" : std::string(rows.status().message());
     if (rows.ok()) plane.rows = *std::move(rows);
   }
   MK_ASSIGN_OR_RETURN(plane.transport, MakeUcxTransport(flags, role, checkpoint, plane.rows.get()));

@@ -164,6 +164,7 @@ LocalCluster::RowFrames LocalCluster::row_frames() const {
       frames.in_host_memory += peer.frames_in_host_memory;
     }
   };
+  add(router_->engine().transport());
   for (const auto& attention : attentions_) add(attention->engine().transport());
   for (const auto& expert : experts_) add(expert->engine().transport());
   return frames;

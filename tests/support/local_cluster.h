@@ -24,6 +24,7 @@ struct ClusterOptions {
   Device experts_device = Device::kCpu;
   experts::ExpertsFormat experts_format = experts::ExpertsFormat::kBF16;
   Device attention_device = Device::kCpu;
+  Device router_device = Device::kCpu;
   int replicas = 1;
   bool local_routing = false;
   bool ucx = false;
@@ -42,8 +43,7 @@ struct ClusterOptions {
   router::Gate::Override gate_override;
   // Row memory of so many messages on each node of these roles: on the GPU where the role computes there,
   // else host memory that poses as one. 0: none.
-  int attention_row_blocks = 0, expert_row_blocks = 0, router_row_blocks = 0;
-  Device router_device = Device::kCpu;
+  int attention_row_blocks = 0, router_row_blocks = 0, expert_row_blocks = 0;
   bool attention_poses = true;  // with row memory in host memory: the model has its rows "there", too
 };
 
@@ -78,7 +78,7 @@ class LocalCluster {
   cluster::v1::ClusterView view() const { return router_->membership().view(); }
   const std::string& router_address() const { return router_->rpc_address(); }
   transport::FaultCounts fault_counts() const;
-  // Messages with rows that attention nodes and expert servers got, by where these came to lie.
+  // Messages with rows by where these came to lie, of nodes with row memory.
   struct RowFrames {
     uint64_t in_row_memory = 0, in_host_memory = 0;
   };

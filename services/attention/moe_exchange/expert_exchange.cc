@@ -325,17 +325,16 @@ void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now)
   piece.experts.resize(piece.rows * k);
   piece.weights.resize(piece.rows * k);
   gate_results_.resize(piece.rows);
-  const std::byte* rows = piece.frame.device_rows();
-  if (rows != nullptr && local_gate_->takes_device_rows()) {
-    local_gate_->RouteDeviceRows(exchange.layer, piece.row_begin, rows, piece.rows, piece.experts.data(),
+  const std::byte* const there = piece.frame.device_rows();
+  if (there != nullptr && local_gate_->takes_device_rows()) {
+    local_gate_->RouteDeviceRows(exchange.layer, piece.row_begin, there, piece.rows, piece.experts.data(),
                                  piece.weights.data(), gate_results_.data(), pool_);
   } else {
-    if (rows != nullptr) {  // the gate is the host's
+    const std::byte* rows = piece.frame.payload();
+    if (there != nullptr) {
       gate_rows_.resize(piece.rows * shape_.row_bytes());
-      OrExit(transport_.row_memory()->CopyToHost(gate_rows_.data(), rows, gate_rows_.size()));
+      OrExit(transport_.row_memory()->CopyToHost(gate_rows_.data(), there, gate_rows_.size()));
       rows = gate_rows_.data();
-    } else {
-      rows = piece.frame.payload();
     }
     local_gate_->Route(exchange.layer, piece.row_begin, rows, piece.rows, piece.experts.data(),
                        piece.weights.data(), gate_results_.data(), pool_);
