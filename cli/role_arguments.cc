@@ -33,9 +33,9 @@ Arguments Common(const UpFlags& flags) {
                Unless(flags.tls.name, "--tls-name=")});
 }
 
-Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses) {
+Arguments DataPlane(const UpFlags& flags, const LocalAddresses& addresses, const std::string& device) {
   return {"--cluster-secret-file=" + addresses.secret_file, "--transport=" + flags.transport,
-          "--poll=" + flags.poll, StrCat("--heartbeat-ms=", flags.heartbeat_ms), "--device=" + flags.device};
+          "--poll=" + flags.poll, StrCat("--heartbeat-ms=", flags.heartbeat_ms), "--device=" + device};
 }
 
 Arguments EtcdRegistry(const UpFlags& flags, const LocalAddresses& addresses) {
@@ -51,8 +51,10 @@ Arguments Registry(const UpFlags& flags, const LocalAddresses& addresses) {
 }  // namespace
 
 Arguments RouterArguments(const UpFlags& flags, const LocalAddresses& addresses, int experts) {
+  // Its gate is worth a GPU only where rows come to the GPU's memory, which it finds out itself.
+  const std::string device = flags.device == "cuda" ? "auto" : flags.device;
   return Join({Common(flags),
-               DataPlane(flags, addresses),
+               DataPlane(flags, addresses, device),
                addresses.etcd.empty() ? Arguments{} : EtcdRegistry(flags, addresses),
                Unless(addresses.router, "--listen="),
                {StrCat("--threads=", flags.threads), StrCat("--experts=", experts),
@@ -61,7 +63,7 @@ Arguments RouterArguments(const UpFlags& flags, const LocalAddresses& addresses,
 
 Arguments ExpertArguments(const UpFlags& flags, const LocalAddresses& addresses, const std::string& cpus) {
   return Join({Common(flags),
-               DataPlane(flags, addresses),
+               DataPlane(flags, addresses, flags.device),
                Registry(flags, addresses),
                Unless(cpus, "--cpus="),
                {StrCat("--threads=", flags.threads), "--experts-format=" + flags.experts_format,
@@ -73,7 +75,7 @@ Arguments AttentionArguments(const UpFlags& flags, const LocalAddresses& address
   const int threads = flags.attention_threads > 0 ? flags.attention_threads : flags.threads;
   return Join(
       {Common(flags),
-       DataPlane(flags, addresses),
+       DataPlane(flags, addresses, flags.device),
        Registry(flags, addresses),
        Unless(cpus, "--cpus="),
        Unless(flags.otlp_endpoint, "--otlp-endpoint="),

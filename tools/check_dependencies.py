@@ -5,9 +5,9 @@ import os, re, subprocess, sys
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBS = {  # what a library may use, beside itself and base
     "base": [], "collective": ["kernels"], "model": [], "wire": [], "telemetry": ["http", "tls"], "tokenizer": [], "tracing": ["telemetry"],
-    "kernels": ["model"], "transport": ["wire"], "cluster": ["model", "transport", "wire"], "tls": [], "http": ["tls"], "rpc": ["tls"],
+    "kernels": ["model"], "transport": ["wire"], "gpu_rows": ["kernels", "transport"], "cluster": ["model", "transport", "wire"], "tls": [], "http": ["tls"], "rpc": ["tls"],
     "etcd": ["rpc", "tls"], "registry": ["cluster", "etcd", "rpc", "tls"],
-    "node": ["kernels", "model", "registry", "telemetry", "tls", "transport"], "cuda_model": ["collective", "kernels", "model"],
+    "node": ["cluster", "gpu_rows", "kernels", "model", "registry", "telemetry", "tls", "transport", "wire"], "cuda_model": ["collective", "kernels", "model"],
 }
 ROUTER_PURE = ("services/router/placement/", "services/router/gating/", "services/router/dispatch/",
                "services/router/telemetry/")

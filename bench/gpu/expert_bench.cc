@@ -58,18 +58,19 @@ void Measure(const Checkpoint& checkpoint, ExpertsFormat format, ThreadPool& poo
       pairs.push_back(
           {.weight = .5f, .expert = static_cast<uint16_t>(first + 1 + rng() % (kExperts - 1 - first))});
     }
-    const wire::WorkView view{
-        .rows = work, .pairs = pairs, .data = reinterpret_cast<std::byte*>(data.data())};
+    const LaunchJob job{
+        .view = {.rows = work, .pairs = pairs, .data = reinterpret_cast<std::byte*>(data.data())}};
     std::vector<GroupRow> hosted, missing;
-    SplitByGroup(checkpoint.config(), units, 1, 0, view, hosted, missing);
+    SplitByGroup(checkpoint.config(), units, 1, 0, job.view, hosted, missing);
     std::vector<bf16> sums(data.size());
-    std::vector<std::byte*> outs;
-    for (int r = 0; r < rows; ++r) outs.push_back(reinterpret_cast<std::byte*>(&sums[int64_t{r} * kHidden]));
+    std::vector<SumTarget> outs;
+    for (int r = 0; r < rows; ++r)
+      outs.push_back({reinterpret_cast<std::byte*>(&sums[int64_t{r} * kHidden])});
     std::vector<uint8_t> finite(rows);
     std::vector<double> ms;
     for (int i = 0; i < 60; ++i) {
       ms.push_back(Milliseconds([&] {
-        MK_CHECK(backend->Run(units, 1, {&view, 1}, hosted, outs, finite).ok());
+        MK_CHECK(backend->Run(units, 1, {&job, 1}, hosted, outs, finite).ok());
       }));
     }
     ms.erase(ms.begin(), ms.begin() + 10);

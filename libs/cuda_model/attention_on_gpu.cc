@@ -343,8 +343,12 @@ absl::Status AttentionOnGpu::AddPartials(GpuBatch& batch, std::span<const int32_
 absl::Status AttentionOnGpu::AddSums(GpuBatch& batch, const float* sums) {
   const int64_t hidden = config().hidden_size;
   MK_RETURN_IF_ERROR(partials_.Upload(sums, batch.rows() * hidden * int64_t{sizeof(float)}, stream_));
-  return cuda::AddPartialRows(batch.x(), batch.rows(), hidden, one_per_row_.as<int32_t>(),
-                              partials_.as<float>(), stream_);
+  return AddDeviceSums(batch, partials_.as<float>());
+}
+
+absl::Status AttentionOnGpu::AddDeviceSums(GpuBatch& batch, const float* sums) {
+  return cuda::AddPartialRows(batch.x(), batch.rows(), config().hidden_size, one_per_row_.as<int32_t>(), sums,
+                              stream_);
 }
 
 }  // namespace minke::cuda_model

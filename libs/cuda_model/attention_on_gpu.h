@@ -92,6 +92,9 @@ class AttentionOnGpu {
   // be captured into a graph, which then reads the memory as it is at its launch.
   absl::Status AddSums(GpuBatch& batch, const float* sums);
 
+  // The same from device memory.
+  absl::Status AddDeviceSums(GpuBatch& batch, const float* sums);
+
   // One page of one layer [64, latent_dim], from and to ordinary memory; both wait for the stream.
   absl::Status ReadPage(int32_t layer, uint32_t page, void* latents) const;
   absl::Status WritePage(int32_t layer, uint32_t page, const void* latents);

@@ -18,7 +18,7 @@ absl::StatusOr<std::unique_ptr<DecodeSegments>> DecodeSegments::Create(Attention
                                             .vocab = attention.config().vocab_size,
                                             .scratch_page = attention.scratch_page()}));
   return std::unique_ptr<DecodeSegments>(
-      new DecodeSegments(attention, batch, sums, normed, std::move(inputs)));
+      new DecodeSegments(attention, batch, sums, normed, options.on_device, std::move(inputs)));
 }
 
 absl::Status DecodeSegments::Launches(int32_t segment) {
@@ -29,11 +29,13 @@ absl::Status DecodeSegments::Launches(int32_t segment) {
     MK_RETURN_IF_ERROR(inputs_.Upload(bucket_, attention_.stream()));
     MK_RETURN_IF_ERROR(attention_.Embed(batch_));
   } else if (config.IsMoeLayer(layer - 1)) {
-    MK_RETURN_IF_ERROR(attention_.AddSums(batch_, sums_));
+    MK_RETURN_IF_ERROR(on_device_ ? attention_.AddDeviceSums(batch_, sums_)
+                                  : attention_.AddSums(batch_, sums_));
   }
   if (layer == config.num_hidden_layers) return attention_.Logits(batch_, nullptr, bucket_).status();
   MK_RETURN_IF_ERROR(attention_.Attention(layer, batch_));
-  return config.IsMoeLayer(layer) ? attention_.DownloadNormed(batch_, normed_) : absl::OkStatus();
+  if (on_device_ || !config.IsMoeLayer(layer)) return absl::OkStatus();
+  return attention_.DownloadNormed(batch_, normed_);
 }
 
 absl::Status DecodeSegments::Run(int32_t segment) {

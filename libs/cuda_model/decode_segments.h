@@ -2,6 +2,7 @@
 // one CUDA graph per bucket of rows. Of layer l:
 //   Attention    (l = 0: inputs and embedding; after a MoE layer: its experts' sums to the device and into x)
 //                attention, and the normed rows for the experts to page-locked memory
+//                (or they stay where they are, and the sums are on the device already: Options::on_device)
 //   FeedForward  the dense layer or the shared experts, while the rows are away
 //   Logits       the last layer's sums, logits of all rows
 // Thread-compatible. Design and numbers: docs/gpu_model.md.
@@ -25,10 +26,11 @@ class DecodeSegments {
   struct Options {
     std::vector<int32_t> buckets = kDecodeBuckets;
     int64_t context_max = 4096;  // tokens of a sequence
+    bool on_device = false;  // `sums` is device memory, and the rows for the experts stay in batch.normed()
   };
   // The model, the batch and both page-locked arrays [rows_max of the model, hidden] are borrowed: `sums`,
-  // which the experts' sums come from, and `normed`, where the rows for the experts go. FAILED_PRECONDITION
-  // for a rank of several: NCCL's calls are launched.
+  // which the experts' sums come from, and `normed`, where the rows for the experts go (null with on_device).
+  // FAILED_PRECONDITION for a rank of several: NCCL's calls are launched.
   static absl::StatusOr<std::unique_ptr<DecodeSegments>> Create(AttentionOnGpu& attention, GpuBatch& batch,
                                                                 const float* sums, bf16* normed,
                                                                 const Options& options);
@@ -48,9 +50,14 @@ class DecodeSegments {
   absl::Status Logits() { return Run(2 * attention_.config().num_hidden_layers); }
 
  private:
-  DecodeSegments(AttentionOnGpu& attention, GpuBatch& batch, const float* sums, bf16* normed,
+  DecodeSegments(AttentionOnGpu& attention, GpuBatch& batch, const float* sums, bf16* normed, bool on_device,
                  DecodeInputs inputs)
-      : attention_(attention), batch_(batch), sums_(sums), normed_(normed), inputs_(std::move(inputs)) {}
+      : attention_(attention),
+        batch_(batch),
+        sums_(sums),
+        normed_(normed),
+        on_device_(on_device),
+        inputs_(std::move(inputs)) {}
   absl::Status Write(std::span<const DecodeInput> inputs);
   absl::Status MakeGraphs();
   absl::Status Run(int32_t segment);
@@ -60,6 +67,7 @@ class DecodeSegments {
   GpuBatch& batch_;
   const float* const sums_;
   bf16* const normed_;
+  const bool on_device_;
   DecodeInputs inputs_;
   std::map<int32_t, std::vector<cuda::Graph>> graphs_;  // by bucket: of each segment
   // Of the step under way.

@@ -12,6 +12,8 @@
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
+#include "libs/cluster/row_shape.h"
+#include "libs/gpu_rows/gpu_rows.h"
 #include "libs/node/transport_metrics.h"
 #include "libs/telemetry/process_metrics.h"
 #include "libs/transport/ucx/ucx.h"
@@ -28,6 +30,31 @@ sigset_t StopSignals() {
   sigaddset(&set, SIGINT);
   sigaddset(&set, SIGTERM);
   return set;
+}
+
+absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
+                                                                       const Checkpoint& checkpoint,
+                                                                       transport::RowMemory* rows) {
+  transport::Identity identity{.node_id = RandomNodeId(),
+                               .role = role,
+                               .precision = flags.ParsedPrecision(),
+                               .model_fingerprint = checkpoint.fingerprint()};
+  MK_ASSIGN_OR_RETURN(identity.cluster_secret, ReadSecret(flags.cluster_secret_file));
+  transport::UcxOptions options{
+      .interface = flags.ucx_interface, .port = flags.ucx_port, .advertise_host = flags.advertise};
+  MK_ASSIGN_OR_RETURN(options.selection, transport::ParseUcxSelection(flags.transport));
+  options.transport.heartbeat = absl::Milliseconds(flags.heartbeat_ms);
+  options.transport.poll = flags.poll == "spin"    ? transport::PollMode::kSpin
+                           : flags.poll == "block" ? transport::PollMode::kBlock
+                                                   : transport::PollMode::kAdaptive;
+  options.transport.rows = rows;
+  options.transport.on_deaf = [] {
+    // As after a kill: others take over, and whoever supervises this process starts a new one, with a queue
+    // of its own.
+    log::Error("transport", "nobody can reach this process any more; it ends");
+    ::_exit(1);
+  };
+  return transport::CreateUcx(std::move(identity), std::move(options));
 }
 
 }  // namespace
@@ -144,6 +171,12 @@ void AddDataPlaneFlags(CLI::App& app, NodeFlags& flags) {
   app.add_option("--heartbeat-ms", flags.heartbeat_ms, "a peer silent for two of these is lost")
       ->check(CLI::Range(10, 60000))
       ->capture_default_str();
+  // 512 MiB are 2,097 messages of V2's rows. An expert server needs 328 of them for itself; a peer that has
+  // its 8,192 rows of credit under way holds 328. What finds no room comes to lie in host memory.
+  app.add_option("--row-memory-mib", flags.row_memory_mib,
+                 "GPU memory for rows of messages, where UCX can carry them; 0: rows cross host memory")
+      ->check(CLI::Range(0, 65536))
+      ->capture_default_str();
   app.add_option("--cluster-secret-file", flags.cluster_secret_file,
                  "file with the secret that members of the data plane prove");
   app.add_option("--metrics-listen", flags.metrics_listen, "HOST:PORT of /metrics, port 0: a free one")
@@ -200,27 +233,33 @@ absl::StatusOr<std::string> ReadSecret(const std::string& path) {
   return secret;
 }
 
-absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
-                                                                       const Checkpoint& checkpoint) {
-  transport::Identity identity{.node_id = RandomNodeId(),
-                               .role = role,
-                               .precision = flags.ParsedPrecision(),
-                               .model_fingerprint = checkpoint.fingerprint()};
-  MK_ASSIGN_OR_RETURN(identity.cluster_secret, ReadSecret(flags.cluster_secret_file));
-  transport::UcxOptions options{
-      .interface = flags.ucx_interface, .port = flags.ucx_port, .advertise_host = flags.advertise};
-  MK_ASSIGN_OR_RETURN(options.selection, transport::ParseUcxSelection(flags.transport));
-  options.transport.heartbeat = absl::Milliseconds(flags.heartbeat_ms);
-  options.transport.poll = flags.poll == "spin"    ? transport::PollMode::kSpin
-                           : flags.poll == "block" ? transport::PollMode::kBlock
-                                                   : transport::PollMode::kAdaptive;
-  options.transport.on_deaf = [] {
-    // As after a kill: others take over, and whoever supervises this process starts a new one, with a queue
-    // of its own.
-    log::Error("transport", "nobody can reach this process any more; it ends");
-    ::_exit(1);
-  };
-  return transport::CreateUcx(std::move(identity), std::move(options));
+absl::StatusOr<DataPlane> MakeDataPlane(const NodeFlags& flags, uint8_t role, const Checkpoint& checkpoint,
+                                        Device device) {
+  DataPlane plane;
+  if (device == Device::kCpu || checkpoint.config().n_routed_experts == 0) {
+    MK_ASSIGN_OR_RETURN(plane.transport, MakeUcxTransport(flags, role, checkpoint, nullptr));
+    return plane;
+  }
+  const bool possible = transport::UcxKnowsCuda();
+  std::string staged = possible ? "--row-memory-mib is 0" : "UCX has no CUDA here";
+  if (possible && flags.row_memory_mib > 0) {
+    const wire::RowShape shape = RowShapeOf(checkpoint.config(), flags.ParsedPrecision());
+    const int32_t rows_per_block = wire::DispatchRowsMax(shape);  // of no kind does a message have more
+    const int64_t blocks = (int64_t{flags.row_memory_mib} << 20) / (rows_per_block * shape.row_bytes());
+    auto rows = MakeGpuRowMemory(shape.row_bytes(), rows_per_block, static_cast<int32_t>(blocks));
+    if (!rows.ok() && !absl::IsResourceExhausted(rows.status())) return rows.status();
+    staged = rows.ok() ? "UCX does not carry GPU memory" : std::string(rows.status().message());
+    if (rows.ok()) plane.rows = *std::move(rows);
+  }
+  MK_ASSIGN_OR_RETURN(plane.transport, MakeUcxTransport(flags, role, checkpoint, plane.rows.get()));
+  if (plane.transport->row_memory() != nullptr) {
+    log::Info("node", StrCat("rows=gpu mib=", plane.rows->bytes() >> 20,
+                             " messages=", plane.rows->bytes() / plane.rows->block_bytes()));
+  } else {
+    log::Info("node", StrCat("rows=staged: ", staged));
+    plane.rows.reset();
+  }
+  return plane;
 }
 
 void BlockSignals() {

@@ -32,6 +32,7 @@ struct NodeFlags {
   std::string transport = "auto";  // auto | shm | tcp | rdma
   std::string poll = "adaptive";   // adaptive | spin | block
   int heartbeat_ms = 250;
+  int row_memory_mib = 512;  // on a GPU; 0: rows are staged
   std::string cluster_secret_file;
   std::string metrics_listen = "127.0.0.1:0";
   int threads = 0;   // 0: all cores it may run on
@@ -77,9 +78,16 @@ int ParseFlags(CLI::App& app, int argc, char** argv, const std::string& process_
 // should compute exactly.
 absl::StatusOr<Device> ChooseDevice(const std::string& device, Precision precision);
 absl::StatusOr<std::string> ReadSecret(const std::string& file);
-// A UCX transport by the flags, for a node with a fresh id.
-absl::StatusOr<std::unique_ptr<transport::Transport>> MakeUcxTransport(const NodeFlags& flags, uint8_t role,
-                                                                       const Checkpoint& checkpoint);
+// How a node speaks to the others.
+struct DataPlane {
+  // Null where transport->row_memory() is. Must outlive the transport and what has its frames.
+  std::unique_ptr<transport::RowMemory> rows;
+  std::unique_ptr<transport::Transport> transport;
+};
+// A UCX transport by the flags, for a node with a fresh id; on a GPU with row memory there, if UCX can use
+// it. One log line then says which: rows=gpu, or rows=staged and why.
+absl::StatusOr<DataPlane> MakeDataPlane(const NodeFlags& flags, uint8_t role, const Checkpoint& checkpoint,
+                                        Device device);
 
 // Blocks SIGINT and SIGTERM for this thread and all it starts. Call first thing in main.
 void BlockSignals();

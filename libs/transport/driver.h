@@ -52,6 +52,8 @@ class Driver {
   virtual std::string address() const = 0;
   // Whether links carry rows from and to TransportOptions::rows by themselves. Constant.
   virtual bool carries_rows() const = 0;
+  // If they do: the largest rows_offset() of a frame whose rows travel so. Constant.
+  virtual uint32_t rows_offset_max() const = 0;
   // Any thread; may look up names. The result is what Open() takes.
   virtual absl::StatusOr<std::string> Resolve(std::string_view address) const = 0;
   virtual absl::StatusOr<Link*> Open(const std::string& resolved) = 0;

@@ -1,6 +1,7 @@
 #include "libs/transport/frame_buffer.h"
 
 #include <array>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -115,6 +116,16 @@ FrameRef FramePool::AllocateWithRows(uint32_t payload_bytes, uint32_t rows_offse
   block->rows_offset = rows_offset;
   block->row_memory = &memory;
   return FrameRef(block);
+}
+
+absl::StatusOr<FrameRef> FramePool::CopyToHost(const FrameRef& frame) {
+  const wire::FrameHeader& header = frame.header();
+  FrameRef copy = Allocate(header.payload_bytes);
+  copy.header() = header;
+  std::memcpy(copy.payload(), frame.payload(), frame.rows_offset());
+  MK_RETURN_IF_ERROR(frame.row_memory()->CopyToHost(copy.payload() + frame.rows_offset(), frame.device_rows(),
+                                                    header.payload_bytes - frame.rows_offset()));
+  return copy;
 }
 
 int64_t FramePool::allocated_bytes() const { return state_->allocated_bytes(); }

@@ -9,6 +9,7 @@
 #include <span>
 #include <utility>
 
+#include "absl/status/statusor.h"
 #include "libs/transport/row_memory.h"
 #include "libs/wire/frame.h"
 
@@ -84,6 +85,9 @@ class FramePool {
   // The same, with a block of `memory` for the row data behind the first `rows_offset` bytes; an empty handle
   // if all blocks are in use. REQUIRES: the rows fit a block.
   FrameRef AllocateWithRows(uint32_t payload_bytes, uint32_t rows_offset, RowMemory& memory);
+  // A frame that says the same with its rows in the payload. Waits for the GPU; the row memory's errors.
+  // REQUIRES: frame.device_rows() is not null.
+  absl::StatusOr<FrameRef> CopyToHost(const FrameRef& frame);
 
   int64_t allocated_bytes() const;  // held from the system
   int64_t frames_in_use() const;    // references still out: 0 when idle, for leak tests

@@ -6,8 +6,11 @@
 #include <cstring>
 #include <mutex>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
+
+#include "libs/transport/testing/host_row_memory.h"
 
 namespace minke::transport {
 namespace {
@@ -105,6 +108,69 @@ TEST(FramePool, ThreadsMayAllocateAndReleaseEachOthersFrames) {
   for (std::thread& thread : threads) thread.join();
   shared.clear();
   EXPECT_EQ(pool.frames_in_use(), 0);
+}
+
+// ---- Rows in row memory
+// ---------------------------------------------------------------------------------------
+
+TEST(RowMemory, BlocksAreTakenOnceAndRowsHaveNumbers) {
+  HostRowMemory memory(/*row_bytes=*/32, /*rows_per_block=*/4, /*blocks=*/3);
+  EXPECT_EQ(memory.bytes(), 3 * 4 * 32);
+  std::set<std::byte*> blocks;
+  for (int i = 0; i < 3; ++i) {
+    std::byte* const block = memory.TakeBlock();
+    ASSERT_NE(block, nullptr);
+    EXPECT_EQ(memory.RowNumber(block) % 4, 0);
+    EXPECT_EQ(memory.RowNumber(block + 3 * 32), memory.RowNumber(block) + 3);
+    EXPECT_TRUE(blocks.insert(block).second);
+  }
+  EXPECT_EQ(*blocks.begin(), memory.base());
+  EXPECT_EQ(memory.blocks_free(), 0);
+  EXPECT_EQ(memory.TakeBlock(), nullptr);
+  memory.ReturnBlock(*blocks.rbegin());
+  EXPECT_EQ(memory.TakeBlock(), *blocks.rbegin());
+  EXPECT_TRUE(memory.Fits(4, 4 * 32));
+  EXPECT_FALSE(memory.Fits(5, 5 * 32));
+  EXPECT_FALSE(memory.Fits(4, 3 * 32));
+  EXPECT_FALSE(memory.Fits(0, 0));
+}
+
+TEST(FramePool, ABlockGoesBackWithTheLastReferenceAndTheNextFrameHasNone) {
+  HostRowMemory memory(32, 4, 1);
+  FramePool pool;
+  FrameRef frame = pool.AllocateWithRows(64 + 3 * 32, 64, memory);
+  ASSERT_TRUE(frame);
+  EXPECT_EQ(frame.device_rows(), memory.base());
+  EXPECT_EQ(frame.rows_offset(), 64u);
+  EXPECT_EQ(frame.row_memory(), &memory);
+  EXPECT_EQ(frame.payload_span().size(), 64u + 3 * 32);
+  EXPECT_FALSE(pool.AllocateWithRows(64, 64, memory)) << "all blocks are in use";
+  EXPECT_EQ(pool.frames_in_use(), 1);
+  FrameRef second = frame;
+  frame = FrameRef();
+  EXPECT_EQ(memory.blocks_free(), 0);
+  second = FrameRef();
+  EXPECT_EQ(memory.blocks_free(), 1);
+  frame = pool.Allocate(64 + 3 * 32);  // the same memory again
+  EXPECT_EQ(frame.device_rows(), nullptr);
+  EXPECT_EQ(frame.row_memory(), nullptr);
+}
+
+TEST(FramePool, ACopyInHostMemorySaysTheSame) {
+  HostRowMemory memory(32, 4, 1);
+  FramePool pool;
+  FrameRef frame = pool.AllocateWithRows(64 + 4 * 32, 64, memory);
+  frame.header().kind = wire::Kind::kPartial;
+  frame.header().rows = 4;
+  for (int i = 0; i < 64; ++i) frame.payload()[i] = static_cast<std::byte>(i);
+  for (int i = 0; i < 4 * 32; ++i) frame.device_rows()[i] = static_cast<std::byte>(64 + i);
+  const absl::StatusOr<FrameRef> copy = pool.CopyToHost(frame);
+  ASSERT_TRUE(copy.ok()) << copy.status();
+  EXPECT_EQ(copy->device_rows(), nullptr);
+  EXPECT_EQ(copy->header().kind, wire::Kind::kPartial);
+  EXPECT_EQ(copy->header().rows, 4u);
+  ASSERT_EQ(copy->payload_span().size(), 64u + 4 * 32);
+  for (int i = 0; i < 64 + 4 * 32; ++i) ASSERT_EQ(copy->payload()[i], static_cast<std::byte>(i)) << i;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
+#include "libs/wire/messages.h"
 
 namespace minke::transport::internal {
 namespace {
@@ -57,6 +58,7 @@ PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Dr
       pool_(std::move(pool)),
       address_(driver->address()),
       carries_rows_(driver->carries_rows()),
+      rows_offset_max_(driver->rows_offset_max()),
       driver_(std::move(driver)),
       now_ns_(NowNs()),
       next_timer_ns_(now_ns_ + heartbeat_ns_ / 2),
@@ -145,6 +147,11 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   MK_CHECK(!wire::IsTransportKind(header.kind) && header.payload_bytes <= frame.capacity());
   const auto traffic_class = static_cast<size_t>(header.traffic_class);
   MK_CHECK(traffic_class < wire::kNumTrafficClasses);
+  if (frame.device_rows() != nullptr && NeedsHostRows(id, frame)) {
+    // A frame of its own: this one may be on its way to others. Outside the lock: it waits for the GPU.
+    MK_ASSIGN_OR_RETURN(FrameRef copy, pool_->CopyToHost(frame));
+    return Send(id, std::move(copy));
+  }
 
   const MutexLock lock(mutex_);
   Peer* const peer = Find(id);
@@ -163,6 +170,13 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   peer->statistics.sent_bytes += FrameBytes(frame);
   peer->lanes[traffic_class]->link->Send(std::move(frame), peer->version, credits, peer->last_sent_ns);
   return absl::OkStatus();
+}
+
+bool PeerTransport::NeedsHostRows(NodeId id, const FrameRef& frame) {
+  if (!carries_rows_ || frame.rows_offset() > rows_offset_max_) return true;
+  const MutexLock lock(mutex_);
+  const Peer* const peer = Find(id);
+  return peer != nullptr && peer->stage == Peer::Stage::kUp && peer->version < wire::kVersionRowsApart;
 }
 
 bool PeerTransport::TakeCredit(NodeId id, wire::TrafficClass traffic_class, uint32_t rows) {
@@ -462,8 +476,10 @@ PeerTransport::Lane& PeerTransport::AddLane(Link* link, Handshake handshake, Pee
 
 absl::Status PeerTransport::OpenLane(Peer& peer, wire::TrafficClass traffic_class) {
   MK_ASSIGN_OR_RETURN(Link * link, driver_->Open(peer.resolved_address));
-  Lane& lane = AddLane(
-      link, Handshake(Handshake::Side::kInitiator, identity_, options_, traffic_class, peer.id), &peer);
+  Lane& lane = AddLane(link,
+                       Handshake(Handshake::Side::kInitiator, identity_, options_, traffic_class, peer.id,
+                                 {.newest = options_.wire_version}),
+                       &peer);
   peer.lanes[static_cast<size_t>(traffic_class)] = &lane;
   SendMessage(lane, lane.handshake.Start());
   return absl::OkStatus();
@@ -562,7 +578,9 @@ void PeerTransport::OnAccept(Link* link) {
     link->Close();
     return;
   }
-  AddLane(link, Handshake(Handshake::Side::kResponder, identity_, options_, wire::TrafficClass::kDecode),
+  AddLane(link,
+          Handshake(Handshake::Side::kResponder, identity_, options_, wire::TrafficClass::kDecode, {},
+                    {.newest = options_.wire_version}),
           nullptr);
 }
 
@@ -720,6 +738,10 @@ void PeerTransport::HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) {
   peer.last_heard_ns = now_ns_;
   ++peer.statistics.received_frames;
   peer.statistics.received_bytes += FrameBytes(frame);
+  if (wire::RowDataOffsetOf(header).has_value()) {
+    ++(frame.device_rows() != nullptr ? peer.statistics.frames_in_row_memory
+                                      : peer.statistics.frames_in_host_memory);
+  }
   if (credits != 0) peer.credit[static_cast<size_t>(header.traffic_class)].Return(credits);
   if (!wire::IsTransportKind(header.kind)) return Deliver(peer, std::move(frame));
   if (header.kind == wire::Kind::kGoodbye) {
@@ -764,6 +786,7 @@ void PeerTransport::OnLost(Link* link, const absl::Status& status) {
 void PeerTransport::SendMessage(Lane& lane, const Handshake::Message& message) {
   FrameRef frame = pool_->Allocate(static_cast<uint32_t>(message.payload.size()));
   frame.header().kind = message.kind;
+  frame.header().version = wire::kHandshakeVersion;
   frame.header().traffic_class = lane.handshake.traffic_class();
   std::copy(message.payload.begin(), message.payload.end(), frame.payload());
   lane.link->Send(std::move(frame), wire::kHandshakeVersion, 0, now_ns_);

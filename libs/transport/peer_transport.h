@@ -151,6 +151,8 @@ class PeerTransport final : public Transport, private DriverSink {
 
   void HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Deliver(Peer& peer, FrameRef frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether the frame's rows have to be in its payload to reach the peer.
+  bool NeedsHostRows(NodeId id, const FrameRef& frame);
   void SendMessage(Lane& lane, const Handshake::Message& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SendControl(Peer& peer, wire::Kind kind, wire::TrafficClass traffic_class)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -175,6 +177,7 @@ class PeerTransport final : public Transport, private DriverSink {
   const std::unique_ptr<FramePool> pool_;
   const std::string address_;
   const bool carries_rows_;
+  const uint32_t rows_offset_max_;
 
   mutable Mutex mutex_;
   const std::unique_ptr<Driver> driver_;  // serialised by mutex_ as driver.h says

@@ -32,6 +32,9 @@ class RowMemory {
 
   // False for tests, whose row memory is the host's.
   virtual bool on_gpu() const = 0;
+  // Makes the device the calling thread's current one. The transport calls it in every thread that lets UCX
+  // work, before it does: UCX asks CUDA for that device, and has none of its own.
+  virtual void UseInThisThread() {}
   // Waits until the bytes are in host memory.
   virtual absl::Status CopyToHost(std::byte* to, const std::byte* from, size_t bytes) = 0;
   // Copies rows of row_bytes() and waits. Host rows need not be page-locked.
@@ -42,6 +45,11 @@ class RowMemory {
   int64_t block_bytes() const { return row_bytes_ * rows_per_block_; }
   int64_t bytes() const { return block_bytes() * blocks_; }
   std::byte* base() const { return base_; }
+  // Whether `bytes` are so many rows of ours, and fit a block.
+  bool Fits(uint32_t rows, uint64_t bytes) const {
+    return rows > 0 && rows <= static_cast<uint32_t>(rows_per_block_) &&
+           bytes == rows * static_cast<uint64_t>(row_bytes_);
+  }
   // Number of a row of this memory: row n lies n * row_bytes() behind base().
   int64_t RowNumber(const std::byte* row) const { return (row - base_) / row_bytes_; }
 

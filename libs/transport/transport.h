@@ -66,6 +66,8 @@ struct TransportOptions {
   // Where rows of received frames come to lie, if they can (see row_memory()); null: in host memory. Must
   // outlive the transport and its frames.
   RowMemory* rows = nullptr;
+  // The newest wire version this node speaks. Tests are an older peer with it.
+  uint8_t wire_version = wire::kVersion;
 };
 
 struct Event {
@@ -91,6 +93,8 @@ struct PeerStatistics {
   std::string transport;  // as UCX names it: "posix", "tcp", "rc_mlx5" ...; "inproc"; empty: was never up
   // Headers included; what the wire below adds is not.
   uint64_t sent_bytes = 0, received_bytes = 0, sent_frames = 0, received_frames = 0;
+  // Of the received frames those with row data, by where these came to lie.
+  uint64_t frames_in_row_memory = 0, frames_in_host_memory = 0;
   uint64_t errors = 0;  // connections that failed or broke; not those that ended with a goodbye
 };
 
@@ -119,7 +123,7 @@ class Transport {
   // everything else. Does not wait and does not check credit (see TakeCredit). UNAVAILABLE if the peer is not
   // up; RESOURCE_EXHAUSTED if too many sends are under way to it. Rows in row memory must be complete there;
   // to a peer that speaks wire version 1, and where the descriptors are too long for the wire below, they go
-  // by way of the frame's payload, which costs a wait for the GPU.
+  // by way of host memory, which costs a wait for the GPU and may fail with the row memory's error.
   virtual absl::Status Send(NodeId peer, FrameRef frame) = 0;
 
   // Credit, in rows. TakeCredit is all or nothing. The receiver of rows calls ReturnCredit when it has

@@ -18,7 +18,9 @@
 #include "absl/time/clock.h"
 #include "libs/transport/faulty/faulty.h"
 #include "libs/transport/inproc/inproc.h"
+#include "libs/transport/testing/host_row_memory.h"
 #include "libs/transport/ucx/ucx.h"
+#include "libs/wire/messages.h"
 
 namespace minke::transport {
 namespace {
@@ -766,6 +768,244 @@ TEST(Faulty, CreditOfDroppedFramesComesBackByItsTimeToLive) {
     EXPECT_FALSE(a->TakeCredit(b.id(), TrafficClass::kDecode, 1));
   }
   EXPECT_THAT(b.frames, IsEmpty());
+}
+
+// ---- Rows in row memory
+// ---------------------------------------------------------------------------------------
+
+constexpr int64_t kRowBytes = 1024;
+constexpr int32_t kBlockRows = 256;
+
+// A message of rows, these in the transport's row memory.
+FrameRef MakeRows(Transport& transport, wire::Kind kind, uint32_t rows, uint32_t seed = 1) {
+  RowMemory& memory = *transport.row_memory();
+  wire::FrameHeader header;
+  header.kind = kind;
+  header.rows = rows;
+  header.pairs = kind == wire::Kind::kExpertWork ? 2 * rows : 0;
+  header.step = seed;
+  header.payload_bytes = wire::kPayloadBytesMax;
+  const uint32_t offset = *wire::RowDataOffsetOf(header);
+  const auto bytes = static_cast<uint32_t>(rows * memory.row_bytes());
+  FrameRef frame = transport.frames().AllocateWithRows(offset + bytes, offset, memory);
+  EXPECT_TRUE(frame);
+  header.payload_bytes = offset + bytes;
+  frame.header() = header;
+  std::mt19937 random(seed);
+  for (uint32_t i = 0; i < offset; ++i) frame.payload()[i] = static_cast<std::byte>(random());
+  for (uint32_t i = 0; i < bytes; ++i) frame.device_rows()[i] = static_cast<std::byte>(random());
+  return frame;
+}
+
+void ExpectRowsIntact(const FrameRef& frame) {
+  const wire::FrameHeader& header = frame.header();
+  const uint32_t offset = *wire::RowDataOffsetOf(header);
+  if (frame.device_rows() != nullptr) {
+    EXPECT_EQ(frame.rows_offset(), offset);
+  }
+  const std::byte* rows = frame.device_rows() == nullptr ? frame.payload() + offset : frame.device_rows();
+  std::mt19937 random(static_cast<uint32_t>(header.step));
+  for (uint32_t i = 0; i < offset; ++i)
+    ASSERT_EQ(frame.payload()[i], static_cast<std::byte>(random())) << "byte " << i << " of descriptors";
+  for (uint32_t i = 0; i < header.payload_bytes - offset; ++i)
+    ASSERT_EQ(rows[i], static_cast<std::byte>(random())) << "byte " << i << " of " << header.rows << " rows";
+}
+
+constexpr wire::Kind kRowKinds[] = {wire::Kind::kDispatch, wire::Kind::kExpertWork, wire::Kind::kPartial};
+
+TEST_P(TransportTest, RowsGoFromRowMemoryToRowMemory) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 8), memory_b(kRowBytes, kBlockRows, 8);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  ASSERT_EQ(a->row_memory(), &memory_a);
+  ConnectAndWait(a, b);
+  uint32_t seed = 0;
+  for (const wire::Kind kind : kRowKinds) {
+    // 250: with the descriptors of all kinds nearly the longest payload.
+    for (const uint32_t rows : {1u, 2u, 7u, 8u, 9u, 59u, 60u, 61u, 128u, 250u}) {
+      ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, kind, rows, ++seed)).ok());
+      ASSERT_TRUE(Pump({&a, &b}, [&] { return !b.frames.empty(); })) << ToString(kind) << " rows " << rows;
+      const FrameRef frame = std::move(b.frames[0]);
+      b.frames.clear();
+      EXPECT_EQ(frame.header().kind, kind);
+      EXPECT_EQ(frame.header().rows, rows);
+      ASSERT_NE(frame.device_rows(), nullptr) << ToString(kind) << " rows " << rows;
+      EXPECT_EQ(frame.row_memory(), &memory_b);
+      EXPECT_EQ(memory_b.RowNumber(frame.device_rows()) % kBlockRows, 0);
+      ExpectRowsIntact(frame);
+    }
+  }
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return memory_a.blocks_free() == 8 && memory_b.blocks_free() == 8; }));
+  EXPECT_EQ(b->statistics()[0].frames_in_row_memory, seed);
+  EXPECT_EQ(b->statistics()[0].frames_in_host_memory, 0u);
+}
+
+TEST_P(TransportTest, RowsReachAPeerWithoutRowMemoryInHostMemory) {
+  HostRowMemory memory(kRowBytes, kBlockRows, 4);
+  Node a = Make(TransportOptions{.rows = &memory}), b = Make();
+  EXPECT_EQ(b->row_memory(), nullptr);
+  ConnectAndWait(a, b);
+  uint32_t seed = 0;
+  for (const wire::Kind kind : kRowKinds) {
+    for (const uint32_t rows : {1u, 60u, 250u}) {
+      ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, kind, rows, ++seed)).ok());
+      ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == seed && memory.blocks_free() == 4; }));
+      EXPECT_EQ(b.frames.back().device_rows(), nullptr);
+      ExpectRowsIntact(b.frames.back());
+    }
+  }
+  EXPECT_EQ(b->statistics()[0].frames_in_host_memory, seed);
+  EXPECT_EQ(b->statistics()[0].frames_in_row_memory, 0u);
+}
+
+TEST_P(TransportTest, HostRowsReachAPeerWithRowMemory) {
+  HostRowMemory memory(kRowBytes, kBlockRows, 4);
+  Node a = Make(), b = Make(TransportOptions{.rows = &memory});
+  ConnectAndWait(a, b);
+  for (uint32_t rows : {1u, 60u, 250u}) {
+    FrameRef frame = a->frames().Allocate(static_cast<uint32_t>(rows * kRowBytes));
+    frame.header().kind = wire::Kind::kDispatch;
+    frame.header().rows = rows;
+    frame.header().step = rows;
+    std::mt19937 random(rows);
+    for (std::byte& byte : frame.payload_span()) byte = static_cast<std::byte>(random());
+    ASSERT_TRUE(a->Send(b.id(), std::move(frame)).ok());
+  }
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == 3; }));
+  for (const FrameRef& frame : b.frames) ExpectRowsIntact(frame);
+  const PeerStatistics statistics = b->statistics()[0];
+  EXPECT_EQ(statistics.frames_in_host_memory + statistics.frames_in_row_memory, 3u);
+}
+
+TEST_P(TransportTest, WithoutAFreeBlockRowsComeToHostMemory) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 8), memory_b(kRowBytes, kBlockRows, 2);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  ConnectAndWait(a, b);
+  for (uint32_t i = 1; i <= 5; ++i)
+    ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kPartial, 40 * i, i)).ok());
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == 5; }));
+  EXPECT_EQ(std::count_if(b.frames.begin(), b.frames.end(),
+                          [](const FrameRef& frame) { return frame.device_rows() != nullptr; }),
+            2);
+  for (const FrameRef& frame : b.frames) ExpectRowsIntact(frame);
+  EXPECT_EQ(b->statistics()[0].frames_in_row_memory, 2u);
+  EXPECT_EQ(b->statistics()[0].frames_in_host_memory, 3u);
+  b.frames.clear();
+  EXPECT_EQ(memory_b.blocks_free(), 2);
+  ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kPartial, 3, 9)).ok());
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == 1; }));
+  EXPECT_NE(b.frames[0].device_rows(), nullptr);
+}
+
+TEST_P(TransportTest, RowsOfAnotherLengthDoNotLieBetweenOurs) {
+  HostRowMemory memory_a(kRowBytes, 8, 4), memory_b(2 * kRowBytes, 8, 4);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  ConnectAndWait(a, b);
+  ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kPartial, 8)).ok());
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == 1; }));
+  EXPECT_EQ(b.frames[0].device_rows(), nullptr);
+  ExpectRowsIntact(b.frames[0]);
+}
+
+TEST_P(TransportTest, APeerOfWireVersion1GetsItsRowsWithTheDescriptors) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 4), memory_b(kRowBytes, kBlockRows, 4);
+  Node a = Make(TransportOptions{.rows = &memory_a});
+  Node b = Make(TransportOptions{.rows = &memory_b, .wire_version = 1});
+  ConnectAndWait(a, b);
+  for (Node* from : {&a, &b}) {
+    Node& to = from == &a ? b : a;
+    for (const wire::Kind kind : {wire::Kind::kExpertWork, wire::Kind::kPartial}) {
+      ASSERT_TRUE((*from)->Send(to.id(), MakeRows(*from->transport, kind, 100)).ok());
+      ASSERT_TRUE(Pump({&a, &b}, [&] { return !to.frames.empty(); }));
+      EXPECT_EQ(to.frames[0].device_rows(), nullptr);
+      if (over_ucx()) {
+        EXPECT_EQ(to.frames[0].header().version, 1);
+      }
+      ExpectRowsIntact(to.frames[0]);
+      to.frames.clear();
+    }
+  }
+  EXPECT_TRUE(Pump({&a, &b}, [&] { return memory_a.blocks_free() == 4 && memory_b.blocks_free() == 4; }));
+  EXPECT_THAT(a.lost, IsEmpty());
+}
+
+TEST_P(TransportTest, DescriptorsTooLongForTheWireBelowTakeTheirRowsAlong) {
+  HostRowMemory memory_a(16, 4000, 2), memory_b(16, 4000, 2);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  ConnectAndWait(a, b);
+  // 96,000 bytes of descriptors: no transport of UCX has room for them in a header.
+  ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kExpertWork, 4000)).ok());
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return b.frames.size() == 1 && memory_a.blocks_free() == 2; }));
+  EXPECT_EQ(b.frames[0].device_rows() == nullptr, over_ucx());
+  ExpectRowsIntact(b.frames[0]);
+}
+
+TEST_P(TransportTest, OneFrameOfRowsMayGoToSeveralPeers) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 1), memory_b(kRowBytes, kBlockRows, 1);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  Node c = Make(), old = Make(TransportOptions{.wire_version = 1});
+  for (Node* peer : {&b, &c, &old}) ConnectAndWait(a, *peer);
+  FrameRef frame = MakeRows(*a.transport, wire::Kind::kExpertWork, 100);
+  for (Node* peer : {&b, &c, &old}) ASSERT_TRUE(a->Send(peer->id(), frame).ok());
+  frame = FrameRef();
+  ASSERT_TRUE(Pump({&a, &b, &c, &old}, [&] {
+    return b.frames.size() == 1 && c.frames.size() == 1 && old.frames.size() == 1 &&
+           memory_a.blocks_free() == 1;
+  }));
+  for (Node* peer : {&b, &c, &old}) ExpectRowsIntact(peer->frames[0]);
+  EXPECT_NE(b.frames[0].device_rows(), nullptr);
+}
+
+TEST_P(TransportTest, AReceivedFrameOfRowsCanBeSentOn) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 1), memory_b(kRowBytes, kBlockRows, 1);
+  Node a = Make(TransportOptions{.rows = &memory_a}), b = Make(TransportOptions{.rows = &memory_b});
+  ConnectAndWait(a, b);
+  ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kPartial, 100)).ok());
+  b.on_frame = [&](Event& event) { ASSERT_TRUE(b->Send(event.peer, std::move(event.frame)).ok()); };
+  ASSERT_TRUE(Pump({&a, &b}, [&] { return a.frames.size() == 1; }));
+  ExpectRowsIntact(a.frames[0]);
+  a.frames.clear();
+  EXPECT_TRUE(Pump({&a, &b}, [&] { return memory_a.blocks_free() == 1 && memory_b.blocks_free() == 1; }));
+}
+
+TEST_P(TransportTest, ALostPeerLeavesNoBlockBehind) {
+  HostRowMemory memory_a(kRowBytes, kBlockRows, 16), memory_b(kRowBytes, kBlockRows, 16);
+  Node a = Make(TransportOptions{.rows = &memory_a});
+  {
+    Node b = Make(TransportOptions{.rows = &memory_b});
+    ConnectAndWait(a, b);
+    for (uint32_t i = 0; i < 16; ++i)
+      ASSERT_TRUE(a->Send(b.id(), MakeRows(*a.transport, wire::Kind::kPartial, 200, i)).ok());
+    b.transport.reset();
+  }
+  EXPECT_TRUE(Pump({&a}, [&] { return !a.lost.empty(); }));
+  EXPECT_TRUE(Pump({&a}, [&] { return memory_a.blocks_free() == 16; }));
+  EXPECT_EQ(memory_b.blocks_free(), 16);
+}
+
+// A GPU that fails.
+class BrokenRowMemory final : public RowMemory {
+ public:
+  BrokenRowMemory() : RowMemory(memory_, 64, 4, 1) {}
+  bool on_gpu() const override { return false; }
+  absl::Status CopyToHost(std::byte*, const std::byte*, size_t) override {
+    return absl::InternalError("broken");
+  }
+  absl::Status CopyRows(std::span<const RowCopy>) override { return absl::InternalError("broken"); }
+
+ private:
+  alignas(64) std::byte memory_[256] = {};
+};
+
+TEST_P(TransportTest, RowsThatCannotBeReadAreNotSent) {
+  BrokenRowMemory memory;
+  Node a = Make(TransportOptions{.rows = &memory}), old = Make(TransportOptions{.wire_version = 1});
+  ConnectAndWait(a, old);
+  EXPECT_EQ(a->Send(old.id(), MakeRows(*a.transport, wire::Kind::kPartial, 4)).code(),
+            absl::StatusCode::kInternal);
+  EXPECT_EQ(memory.blocks_free(), 1);
+  PumpFor({&a, &old}, absl::Milliseconds(20));
+  EXPECT_THAT(old.frames, IsEmpty());
+  EXPECT_THAT(a.lost, IsEmpty());
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // What one data-plane message looks like: 64 bytes of header, then a payload whose layout the kind decides.
-// Format: docs/wire_format.md (wire version 1). Little-endian; every reserved byte is zero.
+// Format: docs/wire_format.md (wire version 2). Little-endian; every reserved byte is zero.
 #pragma once
 
 #include <bit>
@@ -16,8 +16,9 @@ inline constexpr uint32_t kMagic = 0x314b4e4d;  // "MNK1"
 // The version this build speaks, and the oldest it still understands (N and N-1 talk to each other). The
 // handshake agrees on one; its own frames always say kHandshakeVersion, so that strangers can be told why
 // not.
-inline constexpr uint8_t kVersion = 1;
+inline constexpr uint8_t kVersion = 2;
 inline constexpr uint8_t kVersionOldest = 1;
+inline constexpr uint8_t kVersionRowsApart = 2;  // from it on descriptors may travel apart from their rows
 inline constexpr uint8_t kHandshakeVersion = 1;
 static_assert(std::endian::native == std::endian::little, "headers and payloads are used where they lie");
 
@@ -62,7 +63,7 @@ struct FrameHeader {
   uint8_t version = kVersion;
   Kind kind{};
   TrafficClass traffic_class{};
-  uint8_t flags = 0;        // none is defined in version 1
+  uint8_t flags = 0;        // none is defined yet
   uint32_t epoch_term = 0;  // placement table the sender used or knows
   uint32_t epoch_counter = 0;
   uint64_t origin = 0;  // NodeId of the attention node that owns the exchange

@@ -29,6 +29,7 @@ TEST(ValidateHeader, AcceptsEveryKindInBothClasses) {
     for (int traffic_class : {0, 1}) {
       FrameHeader header = Valid();
       header.kind = static_cast<Kind>(kind);
+      if (IsHandshakeKind(header.kind)) header.version = kHandshakeVersion;
       header.traffic_class = static_cast<TrafficClass>(traffic_class);
       EXPECT_TRUE(ValidateHeader(header, 128).ok()) << kind;
       EXPECT_NE(ToString(header.kind), "unknown");
@@ -42,6 +43,7 @@ TEST(ValidateHeader, RefusesEveryOtherKind) {
   for (int kind = 0; kind < 256; ++kind) {
     FrameHeader header = Valid();
     header.kind = static_cast<Kind>(kind);
+    if (IsHandshakeKind(header.kind)) header.version = kHandshakeVersion;
     if (!ValidateHeader(header, 128).ok()) ++refused;
   }
   EXPECT_EQ(refused, 256 - 20);
@@ -95,7 +97,7 @@ TEST(FrameHeader, LittleEndianLayoutIsTheDocumentedOne) {
   header.row_begin = 17;
   unsigned char bytes[64];
   std::memcpy(bytes, &header, 64);
-  const unsigned char expected[64] = {'M', 'N', 'K', '1', 1,  16, 1, 1, 2,  0, 0, 0, 3,  0, 0, 0,
+  const unsigned char expected[64] = {'M', 'N', 'K', '1', 2,  16, 1, 1, 2,  0, 0, 0, 3,  0, 0, 0,
                                       8,   7,   6,   5,   4,  3,  2, 1, 9,  0, 0, 0, 0,  0, 0, 0,
                                       10,  0,   11,  0,   12, 0,  0, 0, 13, 0, 0, 0, 14, 0, 0, 0,
                                       15,  0,   0,   0,   16, 0,  0, 0, 17, 0, 0, 0, 0,  0, 0, 0};

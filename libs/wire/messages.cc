@@ -114,6 +114,48 @@ std::byte* SkipPadding(std::span<std::byte> payload, uint32_t descriptor_bytes) 
 
 }  // namespace
 
+std::optional<uint32_t> RowDataOffsetOf(const FrameHeader& header) {
+  uint64_t descriptors = 0;
+  switch (header.kind) {
+    case Kind::kDispatch:
+      break;
+    case Kind::kExpertWork:
+      descriptors = uint64_t{header.rows} * sizeof(WorkRow) + uint64_t{header.pairs} * sizeof(WorkPair);
+      break;
+    case Kind::kPartial:
+      descriptors = uint64_t{header.rows} * sizeof(PartialRow);
+      break;
+    default:  // most kinds, and what is no kind
+      return std::nullopt;
+  }
+  if (descriptors > header.payload_bytes) return std::nullopt;
+  const uint32_t offset = RowDataOffset(static_cast<uint32_t>(descriptors));
+  if (offset > header.payload_bytes) return std::nullopt;
+  return offset;
+}
+
+absl::StatusOr<FrameHeader> ReadHead(std::span<const std::byte> head, size_t data_bytes) {
+  FrameHeader header;
+  if (head.size() < sizeof(header) || head.size() > sizeof(header) + kPayloadBytesMax) {
+    return absl::InvalidArgumentError(
+        StrCat("frame header: expected ", sizeof(header), " bytes and descriptors, found ", head.size()));
+  }
+  std::memcpy(&header, head.data(), sizeof(header));
+  const size_t descriptor_bytes = head.size() - sizeof(header);
+  if (data_bytes > kPayloadBytesMax) {
+    return absl::InvalidArgumentError(
+        StrCat("frame payload: expected at most ", kPayloadBytesMax, " bytes, received ", data_bytes));
+  }
+  MK_RETURN_IF_ERROR(ValidateHeader(header, descriptor_bytes + data_bytes));
+  if (descriptor_bytes == 0) return header;
+  if (header.version < kVersionRowsApart || RowDataOffsetOf(header) != descriptor_bytes) {
+    return absl::InvalidArgumentError(StrCat(
+        "frame header: ", descriptor_bytes, " bytes of descriptors do not belong to ", ToString(header.kind),
+        " version ", int{header.version}, " rows=", header.rows, " pairs=", header.pairs));
+  }
+  return header;
+}
+
 int32_t DispatchRowsMax(const RowShape& shape) {
   return static_cast<int32_t>(kPayloadBytesMax / shape.row_bytes());
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "absl/status/statusor.h"
@@ -116,6 +117,14 @@ inline constexpr uint32_t kUnitPiecesMax = 64;  // of one request
 inline uint32_t RowDataOffset(uint32_t descriptor_bytes) {
   return (descriptor_bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 }
+// Where the row data of a message begin in its payload, from its header alone. Nothing: its kind has no row
+// data, or they would begin behind the payload.
+std::optional<uint32_t> RowDataOffsetOf(const FrameHeader& header);
+// The header of a message whose row data may come apart from it: `head` is the header, followed by nothing or
+// by all of the payload that is before the row data, and `data_bytes` come beside it. INVALID_ARGUMENT unless
+// ValidateHeader passes and, from wire version 2 on only, what follows the header ends where its kind's row
+// data begin.
+absl::StatusOr<FrameHeader> ReadHead(std::span<const std::byte> head, size_t data_bytes);
 // Rows of a message of each kind that fit into kPayloadBytesMax, at least 1 for every supported shape.
 int32_t DispatchRowsMax(const RowShape& shape);
 int32_t WorkRowsMax(const RowShape& shape);  // ExpertWork, top_k pairs each

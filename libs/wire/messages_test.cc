@@ -547,5 +547,84 @@ TEST(UnitMessages, LengthsAndIndicesThatDoNotFitAreRefused) {
   EXPECT_FALSE(CheckUnitAbsent(PageHeader(Kind::kUnitAbsent, 0, 0, 0), bytes(1)).ok());
 }
 
+// ---- Rows apart from their descriptors
+// ------------------------------------------------------------------------
+
+TEST(RowDataOffsetOf, IsWhereTheWriterPutsTheRows) {
+  for (uint32_t rows : {1u, 7u, 8u, 9u, 100u}) {
+    FrameHeader header;
+    header.rows = rows;
+    header.pairs = 2 * rows;
+    header.kind = Kind::kExpertWork;
+    header.payload_bytes = WorkPayloadBytes(kShape, rows, header.pairs);
+    Message work(header.payload_bytes);
+    const std::byte* data = LayOutWork(kShape, rows, header.pairs, work.payload()).data;
+    EXPECT_EQ(RowDataOffsetOf(header), data - work.payload().data());
+    header.kind = Kind::kPartial;
+    header.payload_bytes = PartialPayloadBytes(kShape, rows);
+    Message partial(header.payload_bytes);
+    data = LayOutPartial(kShape, rows, partial.payload()).data;
+    EXPECT_EQ(RowDataOffsetOf(header), data - partial.payload().data());
+    header.kind = Kind::kDispatch;
+    EXPECT_EQ(RowDataOffsetOf(header), 0u);
+    for (const Kind kind : {Kind::kRoutePlan, Kind::kNack, Kind::kUnitPiece, Kind::kHello, Kind{99}}) {
+      header.kind = kind;
+      EXPECT_EQ(RowDataOffsetOf(header), std::nullopt);
+    }
+  }
+}
+
+TEST(RowDataOffsetOf, CountsThatDoNotFitHaveNone) {
+  FrameHeader header;
+  header.kind = Kind::kPartial;
+  header.rows = 9;  // 72 bytes, padded to 128
+  header.payload_bytes = 127;
+  EXPECT_EQ(RowDataOffsetOf(header), std::nullopt);
+  header.payload_bytes = 128;
+  EXPECT_EQ(RowDataOffsetOf(header), 128u);
+  header.rows = UINT32_MAX;
+  EXPECT_EQ(RowDataOffsetOf(header), std::nullopt);
+  header.kind = Kind::kExpertWork;
+  header.rows = header.pairs = 0x20000000;  // 8 bytes each: 0 in 32 bits
+  EXPECT_EQ(RowDataOffsetOf(header), std::nullopt);
+}
+
+TEST(ReadHead, TakesDescriptorsOfTheRightLengthOnly) {
+  FrameHeader header;
+  header.kind = Kind::kPartial;
+  header.rows = 9;
+  header.payload_bytes = PartialPayloadBytes(kShape, 9);
+  const uint32_t offset = *RowDataOffsetOf(header);
+  ASSERT_EQ(offset, 128u);
+  const auto read = [&](size_t descriptor_bytes, size_t data_bytes) {
+    std::vector<std::byte> head(sizeof(header) + descriptor_bytes);
+    std::memcpy(head.data(), &header, std::min(sizeof(header), head.size()));
+    return ReadHead(head, data_bytes);
+  };
+  const uint32_t rows_bytes = header.payload_bytes - offset;
+  ASSERT_TRUE(read(0, header.payload_bytes).ok());
+  ASSERT_TRUE(read(offset, rows_bytes).ok());
+  EXPECT_EQ(read(offset, rows_bytes)->rows, 9u);
+  for (size_t part = 1; part <= header.payload_bytes; ++part)
+    EXPECT_EQ(read(part, header.payload_bytes - part).ok(), part == offset) << part;
+  EXPECT_FALSE(read(offset, rows_bytes - 1).ok());
+  EXPECT_FALSE(read(offset, rows_bytes + 1).ok());
+  EXPECT_FALSE(read(offset, SIZE_MAX - offset + 1 + rows_bytes).ok());  // the sum is right in 64 bits
+  EXPECT_FALSE(read(size_t{kPayloadBytesMax} + 1, 0).ok());
+  EXPECT_FALSE(ReadHead({}, 0).ok());
+  std::vector<std::byte> head(sizeof(header) - 1);
+  EXPECT_FALSE(ReadHead(head, 0).ok());
+
+  header.version = 1;  // knows no rows apart
+  EXPECT_TRUE(read(0, header.payload_bytes).ok());
+  EXPECT_FALSE(read(offset, rows_bytes).ok());
+  header.version = kVersion;
+  header.kind = Kind::kRoutePlan;  // has no rows
+  EXPECT_TRUE(read(0, header.payload_bytes).ok());
+  EXPECT_FALSE(read(offset, rows_bytes).ok());
+  header.kind = Kind::kHello;
+  EXPECT_FALSE(read(offset, rows_bytes).ok());
+}
+
 }  // namespace
 }  // namespace minke::wire

@@ -11,6 +11,7 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/cluster/rate_meter.h"
+#include "libs/cluster/row_shape.h"
 #include "libs/cluster/view.h"
 #include "libs/collective/local_group.h"
 #include "services/attention/layers/cpu_attention_model.h"
@@ -114,19 +115,25 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
   };
   MK_ASSIGN_OR_RETURN(std::unique_ptr<AttentionModel> model,
                       LoadModel(checkpoint, o, *service->pool_, progress));
+  if (o.wrap_model) model = o.wrap_model(std::move(model));
   const int64_t page_bytes = model->CacheBytesPerToken() * kernels::kPageTokens;
   const ModelLimits limits{
       .cache_pages = std::max<int64_t>(1, o.engine.cache_bytes / page_bytes),
       .microbatches = MicrobatchesMax(o.engine),
       .rows_max = std::max(o.engine.limits.step_tokens_max, o.engine.limits.sequences_max),
       .sequences_max = o.engine.limits.sequences_max,
+      .row_memory = transport->row_memory(),
       .allowed_tokens = o.allowed_tokens};
   MK_RETURN_IF_ERROR(model->Prepare(limits));
   std::unique_ptr<router::Gate> gate;
   if (o.local_routing) {
-    MK_ASSIGN_OR_RETURN(router::Gate loaded, router::Gate::Load(*checkpoint, o.precision, *service->pool_));
-    loaded.SetOverrideForTest(std::move(o.gate_override));
-    gate = std::make_unique<router::Gate>(std::move(loaded));
+    // On the GPU if rows are there, which they are with row memory.
+    const transport::RowMemory* const row_memory = transport->row_memory();
+    const Device gate_device = row_memory != nullptr && row_memory->on_gpu() ? Device::kCuda : Device::kCpu;
+    MK_ASSIGN_OR_RETURN(gate, router::LoadGate(*checkpoint, o.precision, gate_device,
+                                               MessageRowsMax(RowShapeOf(checkpoint->config(), o.precision)),
+                                               *service->pool_));
+    gate->SetOverrideForTest(std::move(o.gate_override));
   }
   service->self_.set_node_id(transport->self().value);
   service->self_.set_role(cluster::v1::ROLE_ATTENTION);

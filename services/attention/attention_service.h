@@ -40,6 +40,8 @@ struct AttentionServiceOptions {
   tracing::TracerOptions traces;         // without an endpoint: none
   std::vector<uint8_t> allowed_tokens;   // [vocab] 0/1: ids that have a token; empty: all
   router::Gate::Override gate_override;  // tests only, with local_routing
+  // Tests only: a model in place of the one that was loaded, before it is prepared.
+  std::function<std::unique_ptr<AttentionModel>(std::unique_ptr<AttentionModel>)> wrap_model;
   registry::Registry::OnRefused on_refused;
 };
 

@@ -42,8 +42,9 @@ int main(int argc, char** argv) {
   if (!device.ok()) return fail(device.status());
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
-  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ATTENTION, **checkpoint);
-  if (!transport.ok()) return fail(transport.status());
+  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_ATTENTION, **checkpoint,
+                                        attention_flags.tensor_parallel > 1 ? Device::kCpu : *device);
+  if (!data_plane.ok()) return fail(data_plane.status());
   auto options = attention::ToServiceOptions(attention_flags, **checkpoint, flags.ParsedPrecision());
   if (!options.ok()) return fail(options.status());
   options->registry = *std::move(registry);
@@ -58,8 +59,8 @@ int main(int argc, char** argv) {
     node::Fail("attention", status);
     ::_exit(1);  // refused for good: nothing here is worth an orderly end
   };
-  auto service =
-      attention::AttentionService::Start(*std::move(checkpoint), *std::move(transport), *std::move(options));
+  auto service = attention::AttentionService::Start(*std::move(checkpoint), std::move(data_plane->transport),
+                                                    *std::move(options));
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(
       flags, "attention", (*service)->engine().transport(),

@@ -44,10 +44,12 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(
   self.set_role(cluster::v1::ROLE_EXPERT);
   self.set_data_address(transport->address());
   self.set_pid(static_cast<uint32_t>(::getpid()));
-  MK_ASSIGN_OR_RETURN(service->backend_,
-                      MakeBackend(*service->checkpoint_,
-                                  {.device = o.device, .format = o.experts_format, .precision = o.precision},
-                                  *service->pool_, *service->load_pool_));
+  MK_ASSIGN_OR_RETURN(service->backend_, MakeBackend(*service->checkpoint_,
+                                                     {.device = o.device,
+                                                      .format = o.experts_format,
+                                                      .precision = o.precision,
+                                                      .rows = transport->row_memory()},
+                                                     *service->pool_, *service->load_pool_));
   service->engine_ = std::make_unique<ExpertEngine>(service->checkpoint_->config(), o.precision,
                                                     std::move(transport), *service->backend_, o.engine);
   MK_ASSIGN_OR_RETURN(service->server_, rpc::GrpcServer::Start(o.listen, {}, o.identity));

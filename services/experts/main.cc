@@ -57,8 +57,8 @@ int main(int argc, char** argv) {
   if (!possible.ok()) return fail(possible);
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
-  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_EXPERT, **checkpoint);
-  if (!transport.ok()) return fail(transport.status());
+  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_EXPERT, **checkpoint, options.device);
+  if (!data_plane.ok()) return fail(data_plane.status());
   options.registry = *std::move(registry);
   options.listen = flags.listen;
   options.identity = *identity;
@@ -68,7 +68,8 @@ int main(int argc, char** argv) {
     node::Fail("expert", status);
     ::_exit(1);  // refused for good: nothing here is worth an orderly end
   };
-  auto service = experts::ExpertService::Start(*std::move(checkpoint), *std::move(transport), options);
+  auto service =
+      experts::ExpertService::Start(*std::move(checkpoint), std::move(data_plane->transport), options);
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(
       flags, "expert", (*service)->engine().transport(),

@@ -8,6 +8,7 @@
 #include "libs/base/strings.h"
 #include "libs/node/node.h"
 #include "libs/node/tls_flags.h"
+#include "libs/transport/ucx/ucx.h"
 #include "services/router/metrics.h"
 #include "services/router/router_service.h"
 
@@ -46,13 +47,18 @@ int main(int argc, char** argv) {
     return fail(absl::InvalidArgumentError(StrCat("--replicas: expected at most --experts (",
                                                   options.expert_servers, "), found ", options.replicas)));
   }
-  if (const auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision()); !device.ok()) {
-    return fail(device.status());
-  }
+  auto device = node::ChooseDevice(flags.device, flags.ParsedPrecision());
+  if (!device.ok()) return fail(device.status());
+  // auto: a GPU only if rows come to its memory. From the host, the few rows of a message are not worth the
+  // way.
+  const bool automatic = flags.device == "auto";
+  if (automatic && !transport::UcxKnowsCuda()) device = Device::kCpu;
   auto checkpoint = Checkpoint::Open(flags.checkpoint);
   if (!checkpoint.ok()) return fail(checkpoint.status());
-  auto transport = node::MakeUcxTransport(flags, cluster::v1::ROLE_ROUTER, **checkpoint);
-  if (!transport.ok()) return fail(transport.status());
+  auto data_plane = node::MakeDataPlane(flags, cluster::v1::ROLE_ROUTER, **checkpoint, *device);
+  if (!data_plane.ok()) return fail(data_plane.status());
+  if (automatic && data_plane->transport->row_memory() == nullptr) device = Device::kCpu;
+  options.device = *device;
   options.registry = *std::move(registry);
   options.on_refused = [](const absl::Status& status) {
     node::Fail("router", status);
@@ -63,7 +69,8 @@ int main(int argc, char** argv) {
   options.advertise_host = flags.advertise;
   options.precision = flags.ParsedPrecision();
   options.threads = flags.Threads();
-  auto service = router::RouterService::Start(*std::move(checkpoint), *std::move(transport), options);
+  auto service =
+      router::RouterService::Start(*std::move(checkpoint), std::move(data_plane->transport), options);
   if (!service.ok()) return fail(service.status());
   auto metrics = node::ServeMetrics(
       flags, "router", (*service)->engine().transport(),

@@ -12,7 +12,9 @@
 #include "libs/base/strings.h"
 #include "libs/base/thread_name.h"
 #include "libs/cluster/rate_meter.h"
+#include "libs/cluster/row_shape.h"
 #include "libs/cluster/view.h"
+#include "services/router/gating/cpu_gate.h"
 #include "services/router/placement/placement_table.h"
 
 namespace minke::router {
@@ -73,11 +75,13 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   std::unique_ptr<RouterService> service(new RouterService);
   service->pool_ = std::make_unique<ThreadPool>(options.threads);
   const bool routes = checkpoint->config().n_routed_experts > 0 && options.expert_servers > 0;
-  Gate gate(checkpoint->config());
+  std::unique_ptr<Gate> gate = std::make_unique<CpuGate>(checkpoint->config());
   if (routes) {
-    MK_ASSIGN_OR_RETURN(gate, Gate::Load(*checkpoint, options.precision, *service->pool_));
+    MK_ASSIGN_OR_RETURN(
+        gate, LoadGate(*checkpoint, options.precision, options.device,
+                       MessageRowsMax(RowShapeOf(checkpoint->config(), options.precision)), *service->pool_));
   }
-  gate.SetOverrideForTest(std::move(options.gate_override));
+  gate->SetOverrideForTest(std::move(options.gate_override));
 
   cluster::v1::MemberReport report;
   report.set_model_fingerprint(absl::StrFormat("%016x", checkpoint->fingerprint()));

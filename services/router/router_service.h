@@ -28,6 +28,7 @@ struct RouterServiceOptions {
   std::string advertise_host;          // as others reach this host; empty: the host of `listen`
   std::shared_ptr<tls::Identity> identity = nullptr;  // of the cluster; null: plaintext
   Precision precision = Precision::kBF16;
+  Device device = Device::kCpu;  // of the gate
   int replicas = 1;
   int spare_slots = 0;  // CoordinatorOptions
   int expert_servers =

@@ -82,6 +82,23 @@ void CheckPlan(const RowShape& shape, const FrameHeader& header, Bytes payload) 
   FUZZ_ASSERT(RoutePlanPayloadBytes(shape, header.rows, header.pairs) == payload.size());
 }
 
+// Rows apart from their descriptors: there is one place to part them, and where they do not come apart at all
+// is decided by the header alone.
+void CheckHead(const FrameHeader& header, Bytes payload) {
+  std::vector<std::byte> all(sizeof(header) + payload.size());
+  std::memcpy(all.data(), &header, sizeof(header));
+  if (!payload.empty()) std::memcpy(all.data() + sizeof(header), payload.data(), payload.size());
+  const auto offset = RowDataOffsetOf(header);
+  if (offset.has_value()) FUZZ_ASSERT(*offset <= header.payload_bytes && *offset % kRowAlignment == 0);
+  const bool valid = ValidateHeader(header, payload.size()).ok();
+  FUZZ_ASSERT(ReadHead(Bytes(all).first(sizeof(header)), payload.size()).ok() == valid);
+  const size_t step = std::max<size_t>(1, payload.size() / 64);
+  for (size_t part = 1; part <= payload.size(); part += step) {
+    const bool ok = ReadHead(Bytes(all).first(sizeof(header) + part), payload.size() - part).ok();
+    FUZZ_ASSERT(ok == (valid && header.version >= kVersionRowsApart && offset == part));
+  }
+}
+
 void CheckPagesAndUnits(const FrameHeader& header, Bytes payload, uint8_t bits) {
   if (header.kind == Kind::kPageRequest) {
     if (const auto tokens = ReadPageRequest(header, payload); tokens.ok()) {
@@ -120,12 +137,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t bytes) {
   const auto bits = input.Take<uint8_t>();
   FrameHeader header = input.Take<FrameHeader>();
   // Most inputs are to get past the magic number and the length, which the transport fills in.
-  if ((bits & 1) == 0)
-    header.magic = kMagic, header.version = kVersion, header.reserved = 0, header.flags = 0;
+  if ((bits & 1) == 0) {
+    header.magic = kMagic, header.reserved = 0, header.flags = 0;
+    header.version = IsHandshakeKind(header.kind) ? kHandshakeVersion : kVersion;
+  }
   if ((bits & 2) == 0) header.payload_bytes = static_cast<uint32_t>(input.rest().size());
   std::vector<uint64_t> aligned((input.rest().size() + 7) / 8);
   if (!input.rest().empty()) std::memcpy(aligned.data(), input.rest().data(), input.rest().size());
   const std::span<const std::byte> payload = std::as_bytes(std::span(aligned)).first(input.rest().size());
+  CheckHead(header, payload);
   if (!ValidateHeader(header, payload.size()).ok()) return 0;
   FUZZ_ASSERT(header.payload_bytes == payload.size() && payload.size() <= kPayloadBytesMax);
   FUZZ_ASSERT(!ToString(header.kind).empty());

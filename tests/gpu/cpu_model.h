@@ -12,7 +12,7 @@
 #include "libs/model/checkpoint.h"
 #include "libs/model/tensors.h"
 #include "services/attention/layers/cpu_attention_model.h"
-#include "services/router/gating/gate.h"
+#include "services/router/gating/cpu_gate.h"
 
 namespace minke::testing_support {
 
@@ -33,7 +33,7 @@ class CpuModel {
                                                 pool_, [](int32_t) {})
                  .value();
     EXPECT_TRUE(model_->Prepare({.cache_pages = pages}).ok());
-    gate_.emplace(router::Gate::Load(*checkpoint, Precision::kBF16, pool_).value());
+    gate_ = router::CpuGate::Load(*checkpoint, Precision::kBF16, pool_).value();
     gate_->SetOverrideForTest([this](int32_t layer, uint32_t row, std::span<uint16_t> experts) {
       if (forced_ == nullptr) return false;
       for (size_t i = 0; i < experts.size(); ++i) {
@@ -189,7 +189,7 @@ class CpuModel {
   ThreadPool pool_;
   const ModelConfig config_;
   std::unique_ptr<attention::AttentionModel> model_;
-  std::optional<router::Gate> gate_;
+  std::unique_ptr<router::Gate> gate_;
   const Routing* forced_ = nullptr;
   std::map<int32_t, std::vector<kernels::FfnWeights>> experts_;
   std::map<int32_t, std::vector<float>> gates_;

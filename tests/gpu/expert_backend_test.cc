@@ -10,6 +10,8 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "libs/base/status.h"
+#include "libs/gpu_rows/gpu_rows.h"
 #include "libs/kernels/cuda/device.h"
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
@@ -57,8 +59,8 @@ struct Message {
   std::vector<wire::WorkRow> rows;
   std::vector<wire::WorkPair> pairs;
   std::vector<bf16> data;
-  wire::WorkView view() const {
-    return {.rows = rows, .pairs = pairs, .data = reinterpret_cast<const std::byte*>(data.data())};
+  LaunchJob job() const {
+    return {.view = {.rows = rows, .pairs = pairs, .data = reinterpret_cast<const std::byte*>(data.data())}};
   }
 };
 
@@ -96,9 +98,12 @@ struct Results {
 
 class Server {
  public:
-  Server(const Checkpoint& checkpoint, Device device, ExpertsFormat format = ExpertsFormat::kBF16)
-      : config_(checkpoint.config()), pool_(8), load_pool_(8) {
-    auto made = MakeBackend(checkpoint, {.device = device, .format = format}, pool_, load_pool_);
+  // `rows`: with row memory, in which every other message then has its rows, and every third sum its place.
+  Server(const Checkpoint& checkpoint, Device device, ExpertsFormat format = ExpertsFormat::kBF16,
+         transport::RowMemory* rows = nullptr)
+      : config_(checkpoint.config()), pool_(8), load_pool_(8), rows_(rows) {
+    auto made =
+        MakeBackend(checkpoint, {.device = device, .format = format, .rows = rows}, pool_, load_pool_);
     EXPECT_TRUE(made.ok()) << made.status();
     backend = *std::move(made);
   }
@@ -112,28 +117,68 @@ class Server {
   }
   Results Run(int32_t layer, const std::vector<Message>& messages) {
     Results results;
-    std::vector<wire::WorkView> views;
+    std::vector<LaunchJob> jobs;
     std::vector<GroupRow> missing;
     for (const Message& m : messages) {
-      views.push_back(m.view());
-      SplitByGroup(config_, units, layer, static_cast<uint32_t>(views.size()) - 1, views.back(), results.rows,
-                   missing);
+      jobs.push_back(m.job());
+      if (rows_ != nullptr && jobs.size() % 2 == 0) MoveToRowMemory(jobs.back());
+      SplitByGroup(config_, units, layer, static_cast<uint32_t>(jobs.size()) - 1, jobs.back().view,
+                   results.rows, missing);
     }
     EXPECT_TRUE(missing.empty());
     results.sums.assign(results.rows.size(), std::vector<bf16>(config_.hidden_size, 0x7fc0));
     results.finite.assign(results.rows.size(), 7);
-    std::vector<std::byte*> outs;
-    for (auto& sum : results.sums) outs.push_back(reinterpret_cast<std::byte*>(sum.data()));
-    const absl::Status run = backend->Run(units, layer, views, results.rows, outs, results.finite);
+    std::vector<SumTarget> outs;
+    for (auto& sum : results.sums) {
+      outs.push_back({reinterpret_cast<std::byte*>(sum.data())});
+      if (rows_ != nullptr && outs.size() % 3 == 0) outs.back() = {TakeRow(), true};
+    }
+    const absl::Status run = backend->Run(units, layer, jobs, results.rows, outs, results.finite);
     EXPECT_TRUE(run.ok()) << run;
+    for (size_t i = 0; i < outs.size(); ++i) {
+      if (!outs[i].in_row_memory) continue;
+      EXPECT_TRUE(rows_
+                      ->CopyToHost(reinterpret_cast<std::byte*>(results.sums[i].data()), outs[i].at,
+                                   rows_->row_bytes())
+                      .ok());
+    }
+    for (std::byte* block : blocks_) rows_->ReturnBlock(block);
+    blocks_.clear();
+    rows_left_ = 0;
     return results;
   }
   std::unique_ptr<ExpertBackend> backend;
   Units units;
 
  private:
+  // The next row, of a block taken when the one before is full.
+  std::byte* TakeRow() {
+    if (rows_left_ == 0) {
+      blocks_.push_back(rows_->TakeBlock());
+      MK_CHECK(blocks_.back() != nullptr);
+      rows_left_ = rows_->rows_per_block();
+    }
+    return blocks_.back() + --rows_left_ * rows_->row_bytes();
+  }
+  void MoveToRowMemory(LaunchJob& job) {
+    const auto rows = std::ssize(job.view.rows);
+    MK_CHECK(rows <= rows_->rows_per_block());
+    std::byte* const block = rows_->TakeBlock();
+    MK_CHECK(block != nullptr);
+    std::vector<transport::RowCopy> copies;
+    for (int64_t i = 0; i < rows; ++i)
+      copies.push_back({block + i * rows_->row_bytes(), job.view.data + i * rows_->row_bytes(), true});
+    EXPECT_TRUE(rows_->CopyRows(copies).ok());
+    blocks_.insert(blocks_.begin(), block);  // not the one that TakeRow takes from
+    job.view.data = block;
+    job.in_row_memory = true;
+  }
+
   const ModelConfig config_;
   ThreadPool pool_, load_pool_;
+  transport::RowMemory* const rows_;
+  std::vector<std::byte*> blocks_;  // in use by this launch
+  int32_t rows_left_ = 0;           // of blocks_.back()
 };
 
 // Relative errors of the whole and of the worst group row.
@@ -275,6 +320,51 @@ TEST(CudaBackend, AResultDoesNotDependOnTheLaunch) {
     for (size_t i = 0; i < alone.sums.size(); ++i, ++at) ASSERT_EQ(alone.sums[i], all.sums[at]) << at;
   }
   EXPECT_EQ(at, all.sums.size());
+}
+
+// Rows and sums in row memory, in host memory and in both: the same launch to the bit, in passes of 4,096
+// too, and a sum that is not finite is flagged wherever it goes.
+TEST(CudaBackend, AResultDoesNotDependOnWhereRowsLie) {
+  const auto checkpoint = Checkpoint::Open(kShipped).value();
+  const std::vector<int32_t> groups = {1, 4, 6};
+  const int64_t row_bytes = checkpoint->config().hidden_size * 2;
+  auto rows = MakeGpuRowMemory(row_bytes, 1024, 40);
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  for (const ExpertsFormat format : {ExpertsFormat::kBF16, ExpertsFormat::kFP8}) {
+    Server host(*checkpoint, Device::kCuda, format), gpu(*checkpoint, Device::kCuda, format, rows->get());
+    host.Load(1, groups);
+    gpu.Load(1, groups);
+    ASSERT_FALSE(HasFailure());
+    std::mt19937 rng(16);
+    for (const std::vector<int>& sizes :
+         std::vector<std::vector<int>>{{1}, {1, 1}, {3, 64, 17, 1, 129}, {25, 1000, 900, 1024, 1}}) {
+      std::vector<Message> messages;
+      for (const int count : sizes)
+        messages.push_back(RandomMessage(checkpoint->config(), count, groups, rng));
+      messages.front().data.front() = 0x7fc0;
+      messages.back().data.back() = 0x7f80;
+      const Results want = host.Run(1, messages), got = gpu.Run(1, messages);
+      EXPECT_EQ(got.finite, want.finite);
+      EXPECT_NE(std::count(got.finite.begin(), got.finite.end(), 0), 0);
+      for (size_t i = 0; i < want.sums.size(); ++i) {
+        if (want.finite[i] != 1) continue;
+        ASSERT_EQ(got.sums[i], want.sums[i]) << i << " of " << want.sums.size();
+      }
+    }
+  }
+  EXPECT_EQ((*rows)->blocks_free(), 40);
+}
+
+TEST(CudaBackend, RowMemoryThatIsTooSmallIsNamed) {
+  const auto checkpoint = Checkpoint::Open(kShipped).value();
+  auto rows = MakeGpuRowMemory(checkpoint->config().hidden_size * 2, 1024, 7);  // 8,192 rows are needed
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  ThreadPool pool(1), load_pool(1);
+  const auto backend =
+      MakeBackend(*checkpoint, {.device = Device::kCuda, .rows = rows->get()}, pool, load_pool);
+  ASSERT_TRUE(absl::IsResourceExhausted(backend.status())) << backend.status();
+  EXPECT_THAT(std::string(backend.status().message()), HasSubstr("--row-memory-mib"));
+  EXPECT_EQ((*rows)->blocks_free(), 7);
 }
 
 TEST(CudaBackend, ARowThatIsNotFiniteIsFlaggedAlone) {

@@ -8,9 +8,30 @@
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/cluster/row_shape.h"
+#include "libs/gpu_rows/gpu_rows.h"
+#include "libs/transport/testing/host_row_memory.h"
 #include "libs/transport/ucx/ucx.h"
+#include "tests/support/posing_model.h"
 
 namespace minke::testing_support {
+
+// Over inproc the nodes share one, as they share a process's device; over UCX each has its own.
+transport::RowMemory* LocalCluster::MakeRows(int blocks, Device device) {
+  if (blocks == 0) return nullptr;
+  if (!options_.ucx && !rows_.empty()) return rows_.front().get();
+  const wire::RowShape shape = RowShapeOf(checkpoint_->config(), options_.precision);
+  const int32_t rows_per_block = wire::DispatchRowsMax(shape);
+  if (device == Device::kCuda) {
+    auto rows = MakeGpuRowMemory(shape.row_bytes(), rows_per_block, blocks);
+    if (!rows.ok()) log::Error("test", rows.status().ToString());
+    MK_CHECK(rows.ok());
+    rows_.push_back(*std::move(rows));
+  } else {
+    rows_.push_back(std::make_unique<transport::HostRowMemory>(shape.row_bytes(), rows_per_block, blocks));
+  }
+  return rows_.back().get();
+}
 
 std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) {
   const transport::Identity identity{.node_id = RandomNodeId(),
@@ -20,6 +41,12 @@ std::unique_ptr<transport::Transport> LocalCluster::MakeTransport(uint8_t role) 
                                      .cluster_secret = "test"};
   transport::TransportOptions options;
   if (options_.faults) options.credit_ttl = absl::Milliseconds(500);
+  if (role == cluster::v1::ROLE_ATTENTION)
+    options.rows = MakeRows(options_.attention_row_blocks, options_.attention_device);
+  if (role == cluster::v1::ROLE_ROUTER)
+    options.rows = MakeRows(options_.router_row_blocks, options_.router_device);
+  if (role == cluster::v1::ROLE_EXPERT)
+    options.rows = MakeRows(options_.expert_row_blocks, options_.experts_device);
   std::unique_ptr<transport::Transport> made;
   if (options_.ucx) {
     auto ucx = transport::CreateUcx(identity, {.transport = options});
@@ -56,6 +83,7 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
   auto router = router::RouterService::Start(
       checkpoint_, MakeTransport(cluster::v1::ROLE_ROUTER),
       {.precision = options_.precision,
+       .device = options_.router_device,
        .replicas = options_.replicas,
        .expert_servers = options_.experts,
        .threads = options_.threads,
@@ -82,6 +110,10 @@ LocalCluster::LocalCluster(ClusterOptions options) : options_(std::move(options)
     options.engine = engine;
     if (options_.local_routing) options.gate_override = options_.gate_override;
     options.on_refused = Refused;
+    if (options_.attention_row_blocks > 0 && options_.attention_poses &&
+        options_.attention_device == Device::kCpu) {
+      options.wrap_model = [](auto model) { return std::make_unique<PosingModel>(std::move(model)); };
+    }
     auto attention = attention::AttentionService::Start(
         checkpoint_, MakeTransport(cluster::v1::ROLE_ATTENTION), std::move(options));
     if (!attention.ok()) log::Error("test", attention.status().ToString());
@@ -122,6 +154,26 @@ LocalCluster::~LocalCluster() {
   attentions_.clear();
   experts_.clear();
   router_.reset();
+}
+
+LocalCluster::RowFrames LocalCluster::row_frames() const {
+  RowFrames frames;
+  const auto add = [&](const transport::Transport& transport) {
+    for (const transport::PeerStatistics& peer : transport.all_statistics()) {
+      frames.in_row_memory += peer.frames_in_row_memory;
+      frames.in_host_memory += peer.frames_in_host_memory;
+    }
+  };
+  add(router_->engine().transport());
+  for (const auto& attention : attentions_) add(attention->engine().transport());
+  for (const auto& expert : experts_) add(expert->engine().transport());
+  return frames;
+}
+
+int64_t LocalCluster::blocks_in_use() const {
+  int64_t blocks = 0;
+  for (const auto& rows : rows_) blocks += rows->bytes() / rows->block_bytes() - rows->blocks_free();
+  return blocks;
 }
 
 transport::FaultCounts LocalCluster::fault_counts() const {

@@ -24,6 +24,7 @@ struct ClusterOptions {
   Device experts_device = Device::kCpu;
   experts::ExpertsFormat experts_format = experts::ExpertsFormat::kBF16;
   Device attention_device = Device::kCpu;
+  Device router_device = Device::kCpu;
   int replicas = 1;
   bool local_routing = false;
   bool ucx = false;
@@ -40,6 +41,10 @@ struct ClusterOptions {
   attention::ExchangeOptions exchange;
   attention::PageExchangeOptions page_exchange;
   router::Gate::Override gate_override;
+  // Row memory of so many messages on each node of these roles: on the GPU where the role computes there,
+  // else host memory that poses as one. 0: none.
+  int attention_row_blocks = 0, router_row_blocks = 0, expert_row_blocks = 0;
+  bool attention_poses = true;  // with row memory in host memory: the model has its rows "there", too
 };
 
 struct Generation {
@@ -73,12 +78,22 @@ class LocalCluster {
   cluster::v1::ClusterView view() const { return router_->membership().view(); }
   const std::string& router_address() const { return router_->rpc_address(); }
   transport::FaultCounts fault_counts() const;
+  // Messages with rows by where these came to lie, of nodes with row memory.
+  struct RowFrames {
+    uint64_t in_row_memory = 0, in_host_memory = 0;
+  };
+  RowFrames row_frames() const;
+  // Blocks of row memory that are in use anywhere.
+  int64_t blocks_in_use() const;
 
  private:
+  transport::RowMemory* MakeRows(int blocks, Device device);
   std::unique_ptr<transport::Transport> MakeTransport(uint8_t role);
 
   const ClusterOptions options_;
   std::shared_ptr<const Checkpoint> checkpoint_;  // shared by the services
+  // Outlive everything that has frames.
+  std::vector<std::unique_ptr<transport::RowMemory>> rows_;
   transport::InprocHub hub_;
   std::vector<transport::FaultyTransport*> faulty_;
   std::unique_ptr<router::RouterService> router_;

@@ -65,6 +65,11 @@ absl::StatusOr<int> CurrentDeviceIndex() {
   return device;
 }
 
+absl::Status UseDevice(int device) {
+  MK_CUDA_RETURN_IF_ERROR(cudaSetDevice(device));
+  return absl::OkStatus();
+}
+
 absl::StatusOr<DeviceScope> DeviceScope::Enter(int device) {
   int before = 0;
   MK_CUDA_RETURN_IF_ERROR(cudaGetDevice(&before));

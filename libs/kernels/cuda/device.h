@@ -37,6 +37,9 @@ absl::StatusOr<int64_t> FreeMemoryBytes();
 // The calling thread's current device.
 absl::StatusOr<int> CurrentDeviceIndex();
 
+// Makes a device the calling thread's current one from here on.
+absl::Status UseDevice(int device);
+
 // Makes a device the calling thread's current one while it lives. INVALID_ARGUMENT for a device that is not
 // there.
 class DeviceScope {

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -160,9 +161,12 @@ class InprocLink final : public Link {
 
 class InprocDriver final : public Driver {
  public:
-  InprocDriver(std::shared_ptr<InprocDirectory> directory, NodeId self, size_t parcels_max)
+  InprocDriver(std::shared_ptr<InprocDirectory> directory, NodeId self, FramePool* pool, RowMemory* rows,
+               size_t parcels_max)
       : directory_(std::move(directory)),
         self_(self),
+        pool_(pool),
+        rows_(rows),
         mailbox_(std::make_shared<InprocMailbox>(parcels_max)) {
     directory_->Add(self_, mailbox_);
   }
@@ -176,7 +180,8 @@ class InprocDriver final : public Driver {
   }
 
   std::string address() const override { return StrCat(kScheme, ToString(self_)); }
-  bool carries_rows() const override { return true; }
+  bool carries_rows() const override { return rows_ != nullptr; }
+  uint32_t rows_offset_max() const override { return wire::kPayloadBytesMax; }
 
   absl::StatusOr<std::string> Resolve(std::string_view address) const override {
     uint64_t id = 0;
@@ -215,6 +220,7 @@ class InprocDriver final : public Driver {
       }
       const wire::FrameHeader& header = parcel.frame.header();
       absl::Status status = wire::ValidateHeader(header, header.payload_bytes);
+      if (status.ok()) status = TakeRows(parcel.frame);
       if (status.ok()) {
         sink.OnFrame(link, std::move(parcel.frame), parcel.credits);
       } else {
@@ -245,12 +251,34 @@ class InprocDriver final : public Driver {
     return true;
   }
 
+  // Sees to it that the rows of a frame are where this node looks for them: as they are if both nodes share
+  // one row memory, which a process with one GPU does; else in host memory, or in a block of ours if that is
+  // host memory too (tests, where each node has its own).
+  absl::Status TakeRows(FrameRef& frame) {
+    if (frame.device_rows() == nullptr || frame.row_memory() == rows_) return absl::OkStatus();
+    const uint32_t offset = frame.rows_offset(), payload_bytes = frame.header().payload_bytes;
+    if (rows_ != nullptr && !rows_->on_gpu() && rows_->Fits(frame.header().rows, payload_bytes - offset)) {
+      if (FrameRef own = pool_->AllocateWithRows(payload_bytes, offset, *rows_)) {
+        own.header() = frame.header();
+        std::memcpy(own.payload(), frame.payload(), offset);
+        MK_RETURN_IF_ERROR(
+            frame.row_memory()->CopyToHost(own.device_rows(), frame.device_rows(), payload_bytes - offset));
+        frame = std::move(own);
+        return absl::OkStatus();
+      }
+    }
+    MK_ASSIGN_OR_RETURN(frame, pool_->CopyToHost(frame));
+    return absl::OkStatus();
+  }
+
   Link* AddLink(uint64_t id, std::shared_ptr<InprocMailbox> remote) {
     return (links_[id] = std::make_unique<InprocLink>(this, id, std::move(remote))).get();
   }
 
   const std::shared_ptr<InprocDirectory> directory_;  // with the hub and its other transports
   const NodeId self_;
+  FramePool* const pool_;
+  RowMemory* const rows_;                         // null: none
   const std::shared_ptr<InprocMailbox> mailbox_;  // with the links of others to this node
   absl::flat_hash_map<uint64_t, std::unique_ptr<InprocLink>> links_;
   std::vector<Parcel> taken_;
@@ -283,10 +311,11 @@ InprocHub::InprocHub() : directory_(std::make_shared<internal::InprocDirectory>(
 InprocHub::~InprocHub() = default;
 
 std::unique_ptr<Transport> CreateInproc(InprocHub& hub, Identity identity, TransportOptions options) {
-  auto driver =
-      std::make_unique<internal::InprocDriver>(hub.directory_, identity.node_id, options.inbox_frames_max);
-  return std::make_unique<internal::PeerTransport>(std::make_unique<FramePool>(), std::move(driver),
-                                                   std::move(identity), options);
+  auto pool = std::make_unique<FramePool>();
+  auto driver = std::make_unique<internal::InprocDriver>(hub.directory_, identity.node_id, pool.get(),
+                                                         options.rows, options.inbox_frames_max);
+  return std::make_unique<internal::PeerTransport>(std::move(pool), std::move(driver), std::move(identity),
+                                                   options);
 }
 
 }  // namespace minke::transport

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -23,6 +24,7 @@
 #include "libs/transport/peer_transport.h"
 #include "libs/transport/ucx/addresses.h"
 #include "libs/transport/ucx/ucx_settings.h"
+#include "libs/wire/messages.h"
 
 namespace minke::transport {
 namespace internal {
@@ -64,7 +66,8 @@ absl::Status UcxError(std::string_view where, ucs_status_t status) {
   return absl::UnavailableError(StrCat(where, ": ", std::string_view(ucs_status_string(status))));
 }
 
-bool RdmaDevicePresent() {
+// Whether this UCX has a component of that name, and hardware for it.
+bool ComponentPresent(std::string_view name) {
   uct_component_h* components = nullptr;
   unsigned count = 0;
   if (uct_query_components(&components, &count) != UCS_OK) return false;
@@ -73,18 +76,22 @@ bool RdmaDevicePresent() {
     uct_component_attr_t attributes{};
     attributes.field_mask = UCT_COMPONENT_ATTR_FIELD_NAME | UCT_COMPONENT_ATTR_FIELD_MD_RESOURCE_COUNT;
     if (uct_component_query(components[i], &attributes) != UCS_OK) continue;
-    present |= std::string_view(attributes.name) == "ib" && attributes.md_resource_count > 0;
+    present |= std::string_view(attributes.name) == name && attributes.md_resource_count > 0;
   }
   uct_release_component_list(components);
   return present;
 }
 
-absl::StatusOr<std::vector<UcxSetting>> ChooseSettings(UcxSelection selection, const Interface& interface) {
-  const bool rdma_present = RdmaDevicePresent();
+absl::StatusOr<std::vector<UcxSetting>> ChooseSettings(const UcxOptions& options,
+                                                       const Interface& interface) {
+  const UcxSelection selection = options.selection;
+  const bool rdma_present = ComponentPresent("ib");
   if (selection == UcxSelection::kRdma && !rdma_present) {
     return absl::FailedPreconditionError("transport rdma: UCX sees no RDMA device on this host");
   }
-  return SettingsFor(selection, interface.name, interface.loopback, rdma_present);
+  const RowMemory* const rows = options.transport.rows;
+  return SettingsFor(selection, interface.name, interface.loopback, rdma_present,
+                     rows != nullptr && rows->on_gpu() && UcxKnowsCuda());
 }
 
 absl::StatusOr<Context> CreateContext(const std::vector<UcxSetting>& settings) {
@@ -131,6 +138,38 @@ absl::StatusOr<Worker> CreateWorker(ucp_context_h context) {
   return Worker(worker);
 }
 
+ucs_memory_type_t MemoryType(const RowMemory& rows) {
+  return rows.on_gpu() ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST;
+}
+
+// Whether messages can come from and go to this memory.
+absl::StatusOr<bool> Carries(ucp_context_h context, const RowMemory* rows) {
+  if (rows == nullptr || !rows->on_gpu()) return rows != nullptr;
+  ucp_context_attr_t attributes{};
+  attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+  if (ucs_status_t status = ucp_context_query(context, &attributes); status != UCS_OK) {
+    return UcxError("ucp_context_query", status);
+  }
+  return (attributes.memory_types & UCS_BIT(UCS_MEMORY_TYPE_CUDA)) != 0;
+}
+
+// How long a message's header may be, with everything that goes in it.
+absl::StatusOr<size_t> HeaderBytesMax(ucp_worker_h worker) {
+  ucp_worker_attr_t attributes{};
+  attributes.field_mask = UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER;
+  if (ucs_status_t status = ucp_worker_query(worker, &attributes); status != UCS_OK) {
+    return UcxError("ucp_worker_query", status);
+  }
+  return attributes.max_am_header;
+}
+
+// UCX asks CUDA for the device of the thread it runs in.
+void UseDeviceInThisThread(RowMemory* rows) {
+  static thread_local const RowMemory* in_use = nullptr;
+  if (rows == nullptr || std::exchange(in_use, rows) == rows) return;
+  rows->UseInThisThread();
+}
+
 // The transports of an endpoint's lanes for active messages, as UCX names them. UCX 1.13 tells them only in
 // print:
 //   #     lane[0]:  2:posix/memory.0 md[2]   -> md[2]/posix/sysdev[255] am am_bw#0
@@ -164,6 +203,7 @@ class UcxLink;
 // A send under way. Header and payload must stay where they are until UCX is done with them.
 struct SendOperation {
   wire::FrameHeader header;
+  std::vector<std::byte> header_and_descriptors;  // if the rows travel apart from them
   FrameRef frame;
   UcxLink* link = nullptr;
   int64_t queued_ns = 0;
@@ -176,6 +216,7 @@ struct ReceiveOperation {
   UcxDriver* driver = nullptr;
   UcxLink* link = nullptr;
   FrameRef frame;
+  size_t bytes = 0;  // expected
 };
 
 class UcxLink final : public Link {
@@ -224,7 +265,8 @@ class UcxDriver final : public Driver {
   ~UcxDriver() override;
 
   std::string address() const override { return address_; }
-  bool carries_rows() const override { return false; }
+  bool carries_rows() const override { return rows_ != nullptr; }
+  uint32_t rows_offset_max() const override { return rows_offset_max_; }
   absl::StatusOr<std::string> Resolve(std::string_view address) const override;
   absl::StatusOr<Link*> Open(const std::string& resolved) override;
   void Progress(DriverSink& sink) override;
@@ -249,8 +291,11 @@ class UcxDriver final : public Driver {
     absl::Status status;
   };
 
-  UcxDriver(FramePool* pool, Context context, Worker worker, int worker_fd, FileDescriptor signal_fd)
+  UcxDriver(FramePool* pool, RowMemory* rows, uint32_t rows_offset_max, Context context, Worker worker,
+            int worker_fd, FileDescriptor signal_fd)
       : pool_(pool),
+        rows_(rows),
+        rows_offset_max_(rows_offset_max),
         context_(std::move(context)),
         worker_(std::move(worker)),
         worker_fd_(worker_fd),
@@ -262,12 +307,15 @@ class UcxDriver final : public Driver {
   static void OnReceived(void* request, ucs_status_t status, size_t bytes, void* arg);
   ucs_status_t Receive(const void* header, size_t header_bytes, void* data, size_t bytes,
                        const ucp_am_recv_param_t* parameters);
+  // The last `bytes` of the frame: its rows if it is one with rows apart.
   ucs_status_t ReceiveRendezvous(UcxLink* link, FrameRef frame, void* data, size_t bytes);
   absl::StatusOr<UcxLink*> AddLink(ucp_ep_params_t parameters);
   void AcceptConnections(DriverSink& sink);
   void ReapClosed();
 
   FramePool* const pool_;
+  RowMemory* const rows_;  // null: none, or UCX cannot carry rows from and to it
+  const uint32_t rows_offset_max_;
   const Context context_;
   const Worker worker_;
   const int worker_fd_;  // the worker's own
@@ -317,9 +365,28 @@ void UcxLink::Send(FrameRef frame, uint8_t version, uint32_t credits, int64_t no
   parameters.memory_type = UCS_MEMORY_TYPE_HOST;
   parameters.cb.send = &UcxLink::OnSent;
   parameters.user_data = operation;
-  void* const request =
-      ucp_am_send_nbx(ep_, kMessageId, &operation->header, sizeof(operation->header),
-                      operation->frame.payload(), operation->header.payload_bytes, &parameters);
+  const void* header = &operation->header;
+  size_t header_bytes = sizeof(operation->header);
+  const std::byte* data = operation->frame.payload();
+  size_t bytes = operation->header.payload_bytes;
+  if (const std::byte* const rows = operation->frame.device_rows(); rows != nullptr) {
+    const uint32_t offset = operation->frame.rows_offset();
+    std::vector<std::byte>& head = operation->header_and_descriptors;
+    head.resize(sizeof(operation->header) + offset);
+    std::memcpy(head.data(), &operation->header, sizeof(operation->header));
+    std::memcpy(head.data() + sizeof(operation->header), operation->frame.payload(), offset);
+    header = head.data();
+    header_bytes = head.size();
+    data = rows;
+    bytes -= offset;
+    parameters.memory_type = MemoryType(*operation->frame.row_memory());
+    // UCX would send up to its threshold (RNDV_THRESH, above every payload over shared memory and tcp)
+    // eagerly, which copies a GPU's memory through the host's on both sides. Rendezvous goes from GPU to GPU,
+    // and is quicker from one row on.
+    if (bytes != 0) parameters.flags |= UCP_AM_SEND_FLAG_RNDV;
+    UseDeviceInThisThread(operation->frame.row_memory());
+  }
+  void* const request = ucp_am_send_nbx(ep_, kMessageId, header, header_bytes, data, bytes, &parameters);
   if (UCS_PTR_IS_PTR(request)) {
     Append(operation);
     return;
@@ -387,17 +454,25 @@ void UcxLink::Remove(SendOperation* operation) {
 absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, const UcxOptions& options) {
   // UCX looks at interfaces once: a container may start before its own is up, and would never connect.
   MK_ASSIGN_OR_RETURN(Interface interface, AwaitInterface(options.interface, kInterfaceTimeout));
-  MK_ASSIGN_OR_RETURN(const std::vector<UcxSetting> settings, ChooseSettings(options.selection, interface));
+  RowMemory* rows = options.transport.rows;
+  UseDeviceInThisThread(rows);
+  MK_ASSIGN_OR_RETURN(const std::vector<UcxSetting> settings, ChooseSettings(options, interface));
   MK_ASSIGN_OR_RETURN(Context context, CreateContext(settings));
+  MK_ASSIGN_OR_RETURN(const bool carries_rows, Carries(context.get(), rows));
+  if (!carries_rows) rows = nullptr;
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
+  MK_ASSIGN_OR_RETURN(const size_t header_bytes_max, HeaderBytesMax(worker.get()));
+  const size_t rows_offset_max = std::min<size_t>(
+      header_bytes_max - std::min(header_bytes_max, sizeof(wire::FrameHeader)), wire::kPayloadBytesMax);
   int worker_fd = -1;
   if (ucs_status_t status = ucp_worker_get_efd(worker.get(), &worker_fd); status != UCS_OK) {
     return UcxError("ucp_worker_get_efd", status);
   }
   FileDescriptor signal_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (signal_fd.get() < 0) return absl::UnavailableError(StrCat("eventfd: ", std::strerror(errno)));
-  std::unique_ptr<UcxDriver> driver(
-      new UcxDriver(pool, std::move(context), std::move(worker), worker_fd, std::move(signal_fd)));
+  std::unique_ptr<UcxDriver> driver(new UcxDriver(pool, rows, static_cast<uint32_t>(rows_offset_max),
+                                                  std::move(context), std::move(worker), worker_fd,
+                                                  std::move(signal_fd)));
 
   ucp_am_handler_param_t handler{};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
@@ -434,6 +509,7 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
 }
 
 UcxDriver::~UcxDriver() {
+  UseDeviceInThisThread(rows_);
   for (ucp_conn_request_h request : requests_) ucp_listener_reject(listener_.get(), request);
   listener_.reset();
   while (!links_.empty()) links_.begin()->second->Close();
@@ -494,6 +570,7 @@ void UcxDriver::ReapClosed() {
 }
 
 void UcxDriver::Progress(DriverSink& sink) {
+  UseDeviceInThisThread(rows_);
   for (int round = 0; round < kProgressRoundsMax && ucp_worker_progress(worker()) != 0; ++round) {
   }
   if (!requests_.empty()) AcceptConnections(sink);
@@ -555,39 +632,46 @@ ucs_status_t UcxDriver::Receive(const void* header_data, size_t header_bytes, vo
   if (found == links_.end() || !found->second->usable()) return UCS_OK;
   UcxLink* const link = found->second.get();
 
-  wire::FrameHeader header;
-  if (header_bytes != sizeof(header)) {
-    records_.push_back({Record::Kind::kBad,
-                        link,
-                        {},
-                        absl::InvalidArgumentError(StrCat("frame header: expected ", sizeof(header),
-                                                          " bytes, found ", header_bytes))});
+  const std::span<const std::byte> head(static_cast<const std::byte*>(header_data), header_bytes);
+  absl::StatusOr<wire::FrameHeader> read = wire::ReadHead(head, bytes);
+  if (!read.ok()) {
+    records_.push_back({Record::Kind::kBad, link, {}, std::move(read).status()});
     return UCS_OK;
   }
-  std::memcpy(&header, header_data, sizeof(header));
-  if (absl::Status status = wire::ValidateHeader(header, bytes); !status.ok()) {
-    records_.push_back({Record::Kind::kBad, link, {}, std::move(status)});
-    return UCS_OK;
+  const wire::FrameHeader& header = *read;
+  const auto descriptor_bytes = static_cast<uint32_t>(header_bytes - sizeof(header));
+  const bool rendezvous = (parameters->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+  FrameRef frame;
+  // Rows that come apart, for us to say where. (A Dispatch is nothing but rows.) Those of another length than
+  // ours are not to lie between ours; the reader of the message refuses them.
+  if (rendezvous && rows_ != nullptr && wire::RowDataOffsetOf(header) == descriptor_bytes &&
+      rows_->Fits(header.rows, bytes)) {
+    frame = pool_->AllocateWithRows(header.payload_bytes, descriptor_bytes, *rows_);
   }
-  FrameRef frame = pool_->Allocate(static_cast<uint32_t>(bytes));
+  if (!frame) frame = pool_->Allocate(header.payload_bytes);
   frame.header() = header;
-  if ((parameters->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
-    return ReceiveRendezvous(link, std::move(frame), data, bytes);
-  }
-  if (bytes != 0) std::memcpy(frame.payload(), data, bytes);
+  std::memcpy(frame.payload(), head.data() + sizeof(header), descriptor_bytes);
+  if (rendezvous) return ReceiveRendezvous(link, std::move(frame), data, bytes);
+  if (bytes != 0) std::memcpy(frame.payload() + descriptor_bytes, data, bytes);
   records_.push_back({Record::Kind::kFrame, link, std::move(frame), absl::OkStatus()});
   return UCS_OK;
 }
 
 ucs_status_t UcxDriver::ReceiveRendezvous(UcxLink* link, FrameRef frame, void* data, size_t bytes) {
-  auto operation = std::make_unique<ReceiveOperation>(ReceiveOperation{this, link, std::move(frame)});
+  auto operation = std::make_unique<ReceiveOperation>(ReceiveOperation{this, link, std::move(frame), bytes});
   ucp_request_param_t parameters{};
   parameters.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
                             UCP_OP_ATTR_FIELD_MEMORY_TYPE | UCP_OP_ATTR_FLAG_NO_IMM_CMPL;
   parameters.cb.recv_am = &UcxDriver::OnReceived;
   parameters.user_data = operation.get();
+  const FrameRef& target = operation->frame;
+  std::byte* to = target.payload() + (target.header().payload_bytes - bytes);
   parameters.memory_type = UCS_MEMORY_TYPE_HOST;
-  void* const request = ucp_am_recv_data_nbx(worker(), data, operation->frame.payload(), bytes, &parameters);
+  if (target.device_rows() != nullptr) {
+    to = target.device_rows();
+    parameters.memory_type = MemoryType(*rows_);
+  }
+  void* const request = ucp_am_recv_data_nbx(worker(), data, to, bytes, &parameters);
   if (UCS_PTR_IS_ERR(request)) {
     link->Fail(UCS_PTR_STATUS(request));
     return UCS_OK;
@@ -605,14 +689,13 @@ void UcxDriver::OnReceived(void* request, ucs_status_t status, size_t bytes, voi
   if (!link->usable()) return;
   if (status != UCS_OK) {
     link->Fail(status);
-  } else if (bytes != operation->frame.header().payload_bytes) {
+  } else if (bytes != operation->bytes) {
     operation->driver->records_.push_back(
         {Record::Kind::kBad,
          link,
          {},
-         absl::InvalidArgumentError(StrCat("frame payload: header says ",
-                                           operation->frame.header().payload_bytes, " bytes, received ",
-                                           bytes))});
+         absl::InvalidArgumentError(
+             StrCat("frame payload: announced were ", operation->bytes, " bytes, received ", bytes))});
   } else {
     operation->driver->records_.push_back(
         {Record::Kind::kFrame, link, std::move(operation->frame), absl::OkStatus()});
@@ -671,6 +754,10 @@ absl::StatusOr<UcxSelection> ParseUcxSelection(std::string_view text) {
       StrCat("transport: expected auto, shm, tcp or rdma, found \"", text, "\""));
 }
 
+bool UcxKnowsCuda() {
+  return internal::ComponentPresent("cuda_cpy") && internal::ComponentPresent("cuda_ipc");
+}
+
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptions options) {
   auto pool = std::make_unique<FramePool>();
   MK_ASSIGN_OR_RETURN(std::unique_ptr<internal::UcxDriver> driver,
@@ -682,7 +769,7 @@ absl::StatusOr<std::unique_ptr<Transport>> CreateUcx(Identity identity, UcxOptio
 absl::StatusOr<std::vector<std::pair<std::string, std::string>>> UcxEnvironment(const UcxOptions& options) {
   MK_ASSIGN_OR_RETURN(const internal::Interface interface, internal::FindInterface(options.interface));
   MK_ASSIGN_OR_RETURN(const std::vector<internal::UcxSetting> settings,
-                      internal::ChooseSettings(options.selection, interface));
+                      internal::ChooseSettings(options, interface));
   std::vector<std::pair<std::string, std::string>> variables;
   for (const internal::UcxSetting& setting : settings) {
     std::string name = StrCat("UCX_", setting.name);

@@ -25,6 +25,9 @@ enum class UcxSelection : uint8_t {
 // "auto", "shm", "tcp", "rdma"; INVALID_ARGUMENT otherwise.
 absl::StatusOr<UcxSelection> ParseUcxSelection(std::string_view text);
 
+// Whether UCX has transports for CUDA, and sees a GPU. Makes no CUDA context.
+bool UcxKnowsCuda();
+
 struct UcxOptions {
   TransportOptions transport;
   std::string interface = "lo";  // name, or one of its addresses: what is listened on and sent through

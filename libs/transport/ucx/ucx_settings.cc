@@ -1,9 +1,11 @@
 #include "libs/transport/ucx/ucx_settings.h"
 
+#include <utility>
+
 namespace minke::transport::internal {
 
 std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& interface, bool loopback,
-                                    bool rdma_present) {
+                                    bool rdma_present, bool cuda) {
   std::vector<UcxSetting> settings = {
       {"KEEPALIVE_INTERVAL", "500ms", ""},
       // A restarted process gets its fixed port back although connections of its former life are in
@@ -27,7 +29,9 @@ std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& i
   settings.push_back({"TCP_RX_SEG_SIZE", "256k", "RX_SEG_SIZE"});
   // Connections by socket address need tcp in any case. Above every payload: with PEER, rendezvous would go
   // over tcp.
-  settings.push_back({"TLS", shm ? "posix,cma,tcp,self" : "tcp,self", ""});
+  std::string transports = shm ? "posix,cma,tcp,self" : "tcp,self";
+  if (cuda) transports += ",cuda_copy,cuda_ipc";
+  settings.push_back({"TLS", std::move(transports), ""});
   settings.push_back({"RNDV_THRESH", shm ? "1m" : "512k", ""});
   return settings;
 }

@@ -16,8 +16,9 @@ struct UcxSetting {
   std::string name_1_13;
 };
 
-// Pure. `interface` is its name.
+// Pure. `interface` is its name. `cuda`: rows lie in GPU memory, and this UCX has the transports for it (it
+// warns of those it does not have).
 std::vector<UcxSetting> SettingsFor(UcxSelection selection, const std::string& interface, bool loopback,
-                                    bool rdma_present);
+                                    bool rdma_present, bool cuda);
 
 }  // namespace minke::transport::internal

@@ -28,6 +28,7 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/time/clock.h"
+#include "libs/transport/testing/host_row_memory.h"
 #include "libs/transport/ucx/addresses.h"
 #include "libs/transport/ucx/ucx_settings.h"
 
@@ -36,6 +37,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
+constexpr int64_t kRowBytes = 1024;
+constexpr int32_t kBlockRows = 250;
 constexpr char kEchoArgument[] = "--echo-peer";
 
 Identity MakeIdentity(uint64_t id) {
@@ -54,6 +57,8 @@ int EchoPeer(uint64_t id, const std::string& selection, int heartbeat_ms) {
   UcxOptions options;
   options.selection = ParseUcxSelection(selection).value();
   options.transport.heartbeat = absl::Milliseconds(heartbeat_ms);
+  HostRowMemory rows(kRowBytes, kBlockRows, 8);
+  options.transport.rows = &rows;
   auto made = CreateUcx(MakeIdentity(id), options);
   if (!made.ok()) return 1;
   Transport& transport = **made;
@@ -201,6 +206,40 @@ TEST_P(UcxProcessTest, PeerKilledInTheMiddleOfTrafficLeavesNoFrameBehind) {
   EXPECT_TRUE(WaitFor(*transport, log, [&] { return transport->frames().frames_in_use() == 0; }));
 }
 
+// Messages of rows go by rendezvous: either side may be gone in the middle of it.
+TEST_P(UcxProcessTest, PeerKilledInTheMiddleOfRowsLeavesNoBlockBehind) {
+  constexpr int kBlocks = 32;
+  HostRowMemory rows(kRowBytes, kBlockRows, kBlocks);
+  EchoProcess peer(2, GetParam(), 250);
+  const auto transport = MakeHere({.rows = &rows});
+  Log log;
+  ASSERT_TRUE(transport->Connect(NodeId{2}, peer.address).ok());
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return log.up == 1; }));
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  bool killed = false;
+  while (log.lost.empty() && absl::Now() < deadline) {
+    constexpr uint32_t kRows = 100, kOffset = 832;  // 100 descriptors of 8 bytes, padded
+    FrameRef frame = transport->frames().AllocateWithRows(kOffset + kRows * kRowBytes, kOffset, rows);
+    if (frame) {
+      frame.header().kind = wire::Kind::kPartial;
+      frame.header().rows = kRows;
+      std::memset(frame.payload(), 0, kOffset);
+      std::memset(frame.device_rows(), 7, kRows * kRowBytes);
+      transport->Send(NodeId{2}, std::move(frame)).IgnoreError();
+    }
+    WaitFor(*transport, log, [n = 0]() mutable { return n++ > 0; });
+    if (log.frames > 50 && !std::exchange(killed, true)) {
+      EXPECT_GT(transport->statistics()[0].frames_in_row_memory, 0u);
+      peer.Signal(SIGKILL);
+    }
+  }
+  ASSERT_TRUE(killed);
+  ASSERT_FALSE(log.lost.empty());
+  EXPECT_TRUE(WaitFor(*transport, log, [&] {
+    return rows.blocks_free() == kBlocks && transport->frames().frames_in_use() == 0;
+  }));
+}
+
 TEST_P(UcxProcessTest, FrozenPeerIsFoundByHeartbeats) {
   constexpr int kHeartbeatMs = 100;
   EchoProcess peer(2, GetParam(), kHeartbeatMs);
@@ -345,6 +384,7 @@ TEST(UcxListener, MalformedMessagesAreCountedAndTheirEndpointClosed) {
 
   wire::FrameHeader good;
   good.kind = wire::Kind::kHello;
+  good.version = wire::kHandshakeVersion;
   uint64_t expected_bad = 0;
   const auto expect_closed = [&](const char* what, const void* header, size_t header_bytes,
                                  size_t payload_bytes, uint32_t flags) {
@@ -376,7 +416,19 @@ TEST(UcxListener, MalformedMessagesAreCountedAndTheirEndpointClosed) {
   expect_closed("version", &header, 64, 0, 0);
   header = good;
   header.kind = wire::Kind::kPartial;
+  header.version = wire::kVersion;
   expect_closed("before the handshake", &header, 64, 0, 0);
+  // Rows apart from descriptors that are not theirs, or of which there are too many.
+  struct {
+    wire::FrameHeader header;
+    std::byte descriptors[256] = {};
+  } split;
+  split.header = header;
+  split.header.rows = 4;
+  split.header.payload_bytes = 64 + 100;
+  expect_closed("descriptors too short", &split, 64 + 32, 132, UCP_AM_SEND_FLAG_RNDV);
+  expect_closed("descriptors too long", &split, 64 + 128, 36, UCP_AM_SEND_FLAG_RNDV);
+  expect_closed("longer than the payload", &split, 64 + 256, 0, 0);
 
   // The good peer has not noticed anything.
   ASSERT_TRUE(transport->Send(NodeId{2}, MakeFrame(*transport, 100)).ok());
@@ -463,8 +515,8 @@ TEST(UcxOptions, AFixedPortCanBeTakenAgainAtOnce) {
 }
 
 TEST(UcxSettings, SelectionsMeanWhatTheySay) {
-  const auto tls = [](UcxSelection selection, bool loopback, bool rdma) -> std::string {
-    for (const auto& setting : internal::SettingsFor(selection, "eth0", loopback, rdma)) {
+  const auto tls = [](UcxSelection selection, bool loopback, bool rdma, bool cuda = false) -> std::string {
+    for (const auto& setting : internal::SettingsFor(selection, "eth0", loopback, rdma, cuda)) {
       if (setting.name == "TLS") return setting.value;
     }
     return "UCX's choice";
@@ -475,6 +527,9 @@ TEST(UcxSettings, SelectionsMeanWhatTheySay) {
   EXPECT_EQ(tls(UcxSelection::kShm, false, true), "posix,cma,tcp,self");
   EXPECT_EQ(tls(UcxSelection::kTcp, true, true), "tcp,self");
   EXPECT_EQ(tls(UcxSelection::kRdma, false, true), "UCX's choice");
+  EXPECT_EQ(tls(UcxSelection::kAuto, true, false, true), "posix,cma,tcp,self,cuda_copy,cuda_ipc");
+  EXPECT_EQ(tls(UcxSelection::kTcp, true, false, true), "tcp,self,cuda_copy,cuda_ipc");
+  EXPECT_EQ(tls(UcxSelection::kAuto, true, true, true), "UCX's choice");
 }
 
 int Ip(const std::string& arguments) { return std::system(("ip " + arguments + " 2>/dev/null").c_str()); }

@@ -444,15 +444,7 @@ void Engine::Advance(Lane& lane, int index) {
   if (lane.layer == 0) model_->Embed(lane.batch);
   while (lane.layer < config.num_hidden_layers) {
     if (config.IsMoeLayer(lane.layer)) {
-      std::byte* rows = exchange_.RowsOfMessage(index, lane.batch.size());
-      if (rows == nullptr) {
-        lane.rows.resize(lane.batch.size() * config.hidden_size * ActivationBytes(model_->precision()));
-        rows = lane.rows.data();
-      }
-      model_->Attention(lane.layer, lane.batch, rows);
-      profile_.Enter(StepPhase::kDispatch, lane.layer);
-      const absl::Time now = absl::Now();
-      exchange_.Begin(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), now);
+      const absl::Time now = BeginExchange(lane, index);
       if (lane.trace != nullptr) {
         lane.exchange_begin = now;
         exchange_.Trace(index, &lane.legs);
@@ -470,11 +462,38 @@ void Engine::Advance(Lane& lane, int index) {
   lane.phase = Phase::kDone;
 }
 
+// Attention of a layer with routed experts, whose rows are then on their way; returns since when.
+absl::Time Engine::BeginExchange(Lane& lane, int index) {
+  const ModelConfig& config = model_->config();
+  if (RowsOnDevice* const device = model_->on_device()) {
+    const std::byte* rows = device->AttentionRows(lane.layer, lane.batch);
+    profile_.Enter(StepPhase::kDispatch, lane.layer);
+    const absl::Time now = absl::Now();
+    exchange_.BeginOnDevice(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), now);
+    return now;
+  }
+  std::byte* rows = exchange_.RowsOfMessage(index, lane.batch.size());
+  if (rows == nullptr) {
+    lane.rows.resize(lane.batch.size() * config.hidden_size * ActivationBytes(model_->precision()));
+    rows = lane.rows.data();
+  }
+  model_->Attention(lane.layer, lane.batch, rows);
+  profile_.Enter(StepPhase::kDispatch, lane.layer);
+  const absl::Time now = absl::Now();
+  exchange_.Begin(index, step_, lane.layer, lane.traffic_class, rows, lane.batch.size(), now);
+  return now;
+}
+
 void Engine::FinishExchange(Lane& lane, int index) {
   profile_.Enter(StepPhase::kCombine, lane.layer);
   exchange_outcomes_.resize(lane.batch.size());
-  exchange_.Combine(index, model_->RoutedTarget(lane.batch), exchange_outcomes_);
-  model_->AddRouted(lane.batch);
+  if (RowsOnDevice* const device = model_->on_device()) {
+    exchange_.CombineOnDevice(index, device->combiner(), device->DeviceSums(lane.batch), exchange_outcomes_);
+    device->AddDeviceSums(lane.batch);
+  } else {
+    exchange_.Combine(index, model_->RoutedTarget(lane.batch), exchange_outcomes_);
+    model_->AddRouted(lane.batch);
+  }
   if (lane.trace != nullptr) RecordExchange(lane);
   for (size_t i = 0; i < exchange_outcomes_.size(); ++i) {
     if (lane.outcomes[i] == RowOutcome::kOk) lane.outcomes[i] = exchange_outcomes_[i];

@@ -156,6 +156,7 @@ class Engine {
   void TraceStep();
   void RecordExchange(Lane& lane);
   void Advance(Lane& lane, int index);
+  absl::Time BeginExchange(Lane& lane, int index);
   void FinishExchange(Lane& lane, int index);
   void ComputeLanes();
   void ComputeWhole(WholeSteps& whole, Lane& lane);

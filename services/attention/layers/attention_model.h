@@ -12,8 +12,10 @@
 
 #include "absl/status/status.h"
 #include "libs/base/dtype.h"
+#include "libs/gpu_rows/row_combiner.h"
 #include "libs/kernels/cpu/mla.h"
 #include "libs/model/config.h"
+#include "libs/transport/row_memory.h"
 #include "services/attention/latent_cache/page_memory.h"
 #include "services/attention/sampling/sampler.h"
 
@@ -39,8 +41,10 @@ struct Microbatch {
 struct ModelLimits {
   int64_t cache_pages = 0;
   int microbatches = 1;
-  int64_t rows_max = 0;                 // of a microbatch
-  int64_t sequences_max = 0;            // chunks of a microbatch
+  int64_t rows_max = 0;       // of a microbatch
+  int64_t sequences_max = 0;  // chunks of a microbatch
+  // Of the exchange. Not null: a model on the same device leaves its rows there (AttentionModel::on_device).
+  transport::RowMemory* row_memory = nullptr;
   std::vector<uint8_t> allowed_tokens;  // [vocab] 0/1: ids that may be drawn; empty: all
 };
 
@@ -65,6 +69,21 @@ class WholeSteps {
   // or kNoToken where there is none: parameters null, or a forward pass without numbers.
   // AttentionModel::Logits then gives the logits of any of the draws' rows.
   virtual void Step(const Microbatch& batch, std::span<const DrawRow> draws, std::span<uint32_t> tokens) = 0;
+};
+
+// The model's side of the exchange in the memory of its device: rows and sums do not cross host memory.
+class RowsOnDevice {
+ public:
+  virtual ~RowsOnDevice() = default;
+  // As AttentionModel::Attention. The norm [rows, hidden] Act, complete, and as it is until the microbatch's
+  // next layer.
+  virtual const std::byte* AttentionRows(int32_t layer, const Microbatch& batch) = 0;
+  // [rows, hidden] f32: where the routed experts' sums go, ...
+  virtual float* DeviceSums(const Microbatch& batch) = 0;
+  // ... which then are in x.
+  virtual void AddDeviceSums(const Microbatch& batch) = 0;
+  // Adds partial sums up on the device: all that a microbatch can have.
+  virtual RowCombiner& combiner() = 0;
 };
 
 // Engine thread only. A device that fails ends the process: its streams go on elsewhere.
@@ -105,6 +124,9 @@ class AttentionModel : public PageMemory {
     (void)group_id, (void)stop;
     return absl::UnimplementedError("this model's weights are not on one GPU");
   }
+
+  // Null: rows for the experts, and their sums, are in host memory. Constant after Prepare.
+  virtual RowsOnDevice* on_device() { return nullptr; }
 
   // Null: the routed experts are elsewhere.
   virtual WholeSteps* whole() { return nullptr; }

@@ -10,6 +10,7 @@
 #include "libs/cuda_model/attention_on_gpu.h"
 #include "libs/cuda_model/decode_segments.h"
 #include "libs/cuda_model/weight_transfer.h"
+#include "libs/gpu_rows/gpu_rows.h"
 #include "services/attention/layers/cuda_common.h"
 
 namespace minke::attention {
@@ -20,11 +21,12 @@ using cuda_model::DecodeSegments;
 using cuda_model::GpuBatch;
 using cuda_model::GpuChunk;
 
-// An attention node's part, or a rank's share of it: rows go to the expert servers, and their sums come back,
-// through page-locked memory. Steps of decoding rows only are graphs, segment by segment; others are
-// launched, and so is every step of a rank. Every call makes the model's GPU the calling thread's: ranks are
-// loaded by one thread and compute on others.
-class CudaAttentionModel final : public AttentionModel {
+// An attention node's part, or a rank's share of it. Rows go to the expert servers, and their sums come back,
+// in row memory where the exchange has it and the model is one rank, else through page-locked memory. Steps
+// of decoding rows only are graphs, segment by segment; others are launched, and so is every step of a rank.
+// Every call makes the model's GPU the calling thread's: ranks are loaded by one thread and compute on
+// others.
+class CudaAttentionModel final : public AttentionModel, private RowsOnDevice {
  public:
   CudaAttentionModel(ModelConfig config, int device, cuda_model::AttentionWeights weights,
                      std::unique_ptr<DeviceCollective> group)
@@ -45,22 +47,40 @@ class CudaAttentionModel final : public AttentionModel {
     MK_ASSIGN_OR_RETURN(
         gpu_, AttentionOnGpu::Create(*std::exchange(weights_, std::nullopt), options, std::move(group_)));
     const int64_t values = limits.rows_max * config_.hidden_size;
-    MK_ASSIGN_OR_RETURN(normed_, cuda::PinnedBuffer::Allocate(values * int64_t{sizeof(bf16)}));
+    const bool on_device = alone && limits.row_memory != nullptr && config_.n_routed_experts > 0;
+    if (on_device) {
+      MK_CHECK(limits.row_memory->on_gpu() && limits.row_memory->row_bytes() == config_.hidden_size * 2);
+      MK_ASSIGN_OR_RETURN(combiner_,
+                          MakeGpuRowCombiner(config_.hidden_size, limits.rows_max, config_.fan_out_max()));
+    } else {
+      MK_ASSIGN_OR_RETURN(normed_, cuda::PinnedBuffer::Allocate(values * int64_t{sizeof(bf16)}));
+    }
     for (int i = 0; i < limits.microbatches; ++i) {
       Lane lane;
       MK_ASSIGN_OR_RETURN(lane.batch, gpu_->MakeBatch());
-      MK_ASSIGN_OR_RETURN(lane.routed, cuda::PinnedBuffer::Allocate(values * int64_t{sizeof(float)}));
-      std::memset(lane.routed.as(), 0, lane.routed.bytes());  // rows that fill a bucket up are numbers
+      // Rows that fill a bucket up are numbers.
+      const float* sums = nullptr;
+      if (on_device) {
+        MK_ASSIGN_OR_RETURN(lane.sums, cuda::DeviceBuffer::Allocate(values * int64_t{sizeof(float)}));
+        MK_RETURN_IF_ERROR(lane.sums.Fill(0, gpu_->stream()));
+        sums = lane.sums.as<float>();
+      } else {
+        MK_ASSIGN_OR_RETURN(lane.routed, cuda::PinnedBuffer::Allocate(values * int64_t{sizeof(float)}));
+        std::memset(lane.routed.as(), 0, lane.routed.bytes());
+        sums = lane.routed.as<float>();
+      }
       if (alone) {
         MK_ASSIGN_OR_RETURN(
             lane.segments,
-            DecodeSegments::Create(*gpu_, *lane.batch, lane.routed.as<float>(), normed_.as<bf16>(),
-                                   {.context_max = ContextMax(config_, limits)}));
+            DecodeSegments::Create(*gpu_, *lane.batch, sums, normed_.as<bf16>(),
+                                   {.context_max = ContextMax(config_, limits), .on_device = on_device}));
       }
       lanes_.push_back(std::move(lane));
     }
     return absl::OkStatus();
   }
+
+  RowsOnDevice* on_device() override { return combiner_ != nullptr ? this : nullptr; }
 
   void ReadPage(int32_t layer, uint32_t page, std::byte* latents) override {
     const cuda::DeviceScope scope = Enter();
@@ -101,6 +121,7 @@ class CudaAttentionModel final : public AttentionModel {
   void Attention(int32_t layer, const Microbatch& batch, std::byte* rows) override {
     const cuda::DeviceScope scope = Enter();
     Lane& lane = lanes_[batch.index];
+    MK_CHECK(rows == nullptr || combiner_ == nullptr);
     if (lane.decoding) {
       OrExit(lane.segments->Attention(layer));
     } else {
@@ -132,6 +153,22 @@ class CudaAttentionModel final : public AttentionModel {
     OrExit(gpu_->AddSums(*lane.batch, lane.routed.as<float>()));
   }
 
+  const std::byte* AttentionRows(int32_t layer, const Microbatch& batch) override {
+    Attention(layer, batch, nullptr);
+    const cuda::DeviceScope scope = Enter();
+    OrExit(gpu_->Synchronize());
+    return reinterpret_cast<const std::byte*>(lanes_[batch.index].batch->normed());
+  }
+  // Free again, as RoutedTarget's: the segment that read them is done.
+  float* DeviceSums(const Microbatch& batch) override { return lanes_[batch.index].sums.as<float>(); }
+  void AddDeviceSums(const Microbatch& batch) override {
+    const cuda::DeviceScope scope = Enter();
+    Lane& lane = lanes_[batch.index];
+    if (lane.decoding) return;  // the next segment begins with it
+    OrExit(gpu_->AddDeviceSums(*lane.batch, lane.sums.as<float>()));
+  }
+  RowCombiner& combiner() override { return *combiner_; }
+
   void Logits(const Microbatch& batch, std::span<const int32_t> selected, float* logits) override {
     const cuda::DeviceScope scope = Enter();
     Lane& lane = lanes_[batch.index];
@@ -161,7 +198,8 @@ class CudaAttentionModel final : public AttentionModel {
  private:
   struct Lane {  // a microbatch
     std::unique_ptr<GpuBatch> batch;
-    cuda::PinnedBuffer routed;                 // [rows_max, hidden] f32
+    cuda::PinnedBuffer routed;                 // [rows_max, hidden] f32; empty where rows stay on the device,
+    cuda::DeviceBuffer sums;                   // and then these are there
     std::unique_ptr<DecodeSegments> segments;  // null: of a rank of several
     bool decoding = false;                     // this step is one of graphs
     bool logits_there = false;                 // and its logits are computed
@@ -173,8 +211,9 @@ class CudaAttentionModel final : public AttentionModel {
   std::optional<cuda_model::AttentionWeights> weights_;  // until Prepare
   std::unique_ptr<DeviceCollective> group_;              // until Prepare
   std::unique_ptr<AttentionOnGpu> gpu_;
-  cuda::PinnedBuffer normed_;  // [rows_max, hidden] bf16
-  std::vector<Lane> lanes_;    // by microbatch
+  cuda::PinnedBuffer normed_;              // [rows_max, hidden] bf16; empty where they stay on the device
+  std::unique_ptr<RowCombiner> combiner_;  // null: they do not
+  std::vector<Lane> lanes_;                // by microbatch
 };
 
 }  // namespace

@@ -3,15 +3,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <utility>
 #include <vector>
 
 #include "absl/time/time.h"
-#include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/cuda_model/gpu_batch.h"
 #include "services/attention/layers/attention_model.h"
+#include "services/attention/layers/or_exit.h"
 
 namespace minke::attention {
 
@@ -20,20 +18,6 @@ inline constexpr int64_t kLogitRowsMin = 64;
 
 // For which giver and receiver of weights wait for each other, at the beginning and for every few tensors.
 inline constexpr absl::Duration kTransferDeadline = absl::Seconds(60);
-
-// A GPU that has failed computes nothing more in this process. Its streams go on elsewhere, as when the
-// machine dies.
-inline void OrExit(const absl::Status& status) {
-  if (status.ok()) return;
-  log::Error("attention", StrCat("the GPU failed: ", status.message()));
-  std::_Exit(1);
-}
-
-template <class T>
-T OrExit(absl::StatusOr<T> result) {
-  OrExit(result.status());
-  return *std::move(result);
-}
 
 inline int64_t CacheBytes(const ModelConfig& c) {
   return int64_t{c.num_hidden_layers} * c.latent_dim() * ActivationBytes(Precision::kBF16);

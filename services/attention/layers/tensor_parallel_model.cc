@@ -61,7 +61,9 @@ int64_t TensorParallelModel::CacheBytesPerToken() const {
 }
 
 absl::Status TensorParallelModel::Prepare(const ModelLimits& limits) {
-  for (Rank& rank : ranks_) MK_RETURN_IF_ERROR(rank.model->Prepare(limits));
+  ModelLimits of_rank = limits;
+  of_rank.row_memory = nullptr;  // what one rank has on its GPU, the others need too
+  for (Rank& rank : ranks_) MK_RETURN_IF_ERROR(rank.model->Prepare(of_rank));
   routed_.resize(limits.microbatches);
   return absl::OkStatus();
 }

@@ -8,6 +8,7 @@
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/kernels/cpu/matmul.h"
+#include "services/attention/layers/or_exit.h"
 
 namespace minke::attention {
 
@@ -35,12 +36,15 @@ struct ExpertExchange::Slot {
   uint16_t group = 0;
   State state = State::kUnsent;
   NodeId server;
-  const std::byte* data = nullptr;  // the partial, inside a held frame
+  PartialSum partial;  // inside a held frame
 };
 
 // The rows of one Dispatch message.
 struct ExpertExchange::Piece {
-  FrameRef frame;  // its payload keeps the rows until the exchange ends
+  FrameRef frame;  // keeps the rows until the exchange ends
+  const std::byte* data() const {
+    return frame.device_rows() != nullptr ? frame.device_rows() : frame.payload();
+  }
   uint32_t row_begin = 0, rows = 0;
   uint32_t attempt = 0;     // raised when the piece is to be gated anew
   bool dispatched = false;  // a router has it
@@ -67,6 +71,7 @@ struct ExpertExchange::Exchange {
   int32_t layer = 0;
   wire::TrafficClass traffic_class{};
   int64_t rows = 0;
+  bool on_device = false;  // begun there, and combined there
   uint32_t rows_per_piece = 1;
   size_t piece_count = 0;
   std::vector<Piece> pieces;   // the first piece_count are in use; the rest keep their memory
@@ -169,8 +174,9 @@ std::byte* ExpertExchange::RowsOfMessage(int microbatch, int64_t rows) {
   return frame.payload();
 }
 
-void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
-                           const std::byte* x, int64_t rows, absl::Time now) {
+ExpertExchange::Exchange& ExpertExchange::BeginPieces(int microbatch, uint64_t step, int32_t layer,
+                                                      wire::TrafficClass traffic_class, int64_t rows,
+                                                      absl::Time now) {
   Exchange& exchange = *exchanges_[microbatch];
   MK_CHECK(!exchange.active && rows > 0);
   exchange.active = true;
@@ -194,18 +200,88 @@ void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::T
     piece.doublings = 0;
     piece.open = 0;
     piece.slots.clear();
+  }
+  return exchange;
+}
+
+void ExpertExchange::RoutePiece(Exchange& exchange, Piece& piece, absl::Time now) {
+  if (local_gate_ != nullptr) {
+    RouteHere(exchange, piece, now);
+  } else {
+    SendDispatch(exchange, piece, now);
+  }
+}
+
+void ExpertExchange::Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
+                           const std::byte* x, int64_t rows, absl::Time now) {
+  Exchange& exchange = BeginPieces(microbatch, step, layer, traffic_class, rows, now);
+  exchange.on_device = false;
+  for (Piece& piece : exchange.active_pieces()) {
     const uint32_t bytes = static_cast<uint32_t>(piece.rows * shape_.row_bytes());
     const std::byte* from = x + piece.row_begin * shape_.row_bytes();
     if (!piece.frame || piece.frame.payload() != from) {
       piece.frame = transport_.frames().Allocate(bytes);
       std::memcpy(piece.frame.payload(), from, bytes);
     }
-    if (local_gate_ != nullptr) {
-      RouteHere(exchange, piece, now);
-    } else {
-      SendDispatch(exchange, piece, now);
-    }
+    RoutePiece(exchange, piece, now);
   }
+}
+
+void ExpertExchange::BeginOnDevice(int microbatch, uint64_t step, int32_t layer,
+                                   wire::TrafficClass traffic_class, const std::byte* x, int64_t rows,
+                                   absl::Time now) {
+  transport::RowMemory& memory = *transport_.row_memory();
+  Exchange& exchange = BeginPieces(microbatch, step, layer, traffic_class, rows, now);
+  exchange.on_device = true;
+  const int64_t row_bytes = shape_.row_bytes();
+  copies_.clear();
+  for (Piece& piece : exchange.active_pieces()) {
+    piece.frame = RowsFrame(piece.rows);
+    const std::byte* from = x + piece.row_begin * row_bytes;
+    if (piece.frame.device_rows() == nullptr) {
+      OrExit(memory.CopyToHost(piece.frame.payload(), from, piece.rows * row_bytes));
+      continue;
+    }
+    for (uint32_t i = 0; i < piece.rows; ++i)
+      copies_.push_back({piece.frame.device_rows() + i * row_bytes, from + i * row_bytes});
+  }
+  OrExit(memory.CopyRows(copies_));  // of all messages at once
+  for (Piece& piece : exchange.active_pieces()) RoutePiece(exchange, piece, now);
+}
+
+// A Dispatch's: rows in row memory, or, if no block is free, in host memory.
+FrameRef ExpertExchange::RowsFrame(uint32_t rows) {
+  const auto bytes = static_cast<uint32_t>(rows * shape_.row_bytes());
+  FrameRef frame = transport_.frames().AllocateWithRows(bytes, 0, *transport_.row_memory());
+  return frame ? frame : transport_.frames().Allocate(bytes);
+}
+
+// Another message of the same rows.
+FrameRef ExpertExchange::SameRows(const FrameRef& frame) {
+  const uint32_t bytes = frame.header().payload_bytes;
+  if (frame.device_rows() == nullptr) {
+    FrameRef fresh = transport_.frames().Allocate(bytes);
+    std::memcpy(fresh.payload(), frame.payload(), bytes);
+    return fresh;
+  }
+  const int64_t row_bytes = shape_.row_bytes();
+  FrameRef fresh = RowsFrame(static_cast<uint32_t>(bytes / row_bytes));
+  if (fresh.device_rows() == nullptr) return OrExit(transport_.frames().CopyToHost(frame));
+  copies_.clear();
+  for (int64_t at = 0; at < bytes; at += row_bytes)
+    copies_.push_back({fresh.device_rows() + at, frame.device_rows() + at});
+  OrExit(transport_.row_memory()->CopyRows(copies_));
+  return fresh;
+}
+
+router::WorkItem ExpertExchange::ItemOf(const Piece& piece, uint32_t row, uint64_t groups) const {
+  const int64_t k = shape_.top_k;
+  return {.row = piece.row_begin + row,
+          .data = piece.data() + row * shape_.row_bytes(),
+          .experts = &piece.experts[row * k],
+          .weights = &piece.weights[row * k],
+          .groups = groups,
+          .on_device = piece.frame.device_rows() != nullptr};
 }
 
 void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time now) {
@@ -224,11 +300,8 @@ void ExpertExchange::SendDispatch(Exchange& exchange, Piece& piece, absl::Time n
     piece.retry_at = now;  // asked again at every turn of the engine's wait
     return;
   }
-  if (piece.attempt > 0) {  // the old frame may still be on its way out, with its old header
-    FrameRef fresh = transport_.frames().Allocate(piece.frame.header().payload_bytes);
-    std::memcpy(fresh.payload(), piece.frame.payload(), piece.frame.header().payload_bytes);
-    piece.frame = fresh;
-  }
+  // The old frame may still be on its way out, with its old header.
+  if (piece.attempt > 0) piece.frame = SameRows(piece.frame);
   wire::FrameHeader& header = piece.frame.header();
   const uint32_t payload_bytes = header.payload_bytes;
   header = ExchangeHeader(exchange, piece);
@@ -252,8 +325,20 @@ void ExpertExchange::RouteHere(Exchange& exchange, Piece& piece, absl::Time now)
   piece.experts.resize(piece.rows * k);
   piece.weights.resize(piece.rows * k);
   gate_results_.resize(piece.rows);
-  local_gate_->Route(exchange.layer, piece.row_begin, piece.frame.payload(), piece.rows, piece.experts.data(),
-                     piece.weights.data(), gate_results_.data(), pool_);
+  const std::byte* const there = piece.frame.device_rows();
+  if (there != nullptr && local_gate_->takes_device_rows()) {
+    local_gate_->RouteDeviceRows(exchange.layer, piece.row_begin, there, piece.rows, piece.experts.data(),
+                                 piece.weights.data(), gate_results_.data(), pool_);
+  } else {
+    const std::byte* rows = piece.frame.payload();
+    if (there != nullptr) {
+      gate_rows_.resize(piece.rows * shape_.row_bytes());
+      OrExit(transport_.row_memory()->CopyToHost(gate_rows_.data(), there, gate_rows_.size()));
+      rows = gate_rows_.data();
+    }
+    local_gate_->Route(exchange.layer, piece.row_begin, rows, piece.rows, piece.experts.data(),
+                       piece.weights.data(), gate_results_.data(), pool_);
+  }
   for (uint32_t i = 0; i < piece.rows; ++i) {
     if (gate_results_[i] == router::GateResult::kRejected) piece.weights[i * k] = wire::kRejectedRowWeight;
   }
@@ -317,7 +402,7 @@ void ExpertExchange::ResultsTook(Exchange& exchange, absl::Duration time) {
 // Asks other replicas for what the slow ones have not answered. The slots stay with their first servers:
 // should those be lost, or the second ones, everything goes on as without the hedge.
 void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
-  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  const int64_t fan_out = config_.fan_out_max();
   piece.hedged = true;
   std::vector<NodeId> slow;
   std::vector<router::WorkItem> items;
@@ -330,8 +415,7 @@ void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
       if (std::find(slow.begin(), slow.end(), slot.server) == slow.end()) slow.push_back(slot.server);
     }
     if (groups == 0) continue;
-    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(),
-                     &piece.experts[i * k], &piece.weights[i * k], groups});
+    items.push_back(ItemOf(piece, i, groups));
   }
   if (items.empty()) return;
   sender_.Send(
@@ -343,7 +427,7 @@ void ExpertExchange::Hedge(Exchange& exchange, Piece& piece) {
 }
 
 void ExpertExchange::SendAgain(Exchange& exchange, Piece& piece, absl::Time now) {
-  const int64_t k = shape_.top_k, fan_out = config_.fan_out_max();
+  const int64_t fan_out = config_.fan_out_max();
   static thread_local std::vector<router::WorkItem> items;
   items.clear();
   for (uint32_t i = 0; i < piece.rows; ++i) {
@@ -353,8 +437,7 @@ void ExpertExchange::SendAgain(Exchange& exchange, Piece& piece, absl::Time now)
       if (slot.state == Slot::State::kUnsent) groups |= uint64_t{1} << slot.group;
     }
     if (groups == 0) continue;
-    items.push_back({piece.row_begin + i, piece.frame.payload() + i * shape_.row_bytes(),
-                     &piece.experts[i * k], &piece.weights[i * k], groups});
+    items.push_back(ItemOf(piece, i, groups));
   }
   piece.unsent = false;
   if (items.empty()) return;
@@ -398,6 +481,8 @@ void ExpertExchange::OnFrame(const FrameRef& frame) {
     case wire::Kind::kRoutePlan:
       return OnRoutePlan(*exchange, frame);
     case wire::Kind::kPartial:
+      if (frame.device_rows() != nullptr && !exchange->on_device)
+        return OnPartial(*exchange, OrExit(transport_.frames().CopyToHost(frame)), /*again=*/false);
       return OnPartial(*exchange, frame, /*again=*/false);
     case wire::Kind::kNack:
       return OnNack(*exchange, frame);
@@ -461,10 +546,12 @@ void ExpertExchange::OnRoutePlan(Exchange& exchange, const FrameRef& frame) {
 void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool again) {
   const wire::FrameHeader& header = frame.header();
   absl::StatusOr<wire::PartialView> view = wire::ReadPartial(shape_, header, frame.payload_span());
+  const bool in_row_memory = frame.device_rows() != nullptr;
   if (!view.ok()) {
     ++counters_.bad_frames;
     return;
   }
+  if (in_row_memory) view->data = frame.device_rows();
   const int64_t fan_out = config_.fan_out_max();
   bool used = false;
   const absl::Time now = absl::Now();
@@ -494,7 +581,7 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
       ++counters_.duplicate_rows;
     } else {
       found->state = Slot::State::kDone;
-      found->data = view->data + r * shape_.row_bytes();
+      found->partial = {view->data + r * shape_.row_bytes(), !in_row_memory};
       if (--piece->open == 0) ResultsTook(exchange, now - piece->planned_at);
       if (!std::exchange(used, true)) {
         Observe(latencies_.combine, found->server, now - piece->sent_at);
@@ -647,7 +734,7 @@ void ExpertExchange::Combine(int microbatch, float* x, std::span<RowOutcome> out
       if (piece.outcomes[i] != RowOutcome::kOk) continue;
       // Slots are in group order (they were made from a bit mask), whatever order the answers came in.
       for (int64_t s = 0; s < piece.slot_count[i]; ++s) {
-        const std::byte* data = piece.slots[i * fan_out + s].data;
+        const std::byte* data = piece.slots[i * fan_out + s].partial.row;
         float* into = s == 0 ? sum.data() : widened.data();
         kernels::FromActivation(precision_, data, into, hidden);
         if (s > 0) kernels::Tiles().add_scaled(sum.data(), widened.data(), 1.0f, hidden);
@@ -655,6 +742,32 @@ void ExpertExchange::Combine(int microbatch, float* x, std::span<RowOutcome> out
       kernels::Tiles().add_scaled(x + row * hidden, sum.data(), 1.0f, hidden);
     }
   });
+  End(exchange);
+}
+
+void ExpertExchange::CombineOnDevice(int microbatch, RowCombiner& combiner, float* sums,
+                                     std::span<RowOutcome> outcomes) {
+  Exchange& exchange = *exchanges_[microbatch];
+  MK_CHECK(Done(microbatch) && exchange.on_device);
+  const int64_t fan_out = config_.fan_out_max();
+  partials_.clear();
+  partials_begin_.assign(1, 0);
+  for (int64_t row = 0; row < exchange.rows; ++row) {
+    const Piece& piece = exchange.pieces[row / exchange.rows_per_piece];
+    const int64_t i = row - piece.row_begin;
+    outcomes[row] = piece.outcomes[i];
+    if (piece.outcomes[i] == RowOutcome::kOk) {
+      // Slots are in group order, as above.
+      for (int64_t s = 0; s < piece.slot_count[i]; ++s)
+        partials_.push_back(piece.slots[i * fan_out + s].partial);
+    }
+    partials_begin_.push_back(static_cast<int32_t>(partials_.size()));
+  }
+  OrExit(combiner.Combine(partials_begin_, partials_, sums));
+  End(exchange);
+}
+
+void ExpertExchange::End(Exchange& exchange) {
   exchange.active = false;
   exchange.legs = nullptr;
   exchange.held.clear();

@@ -15,6 +15,7 @@
 
 #include "absl/time/time.h"
 #include "libs/base/thread_pool.h"
+#include "libs/gpu_rows/row_combiner.h"
 #include "libs/model/config.h"
 #include "libs/telemetry/histogram.h"
 #include "libs/telemetry/per_node.h"
@@ -99,12 +100,19 @@ class ExpertExchange {
   // REQUIRES: the microbatch has none under way.
   void Begin(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
              const std::byte* x, int64_t rows, absl::Time now);
+  // The same with rows on the device of the transport's row memory: they are copied into messages there.
+  // REQUIRES: the transport has row memory; the rows are complete.
+  void BeginOnDevice(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
+                     const std::byte* x, int64_t rows, absl::Time now);
   // The legs of the exchange that Begin has just started are appended to `legs` until it ends.
   void Trace(int microbatch, std::vector<ExchangeLeg>* legs);
   bool Done(int microbatch) const;
   // x [rows, hidden] f32 += the sum of each row's partials in group order; outcomes [rows]: rows that are not
   // kOk add nothing. Ends the exchange. REQUIRES: Done(microbatch).
   void Combine(int microbatch, float* x, std::span<RowOutcome> outcomes);
+  // The same for an exchange that was begun on the device: sums [rows, hidden] f32, there, are written, not
+  // added to; 0 for rows that are not kOk.
+  void CombineOnDevice(int microbatch, RowCombiner& combiner, float* sums, std::span<RowOutcome> outcomes);
 
   const ExchangeCounters& counters() const { return counters_; }
   const ExchangeLatencies& latencies() const { return latencies_; }
@@ -116,6 +124,13 @@ class ExpertExchange {
   struct Piece;
   struct Exchange;
 
+  Exchange& BeginPieces(int microbatch, uint64_t step, int32_t layer, wire::TrafficClass traffic_class,
+                        int64_t rows, absl::Time now);
+  void RoutePiece(Exchange& exchange, Piece& piece, absl::Time now);
+  transport::FrameRef RowsFrame(uint32_t rows);
+  transport::FrameRef SameRows(const transport::FrameRef& frame);
+  router::WorkItem ItemOf(const Piece& piece, uint32_t row, uint64_t groups) const;
+  void End(Exchange& exchange);
   Exchange* Find(const wire::FrameHeader& header);
   Piece* FindPiece(Exchange& exchange, uint32_t row);
   void SendDispatch(Exchange& exchange, Piece& piece, absl::Time now);
@@ -154,6 +169,11 @@ class ExpertExchange {
   ExchangeLatencies latencies_;
   std::unique_ptr<router::RouteCounters> route_counters_;
   std::vector<NodeId> routed_to_;  // [rows, groups] of one piece
+  // Kept for their memory.
+  std::vector<transport::RowCopy> copies_;
+  std::vector<std::byte> gate_rows_;  // rows of a piece on the device, for the gate
+  std::vector<int32_t> partials_begin_;
+  std::vector<PartialSum> partials_;
 };
 
 }  // namespace minke::attention

@@ -21,8 +21,8 @@ uint64_t CpuBackend::UnitLayout(UnitId unit) const {
   return LayoutName(StrCat("cpu 1 ", ToString(precision_)), config_, unit);
 }
 
-absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                             std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
+                             std::span<const GroupRow> rows, std::span<const SumTarget> outs,
                              std::span<uint8_t> finite) {
   const int64_t hidden = config_.hidden_size, row_bytes = hidden * ActivationBytes(precision_);
   pairs_.clear();
@@ -30,7 +30,7 @@ absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const
   for (uint32_t i = 0; i < rows.size(); ++i) {
     pair_begin_.push_back(static_cast<uint32_t>(pairs_.size()));
     for (uint32_t p = rows[i].pair_begin; p < rows[i].pair_end; ++p) {
-      pairs_.push_back({views[rows[i].job].pairs[p].expert, i, static_cast<uint32_t>(pairs_.size())});
+      pairs_.push_back({jobs[rows[i].job].view.pairs[p].expert, i, static_cast<uint32_t>(pairs_.size())});
     }
   }
   // Expert by expert, each expert's rows in the order they came.
@@ -52,7 +52,7 @@ absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const
   std::byte* x = gathered_.Resize(std::ssize(pairs_) * row_bytes);
   for (size_t at = 0; at < pairs_.size(); ++at) {
     const GroupRow& row = rows[pairs_[at].group_row];
-    std::memcpy(x + at * row_bytes, views[row.job].data + row.row * row_bytes, row_bytes);
+    std::memcpy(x + at * row_bytes, jobs[row.job].view.data + row.row * row_bytes, row_bytes);
   }
   float* y = outputs_.Resize(std::ssize(pairs_) * hidden);
   kernels::GroupedFfn(items_, x, y, scratch_, pool_);
@@ -60,7 +60,7 @@ absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const
   constexpr int64_t kGrain = 8;
   pool_.ParallelFor((std::ssize(rows) + kGrain - 1) / kGrain, [&](int64_t task) {
     for (int64_t i = task * kGrain; i < std::min(std::ssize(rows), (task + 1) * kGrain); ++i) {
-      const wire::WorkView& view = views[rows[i].job];
+      const wire::WorkView& view = jobs[rows[i].job].view;
       float* sum = nullptr;
       for (uint32_t p = rows[i].pair_begin; p < rows[i].pair_end; ++p) {
         float* row = y + int64_t{position_of_[pair_begin_[i] + p - rows[i].pair_begin]} * hidden;
@@ -75,7 +75,7 @@ absl::Status CpuBackend::Run(const Units& units, uint32_t layer, std::span<const
       float poison = 0;  // x * 0 is NaN exactly for what is not finite
       for (int64_t c = 0; c < hidden; ++c) poison += sum[c] * 0.0f;
       finite[i] = poison == 0.0f;
-      kernels::ToActivation(precision_, sum, outs[i], hidden);
+      kernels::ToActivation(precision_, sum, outs[i].at, hidden);
     }
   });
   return absl::OkStatus();

@@ -1,5 +1,5 @@
 // Experts on the CPU: rows gathered by expert, all products in one call over the pool, sums reduced per group
-// row.
+// row. Row memory, if there is one, is host memory too (tests), so where rows lie makes no difference here.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ class CpuBackend final : public ExpertBackend {
   absl::StatusOr<std::shared_ptr<const UnitWeights>> LoadUnit(UnitId unit) override;
   absl::StatusOr<std::unique_ptr<UnitBuilder>> BuildUnit(UnitId unit) override;
   uint64_t UnitLayout(UnitId unit) const override;
-  absl::Status Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                   std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+  absl::Status Run(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
+                   std::span<const GroupRow> rows, std::span<const SumTarget> outs,
                    std::span<uint8_t> finite) override;
 
  private:

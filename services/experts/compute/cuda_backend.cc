@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "absl/functional/function_ref.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
 
@@ -14,8 +13,6 @@ namespace {
 // slots): 4096 * 6 * 2 * (5120 + 1536) = 327 MB of pairs, and 2 * 42 MB of rows, which the host has once
 // more, page-locked.
 constexpr int32_t kOutputsMax = 4096;
-// What one thread copies at a time.
-constexpr int64_t kCopyBytes = 128 << 10;
 
 struct CudaUnit final : UnitWeights {
   CudaUnit(cuda::GroupedFfnWeights loaded, const cuda::Stream& gives)
@@ -60,29 +57,24 @@ absl::Status NameMemory(const absl::Status& status, int64_t needed, const std::s
                                              free.ok() ? StrCat(*free) : "unknown", " are free"));
 }
 
-void CopyRows(ThreadPool& pool, int64_t count, int64_t row_bytes, absl::FunctionRef<void(int64_t)> copy) {
-  const int64_t grain = std::max<int64_t>(1, kCopyBytes / row_bytes);
-  pool.ParallelFor((count + grain - 1) / grain, [&](int64_t task) {
-    for (int64_t i = task * grain; i < std::min(count, (task + 1) * grain); ++i) copy(i);
-  });
-}
-
 }  // namespace
 
 CudaBackend::CudaBackend(const ModelConfig& config, cuda::FfnFormat format, ThreadPool& pool,
                          cuda::Stream launches, cuda::Stream gives, cuda::Stream loads,
-                         cuda_model::CheckpointSource source)
+                         cuda_model::CheckpointSource source, transport::RowMemory* rows)
     : config_(config),
       format_(format),
       pool_(pool),
       plan_(config),
       launches_(std::move(launches)),
       gives_(std::move(gives)),
+      rows_(rows),
       loads_(std::move(loads)),
       source_(std::move(source)) {}
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Checkpoint& checkpoint,
-                                                                 ExpertsFormat format, ThreadPool& pool) {
+                                                                 ExpertsFormat format, ThreadPool& pool,
+                                                                 transport::RowMemory* rows) {
   const ModelConfig& config = checkpoint.config();
   MK_RETURN_IF_ERROR(cuda_model::CheckSupported(config));
   MK_ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::CurrentDevice());
@@ -93,7 +85,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Checkpoin
   const bool fp8 = format == ExpertsFormat::kFP8;
   std::unique_ptr<CudaBackend> backend(
       new CudaBackend(config, fp8 ? cuda::FfnFormat::kFP8 : cuda::FfnFormat::kBF16, pool, std::move(launches),
-                      std::move(gives), std::move(loads), std::move(source)));
+                      std::move(gives), std::move(loads), std::move(source), rows));
   if (config.n_routed_experts > 0) MK_RETURN_IF_ERROR(backend->AllocateWorkspace());
   log::Info("experts", StrCat("device=cuda name=\"", device.name, "\" format=", fp8 ? "fp8" : "bf16"));
   return backend;
@@ -101,8 +93,9 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const Checkpoin
 
 absl::Status CudaBackend::AllocateWorkspace() {
   const int64_t hidden = config_.hidden_size, inner = config_.moe_intermediate_size;
-  const int64_t up_bytes = LayOutUpload(kOutputsMax, kOutputsMax, plan_.slots(), hidden).bytes;
-  const int64_t down_bytes = LayOutDownload(kOutputsMax, hidden).bytes;
+  const int64_t staged = rows_ == nullptr ? kOutputsMax : 0;
+  const int64_t up_bytes = LayOutUpload(staged, kOutputsMax, plan_.slots(), hidden, rows_ != nullptr).bytes;
+  const int64_t down_bytes = LayOutDownload(staged, kOutputsMax, hidden).bytes;
   const int64_t needed = up_bytes + down_bytes + 3 * hidden * inner * 2 +
                          int64_t{kOutputsMax} * plan_.slots() * 2 * (hidden + inner);
   const auto allocate = [&]() -> absl::Status {
@@ -120,6 +113,11 @@ absl::Status CudaBackend::AllocateWorkspace() {
     return absl::OkStatus();
   };
   MK_RETURN_IF_ERROR(NameMemory(allocate(), needed, "the workspace of launches"));
+  if (rows_ != nullptr) {
+    MK_CHECK(rows_->row_bytes() == hidden * 2);
+    MK_ASSIGN_OR_RETURN(RowStage stage, RowStage::Create(*rows_, kOutputsMax));
+    stage_.emplace(std::move(stage));
+  }
   MK_ASSIGN_OR_RETURN(host_up_, cuda::PinnedBuffer::Allocate(up_bytes));
   MK_ASSIGN_OR_RETURN(host_down_, cuda::PinnedBuffer::Allocate(down_bytes));
   return absl::OkStatus();
@@ -153,30 +151,54 @@ uint64_t CudaBackend::UnitLayout(UnitId unit) const {
   return LayoutName(format_ == cuda::FfnFormat::kFP8 ? "cuda 1 fp8" : "cuda 1 bf16", config_, unit);
 }
 
-absl::Status CudaBackend::Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                              std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+absl::Status CudaBackend::Run(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
+                              std::span<const GroupRow> rows, std::span<const SumTarget> outs,
                               std::span<uint8_t> finite) {
   for (size_t begin = 0; begin < rows.size(); begin += kOutputsMax) {
     const size_t count = std::min<size_t>(kOutputsMax, rows.size() - begin);
-    MK_RETURN_IF_ERROR(RunChunk(units, layer, views, rows.subspan(begin, count), outs.subspan(begin, count),
+    MK_RETURN_IF_ERROR(RunChunk(units, layer, jobs, rows.subspan(begin, count), outs.subspan(begin, count),
                                 finite.subspan(begin, count)));
   }
   return absl::OkStatus();
 }
 
-absl::Status CudaBackend::RunChunk(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                                   std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+void CudaBackend::PlaceRows(std::span<const LaunchJob> jobs, std::span<const SumTarget> outs,
+                            int32_t* targets) {
+  stage_->Begin();
+  numbers_.clear();
+  for (const LaunchPlan::Row& row : plan_.rows()) {
+    const LaunchJob& job = jobs[row.job];
+    const std::byte* const from = job.view.data + row.row * rows_->row_bytes();
+    numbers_.push_back(job.in_row_memory ? static_cast<int32_t>(rows_->RowNumber(from))
+                                         : stage_->AddRow(from));
+  }
+  for (const uint32_t i : plan_.group_row_of()) {
+    const SumTarget& out = outs[i];
+    *targets++ = out.in_row_memory ? static_cast<int32_t>(rows_->RowNumber(out.at)) : stage_->AddSum(out.at);
+  }
+}
+
+absl::Status CudaBackend::RunChunk(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
+                                   std::span<const GroupRow> rows, std::span<const SumTarget> outs,
                                    std::span<uint8_t> finite) {
   const int64_t hidden = config_.hidden_size, row_bytes = hidden * 2, outputs = std::ssize(rows);
+  const bool staged = rows_ == nullptr;  // all rows, and all sums
   plan_.Make(rows);
-  const UploadLayout up = LayOutUpload(std::ssize(plan_.rows()), outputs, plan_.slots(), hidden);
-  const DownloadLayout down = LayOutDownload(outputs, hidden);
+  const int64_t rows_up = staged ? std::ssize(plan_.rows()) : 0;
+  const UploadLayout up = LayOutUpload(rows_up, outputs, plan_.slots(), hidden, !staged);
+  const DownloadLayout down = LayOutDownload(staged ? outputs : 0, outputs, hidden);
   std::byte* const block = host_up_.as<std::byte>();
-  plan_.WriteTables(views, up, block);
-  CopyRows(pool_, std::ssize(plan_.rows()), row_bytes, [&](int64_t i) {
-    const LaunchPlan::Row row = plan_.rows()[i];
-    std::memcpy(block + up.rows + i * row_bytes, views[row.job].data + row.row * row_bytes, row_bytes);
-  });
+  if (staged) {
+    numbers_.clear();
+    CopyRows(pool_, rows_up, row_bytes, [&](int64_t i) {
+      const LaunchPlan::Row row = plan_.rows()[i];
+      std::memcpy(block + up.rows + i * row_bytes, jobs[row.job].view.data + row.row * row_bytes, row_bytes);
+    });
+  } else {
+    PlaceRows(jobs, outs, reinterpret_cast<int32_t*>(block + up.targets));
+    MK_RETURN_IF_ERROR(stage_->Upload(pool_, launches_));
+  }
+  plan_.WriteTables(jobs, numbers_, up, block);
   MK_RETURN_IF_ERROR(up_.Upload(block, up.bytes, launches_));
   for (const LaunchPlan::UnitRun& run : plan_.runs()) {
     const auto& unit = static_cast<const CudaUnit&>(*units.at({layer, run.group}));
@@ -184,23 +206,34 @@ absl::Status CudaBackend::RunChunk(const Units& units, uint32_t layer, std::span
     std::byte* out = down_.as<std::byte>();
     cuda::GroupedFfnArgs args;
     args.weights = &unit.weights;
-    args.x = reinterpret_cast<const bf16*>(in + up.rows);
     args.outputs = run.end - run.begin;
     args.source = reinterpret_cast<const int32_t*>(in + up.source) + run.begin;
     args.experts = reinterpret_cast<const int32_t*>(in + up.experts) + int64_t{run.begin} * plan_.slots();
     args.slot_weights = reinterpret_cast<const float*>(in + up.weights) + int64_t{run.begin} * plan_.slots();
-    args.partial = reinterpret_cast<bf16*>(out + down.partials) + run.begin * hidden;
+    if (staged) {
+      args.x = reinterpret_cast<const bf16*>(in + up.rows);
+      args.partial = reinterpret_cast<bf16*>(out + down.partials) + run.begin * hidden;
+    } else {
+      args.x = reinterpret_cast<const bf16*>(rows_->base());
+      args.partial = reinterpret_cast<bf16*>(rows_->base());
+      args.partial_rows = reinterpret_cast<const int32_t*>(in + up.targets) + run.begin;
+    }
     args.finite = reinterpret_cast<uint8_t*>(out + down.finite) + run.begin;
     MK_RETURN_IF_ERROR(ffn_.at(unit.weights.shape().experts).Run(args, launches_));
   }
   const std::byte* const results = host_down_.as<std::byte>();
+  if (!staged) MK_RETURN_IF_ERROR(stage_->Download(launches_));
   MK_RETURN_IF_ERROR(down_.Download(host_down_.as<std::byte>(), down.bytes, launches_));
   MK_RETURN_IF_ERROR(launches_.Synchronize());
-  CopyRows(pool_, outputs, row_bytes, [&](int64_t i) {
-    const uint32_t to = plan_.group_row_of()[i];
-    std::memcpy(outs[to], results + down.partials + i * row_bytes, row_bytes);
-    finite[to] = std::to_integer<uint8_t>(results[down.finite + i]);
-  });
+  if (staged) {
+    CopyRows(pool_, outputs, row_bytes, [&](int64_t i) {
+      std::memcpy(outs[plan_.group_row_of()[i]].at, results + down.partials + i * row_bytes, row_bytes);
+    });
+  } else {
+    stage_->Deliver(pool_);
+  }
+  for (int64_t i = 0; i < outputs; ++i)
+    finite[plan_.group_row_of()[i]] = std::to_integer<uint8_t>(results[down.finite + i]);
   return absl::OkStatus();
 }
 

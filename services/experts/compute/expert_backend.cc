@@ -34,12 +34,17 @@ absl::StatusOr<std::unique_ptr<ExpertBackend>> MakeBackend(const Checkpoint& che
                                                            const BackendOptions& options, ThreadPool& pool,
                                                            ThreadPool& load_pool) {
   MK_RETURN_IF_ERROR(CheckBackendOptions(options));
+  if (options.rows != nullptr && options.rows->on_gpu() != (options.device == Device::kCuda)) {
+    return absl::FailedPreconditionError(
+        StrCat("row memory ", options.rows->on_gpu() ? "on a GPU" : "of the host",
+               " is none for experts on a ", options.device == Device::kCuda ? "GPU" : "CPU"));
+  }
   switch (options.device) {
     case Device::kCpu:
       return std::make_unique<CpuBackend>(checkpoint, options.precision, pool, load_pool);
     case Device::kCuda:
 #if MK_HAVE_CUDA
-      return CudaBackend::Create(checkpoint, options.format, pool);
+      return CudaBackend::Create(checkpoint, options.format, pool, options.rows);
 #else
       return absl::FailedPreconditionError("experts on a GPU: this build has no CUDA backend");
 #endif

@@ -13,6 +13,7 @@
 #include "libs/base/dtype.h"
 #include "libs/base/thread_pool.h"
 #include "libs/model/checkpoint.h"
+#include "libs/transport/row_memory.h"
 #include "services/experts/compute/group_rows.h"
 
 namespace minke::experts {
@@ -34,11 +35,11 @@ class ExpertBackend {
   virtual uint64_t UnitLayout(UnitId unit) const = 0;
 
   // One launch. For every group row: the sum over its pairs, in expert order, of weight x expert(row), in
-  // f32, rounded to the activation dtype at outs[i] [hidden]. finite[i] is 0 where the sum has a NaN or an
+  // f32, rounded to the activation dtype at outs[i]. finite[i] is 0 where the sum has a NaN or an
   // infinity, else 1. Any error: the device is lost. REQUIRES: every unit of `rows` is in `units`; `rows` are
   // as SplitByGroup made them.
-  virtual absl::Status Run(const Units& units, uint32_t layer, std::span<const wire::WorkView> views,
-                           std::span<const GroupRow> rows, std::span<std::byte* const> outs,
+  virtual absl::Status Run(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
+                           std::span<const GroupRow> rows, std::span<const SumTarget> outs,
                            std::span<uint8_t> finite) = 0;
 };
 
@@ -49,13 +50,17 @@ struct BackendOptions {
   Device device = Device::kCpu;
   ExpertsFormat format = ExpertsFormat::kBF16;
   Precision precision = Precision::kBF16;
+  // Row memory in which rows of messages may lie and sums may be wanted: the transport's. Null: neither is.
+  // Must outlive the backend.
+  transport::RowMemory* rows = nullptr;
 };
 
 // INVALID_ARGUMENT, naming the flag, for a format or a precision that the device cannot have.
 absl::Status CheckBackendOptions(const BackendOptions& options);
 
 // `checkpoint` and the pools must outlive the backend; `pool` is for launches, `load_pool` for loading.
-// FAILED_PRECONDITION for a GPU in a build without CUDA; RESOURCE_EXHAUSTED if its workspace does not fit.
+// FAILED_PRECONDITION for a GPU in a build without CUDA, and for row memory that is not on the device;
+// RESOURCE_EXHAUSTED if its workspace does not fit, or its rows the row memory.
 absl::StatusOr<std::unique_ptr<ExpertBackend>> MakeBackend(const Checkpoint& checkpoint,
                                                            const BackendOptions& options, ThreadPool& pool,
                                                            ThreadPool& load_pool);

@@ -17,18 +17,19 @@ int32_t LaunchSlots(const ModelConfig& config) {
   return std::min(config.num_experts_per_tok, largest);
 }
 
-UploadLayout LayOutUpload(int64_t rows, int64_t outputs, int64_t slots, int64_t hidden) {
+UploadLayout LayOutUpload(int64_t rows, int64_t outputs, int64_t slots, int64_t hidden, bool targets) {
   UploadLayout at;
   at.experts = at.source + Aligned(outputs * 4);
   at.weights = at.experts + Aligned(outputs * slots * 4);
-  at.rows = at.weights + Aligned(outputs * slots * 4);
+  at.targets = at.weights + Aligned(outputs * slots * 4);
+  at.rows = at.targets + (targets ? Aligned(outputs * 4) : 0);
   at.bytes = at.rows + rows * hidden * 2;
   return at;
 }
 
-DownloadLayout LayOutDownload(int64_t outputs, int64_t hidden) {
+DownloadLayout LayOutDownload(int64_t sums, int64_t outputs, int64_t hidden) {
   DownloadLayout at;
-  at.finite = at.partials + Aligned(outputs * hidden * 2);
+  at.finite = at.partials + Aligned(sums * hidden * 2);
   at.bytes = at.finite + outputs;
   return at;
 }
@@ -57,16 +58,17 @@ void LaunchPlan::Make(std::span<const GroupRow> group_rows) {
   for (uint32_t i = 0; i < group_rows.size(); ++i) order_[next_[group_rows[i].group]++] = i;
 }
 
-void LaunchPlan::WriteTables(std::span<const wire::WorkView> views, const UploadLayout& layout,
-                             std::byte* block) const {
+void LaunchPlan::WriteTables(std::span<const LaunchJob> jobs, std::span<const int32_t> numbers,
+                             const UploadLayout& layout, std::byte* block) const {
   auto* source = reinterpret_cast<int32_t*>(block + layout.source);
   auto* experts = reinterpret_cast<int32_t*>(block + layout.experts);
   auto* weights = reinterpret_cast<float*>(block + layout.weights);
   for (size_t i = 0; i < order_.size(); ++i, experts += slots_, weights += slots_) {
     const GroupRow& g = group_rows_[order_[i]];
-    source[i] = row_of_[order_[i]];
+    const int32_t row = row_of_[order_[i]];
+    source[i] = numbers.empty() ? row : numbers[row];
     const int32_t first = config_.GroupExperts(g.group).begin;
-    const auto pairs = views[g.job].pairs.subspan(g.pair_begin, g.pair_end - g.pair_begin);
+    const auto pairs = jobs[g.job].view.pairs.subspan(g.pair_begin, g.pair_end - g.pair_begin);
     for (int32_t k = 0; k < slots_; ++k) {
       const bool pair = k < std::ssize(pairs);
       experts[k] = pair ? pairs[k].expert - first : -1;

@@ -21,18 +21,20 @@ struct UploadLayout {
   int64_t source = 0;   // int32 [outputs]: row of each output
   int64_t experts = 0;  // int32 [outputs, slots]: by the unit's first expert, -1: no pair
   int64_t weights = 0;  // f32 [outputs, slots], 0: no pair
+  int64_t targets = 0;  // int32 [outputs]: row of row memory for the sum; no bytes without row memory
   int64_t rows = 0;     // bf16 [rows, hidden]
   int64_t bytes = 0;
 };
-UploadLayout LayOutUpload(int64_t rows, int64_t outputs, int64_t slots, int64_t hidden);
+UploadLayout LayOutUpload(int64_t rows, int64_t outputs, int64_t slots, int64_t hidden, bool targets);
 
 // The same for what comes back.
 struct DownloadLayout {
-  int64_t partials = 0;  // bf16 [outputs, hidden]
+  int64_t partials = 0;  // bf16 [sums, hidden]
   int64_t finite = 0;    // uint8 [outputs]
   int64_t bytes = 0;
 };
-DownloadLayout LayOutDownload(int64_t outputs, int64_t hidden);
+// `sums`: all outputs, or none, if they stay in row memory.
+DownloadLayout LayOutDownload(int64_t sums, int64_t outputs, int64_t hidden);
 
 // Thread-compatible. Memory is kept from plan to plan.
 class LaunchPlan {
@@ -56,8 +58,10 @@ class LaunchPlan {
   std::span<const uint32_t> group_row_of() const { return order_; }  // [outputs]: index into `group_rows`
   int32_t slots() const { return slots_; }
 
-  // Fills the three tables at `block`, laid out by LayOutUpload.
-  void WriteTables(std::span<const wire::WorkView> views, const UploadLayout& layout, std::byte* block) const;
+  // Fills source, experts and weights at `block`, laid out by LayOutUpload. `numbers`: what the source of row
+  // i of rows() is called; empty: i.
+  void WriteTables(std::span<const LaunchJob> jobs, std::span<const int32_t> numbers,
+                   const UploadLayout& layout, std::byte* block) const;
 
  private:
   const ModelConfig config_;

@@ -26,14 +26,15 @@ struct Message {
       for (const auto& [expert, weight] : row) pairs.push_back({.weight = weight, .expert = expert});
     }
   }
-  wire::WorkView view() const { return {.rows = rows, .pairs = pairs}; }
+  LaunchJob job() const { return {.view = {.rows = rows, .pairs = pairs}}; }
 };
 
-std::vector<GroupRow> Split(std::span<const wire::WorkView> views) {
+std::vector<GroupRow> Split(std::span<const LaunchJob> jobs) {
   Units units;
   for (uint32_t g = 0; g < 8; ++g) units[{1, g}] = nullptr;
   std::vector<GroupRow> hosted, missing;
-  for (uint32_t j = 0; j < views.size(); ++j) SplitByGroup(Config(), units, 1, j, views[j], hosted, missing);
+  for (uint32_t j = 0; j < jobs.size(); ++j)
+    SplitByGroup(Config(), units, 1, j, jobs[j].view, hosted, missing);
   EXPECT_TRUE(missing.empty());
   return hosted;
 }
@@ -46,16 +47,21 @@ TEST(LaunchSlots, AreTheMostPairsOfARowInAGroup) {
 }
 
 TEST(LayOut, PartsAreAlignedAndDoNotOverlap) {
-  const UploadLayout up = LayOutUpload(/*rows=*/3, /*outputs=*/5, /*slots=*/6, /*hidden=*/64);
+  const UploadLayout up =
+      LayOutUpload(/*rows=*/3, /*outputs=*/5, /*slots=*/6, /*hidden=*/64, /*targets=*/true);
   EXPECT_EQ(up.source, 0);
-  for (const int64_t part : {up.experts, up.weights, up.rows}) EXPECT_EQ(part % 256, 0);
+  for (const int64_t part : {up.experts, up.weights, up.targets, up.rows}) EXPECT_EQ(part % 256, 0);
   EXPECT_GE(up.experts - up.source, 5 * 4);
   EXPECT_GE(up.weights - up.experts, 5 * 6 * 4);
-  EXPECT_GE(up.rows - up.weights, 5 * 6 * 4);
+  EXPECT_GE(up.targets - up.weights, 5 * 6 * 4);
+  EXPECT_GE(up.rows - up.targets, 5 * 4);
   EXPECT_EQ(up.bytes - up.rows, 3 * 64 * 2);
-  const DownloadLayout down = LayOutDownload(/*outputs=*/5, /*hidden=*/64);
+  const UploadLayout without = LayOutUpload(3, 5, 6, 64, /*targets=*/false);
+  EXPECT_EQ(without.rows, without.targets);
+  const DownloadLayout down = LayOutDownload(/*sums=*/5, /*outputs=*/5, /*hidden=*/64);
   EXPECT_GE(down.finite - down.partials, 5 * 64 * 2);
   EXPECT_EQ(down.bytes - down.finite, 5);
+  EXPECT_EQ(LayOutDownload(/*sums=*/0, /*outputs=*/5, /*hidden=*/64).bytes, 5);
 }
 
 TEST(LaunchPlan, NothingIsNoRun) {
@@ -69,8 +75,8 @@ TEST(LaunchPlan, NothingIsNoRun) {
 TEST(LaunchPlan, RowsOfSeveralMessagesAreSentOnceAndUnitsLieTogether) {
   const Message first({{{1, .5f}, {19, .25f}, {45, 2.f}}, {{20, 1.f}}});
   const Message second({{{0, 3.f}, {41, 4.f}, {59, 5.f}, {159, 6.f}}});
-  const wire::WorkView views[] = {first.view(), second.view()};
-  const std::vector<GroupRow> rows = Split(views);
+  const LaunchJob jobs[] = {first.job(), second.job()};
+  const std::vector<GroupRow> rows = Split(jobs);
   ASSERT_EQ(rows.size(), 6u);
   LaunchPlan plan(Config());
   plan.Make({});
@@ -89,9 +95,9 @@ TEST(LaunchPlan, RowsOfSeveralMessagesAreSentOnceAndUnitsLieTogether) {
     EXPECT_EQ(plan.runs()[i].end, want_runs[i][2]);
   }
 
-  const UploadLayout layout = LayOutUpload(3, 6, plan.slots(), Config().hidden_size);
+  const UploadLayout layout = LayOutUpload(3, 6, plan.slots(), Config().hidden_size, /*targets=*/false);
   std::vector<std::byte> block(layout.bytes, std::byte{0xff});
-  plan.WriteTables(views, layout, block.data());
+  plan.WriteTables(jobs, {}, layout, block.data());
   const auto* source = reinterpret_cast<const int32_t*>(block.data() + layout.source);
   const auto* experts = reinterpret_cast<const int32_t*>(block.data() + layout.experts);
   const auto* weights = reinterpret_cast<const float*>(block.data() + layout.weights);
@@ -115,12 +121,17 @@ TEST(LaunchPlan, RowsOfSeveralMessagesAreSentOnceAndUnitsLieTogether) {
   }
   // Rows are not the plan's to write.
   EXPECT_EQ(block[layout.rows], std::byte{0xff});
+
+  // Where rows lie elsewhere, sources are called as they are there.
+  plan.WriteTables(jobs, std::vector<int32_t>{700, 5, 42}, layout, block.data());
+  const int numbers[] = {700, 5, 42};
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_EQ(source[i], numbers[want[i].source]) << i;
 }
 
 TEST(LaunchPlan, RowsOfTheSameNumberInTwoMessagesAreTwo) {
   const Message first({{{5, 1.f}}}), second({{{5, 1.f}}});
-  const wire::WorkView views[] = {first.view(), second.view()};
-  const std::vector<GroupRow> rows = Split(views);
+  const LaunchJob jobs[] = {first.job(), second.job()};
+  const std::vector<GroupRow> rows = Split(jobs);
   LaunchPlan plan(Config());
   plan.Make(rows);
   EXPECT_EQ(plan.rows().size(), 2u);

@@ -142,6 +142,7 @@ void ExpertEngine::Accept(transport::Event& event) {
   if (view.ok() && !(header.layer < config_.num_hidden_layers && config_.IsMoeLayer(header.layer))) {
     view = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no experts"));
   }
+  if (view.ok() && event.frame.device_rows() != nullptr) view->data = event.frame.device_rows();
   if (!view.ok()) {
     ++counters_.bad_frames;
     log::Warning("experts", StrCat("bad message peer=", ToString(event.peer), ": ", view.status().message()));
@@ -220,19 +221,28 @@ bool ExpertEngine::RunLaunch() {
   return false;
 }
 
+FrameRef ExpertEngine::PartialFrame(uint32_t rows) {
+  const uint32_t bytes = wire::PartialPayloadBytes(shape_, rows);
+  if (transport::RowMemory* const memory = transport_->row_memory()) {
+    const uint32_t offset = wire::RowDataOffset(rows * static_cast<uint32_t>(sizeof(wire::PartialRow)));
+    FrameRef frame = transport_->frames().AllocateWithRows(bytes, offset, *memory);
+    if (frame) return frame;
+  }
+  return transport_->frames().Allocate(bytes);
+}
+
 void ExpertEngine::Answer(std::span<const Job> jobs) {
   const uint32_t layer = jobs.front().frame.header().layer;
-  static thread_local std::vector<wire::WorkView> views;
-  static thread_local std::vector<GroupRow> hosted, missing;
+  static thread_local std::vector<GroupRow> missing;
   static thread_local std::vector<size_t> hosted_end;  // of each job
-  views.clear();
-  hosted.clear();
+  launch_.clear();
+  hosted_.clear();
   hosted_end.clear();
   for (uint32_t j = 0; j < jobs.size(); ++j) {
-    views.push_back(jobs[j].view);
+    launch_.push_back({.view = jobs[j].view, .in_row_memory = jobs[j].frame.device_rows() != nullptr});
     missing.clear();
-    SplitByGroup(config_, units_, layer, j, jobs[j].view, hosted, missing);
-    hosted_end.push_back(hosted.size());
+    SplitByGroup(config_, units_, layer, j, jobs[j].view, hosted_, missing);
+    hosted_end.push_back(hosted_.size());
     if (!missing.empty()) {
       counters_.nacked_rows += missing.size();
       (void)transport_->Send(NodeId{jobs[j].frame.header().origin},
@@ -240,64 +250,82 @@ void ExpertEngine::Answer(std::span<const Job> jobs) {
     }
   }
   // Results are written straight into the messages that carry them.
-  static thread_local std::vector<std::byte*> outs;
-  static thread_local std::vector<uint8_t> finite;
-  outs.resize(hosted.size());
-  finite.assign(hosted.size(), 1);
+  sums_.resize(hosted_.size());
+  finite_.assign(hosted_.size(), 1);
   const size_t partial_rows_max = wire::PartialRowsMax(shape_);
   for (size_t j = 0, begin = 0; j < jobs.size(); ++j) {
     for (; begin < hosted_end[j];) {
       const size_t end = std::min(hosted_end[j], begin + partial_rows_max);
       const uint32_t rows = static_cast<uint32_t>(end - begin);
-      FrameRef frame = transport_->frames().Allocate(wire::PartialPayloadBytes(shape_, rows));
+      FrameRef frame = PartialFrame(rows);
       const wire::PartialSpans spans = wire::LayOutPartial(shape_, rows, frame.payload_span());
+      const bool in_row_memory = frame.device_rows() != nullptr;
+      std::byte* const data = in_row_memory ? frame.device_rows() : spans.data;
       for (size_t i = begin; i < end; ++i) {
-        spans.rows[i - begin] = {views[j].rows[hosted[i].row].row, hosted[i].group, 0};
-        outs[i] = spans.data + (i - begin) * shape_.row_bytes();
+        spans.rows[i - begin] = {jobs[j].view.rows[hosted_[i].row].row, hosted_[i].group, 0};
+        sums_[i] = {data + (i - begin) * shape_.row_bytes(), in_row_memory};
       }
       FillReply(jobs[j].frame.header(), wire::Kind::kPartial, rows, epoch_, frame);
       replies_.push_back({std::move(frame), j, begin, end});
       begin = end;
     }
   }
-  for (const GroupRow& row : hosted)
+  for (const GroupRow& row : hosted_)
     live_counters_.UnitRows({layer, row.group}).fetch_add(1, std::memory_order_relaxed);
-  if (!hosted.empty()) {
-    const absl::Status run = backend_.Run(units_, layer, views, hosted, outs, finite);
+  if (!hosted_.empty()) {
+    const absl::Status run = backend_.Run(units_, layer, launch_, hosted_, sums_, finite_);
     if (!run.ok()) DeviceLost(run);
   }
-  for (Reply& out : replies_) {
-    const wire::FrameHeader& request = jobs[out.job].frame.header();
-    const NodeId origin{request.origin};
+  for (Reply& reply : replies_) {
     std::vector<GroupRow> rejected;
-    for (size_t i = out.begin; i < out.end; ++i) {
-      if (finite[i] == 0) rejected.push_back(hosted[i]);
+    for (size_t i = reply.begin; i < reply.end; ++i) {
+      if (finite_[i] == 0) rejected.push_back(hosted_[i]);
     }
-    if (rejected.empty()) {
-      (void)transport_->Send(origin, std::move(out.frame));  // an origin that is gone needs no answer
+    if (!rejected.empty()) {
+      SendWithout(rejected, reply, jobs[reply.job]);
       continue;
     }
-    // Rare: the sums that are not finite are named, the others sent in a message without them.
-    counters_.rejected_rows += rejected.size();
-    (void)transport_->Send(origin, RowListFrame(request, wire::Kind::kReject, rejected, views[out.job]));
-    const uint32_t good = static_cast<uint32_t>(out.end - out.begin - rejected.size());
-    if (good == 0) continue;
-    FrameRef frame = transport_->frames().Allocate(wire::PartialPayloadBytes(shape_, good));
-    const wire::PartialSpans spans = wire::LayOutPartial(shape_, good, frame.payload_span());
-    uint32_t next = 0;
-    for (size_t i = out.begin; i < out.end; ++i) {
-      if (finite[i] == 0) continue;
-      spans.rows[next] = {views[out.job].rows[hosted[i].row].row, hosted[i].group, 0};
-      std::memcpy(spans.data + next * shape_.row_bytes(), outs[i], shape_.row_bytes());
-      ++next;
-    }
-    FillReply(request, wire::Kind::kPartial, good, epoch_, frame);
-    (void)transport_->Send(origin, std::move(frame));
+    // An origin that is gone needs no answer.
+    (void)transport_->Send(NodeId{jobs[reply.job].frame.header().origin}, std::move(reply.frame));
   }
   replies_.clear();
   for (const Job& job : jobs) {
     transport_->ReturnCredit(job.from, job.frame.header().traffic_class, job.frame.header().rows);
   }
+}
+
+// Rare: the sums that are not finite are named, the others sent in a message without them.
+void ExpertEngine::SendWithout(std::span<const GroupRow> rejected, const Reply& reply, const Job& job) {
+  const wire::FrameHeader& request = job.frame.header();
+  const NodeId origin{request.origin};
+  counters_.rejected_rows += rejected.size();
+  (void)transport_->Send(origin, RowListFrame(request, wire::Kind::kReject, rejected, job.view));
+  const uint32_t good = static_cast<uint32_t>(reply.end - reply.begin - rejected.size());
+  if (good == 0) return;
+  FrameRef frame = PartialFrame(good);
+  const wire::PartialSpans spans = wire::LayOutPartial(shape_, good, frame.payload_span());
+  std::vector<transport::RowCopy> into_row_memory;
+  uint32_t next = 0;
+  for (size_t i = reply.begin; i < reply.end; ++i) {
+    if (finite_[i] == 0) continue;
+    const int64_t offset = next * shape_.row_bytes();
+    spans.rows[next++] = {job.view.rows[hosted_[i].row].row, hosted_[i].group, 0};
+    if (frame.device_rows() != nullptr) {
+      into_row_memory.push_back({frame.device_rows() + offset, sums_[i].at, !sums_[i].in_row_memory});
+    } else if (sums_[i].in_row_memory) {
+      const absl::Status copied =
+          transport_->row_memory()->CopyToHost(spans.data + offset, sums_[i].at, shape_.row_bytes());
+      if (!copied.ok()) DeviceLost(copied);
+    } else {
+      std::memcpy(spans.data + offset, sums_[i].at, shape_.row_bytes());
+    }
+  }
+  if (!into_row_memory.empty()) {
+    const absl::Status copied = transport_->row_memory()->CopyRows(into_row_memory);
+    if (!copied.ok()) DeviceLost(copied);
+  }
+  FillReply(request, wire::Kind::kPartial, good, epoch_, frame);
+  (void)transport_->Send(origin, std::move(frame));
 }
 
 void ExpertEngine::Run() {

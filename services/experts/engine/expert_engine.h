@@ -81,7 +81,7 @@ class ExpertEngine {
   };
   struct Reply {  // a Partial on its way
     transport::FrameRef frame;
-    size_t job, begin, end;  // rows of the launch
+    size_t job, begin, end;  // group rows of the launch
   };
   // Looks for news; with `publish`, also shows others the counters.
   void TakeMail(bool publish);
@@ -90,6 +90,9 @@ class ExpertEngine {
   bool RunLaunch();
   void Answer(std::span<const Job> jobs);
   bool Queued(uint32_t layer) const;
+  // For `rows` sums: in row memory if there is a free block, else in host memory.
+  transport::FrameRef PartialFrame(uint32_t rows);
+  void SendWithout(std::span<const GroupRow> rejected, const Reply& reply, const Job& job);
   transport::FrameRef RowListFrame(const wire::FrameHeader& request, wire::Kind kind,
                                    std::span<const GroupRow> rows, const wire::WorkView& view);
 
@@ -104,6 +107,11 @@ class ExpertEngine {
   Epoch epoch_;
   std::vector<Job> queues_[wire::kNumTrafficClasses];  // oldest first
   std::vector<Job> jobs_;
+  // Of the launch, kept for their memory.
+  std::vector<LaunchJob> launch_;
+  std::vector<GroupRow> hosted_;
+  std::vector<SumTarget> sums_;  // of hosted_, in the messages that carry them
+  std::vector<uint8_t> finite_;  // of hosted_
   std::vector<Reply> replies_;
   ExpertEngineStatus counters_;
   ExpertEngineCounters live_counters_;

@@ -21,10 +21,10 @@ constexpr absl::Duration kLostAfter = absl::Seconds(1);
 
 }  // namespace
 
-RouterEngine::RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport,
-                           ThreadPool& pool)
+RouterEngine::RouterEngine(std::unique_ptr<Gate> gate, Precision precision,
+                           std::unique_ptr<transport::Transport> transport, ThreadPool& pool)
     : gate_(std::move(gate)),
-      config_(gate_.config()),
+      config_(gate_->config()),
       shape_(RowShapeOf(config_, precision)),
       moe_layers_(config_.MoeLayers()),
       transport_(std::move(transport)),
@@ -77,10 +77,32 @@ void RouterEngine::TakeMail(bool publish) {
   status_ = counters_;
 }
 
+absl::Status RouterEngine::RouteRows(const FrameRef& frame, const std::byte* data) {
+  const wire::FrameHeader& header = frame.header();
+  const int64_t rows = header.rows, k = shape_.top_k;
+  experts_scratch_.resize(rows * k);
+  weights_scratch_.resize(rows * k);
+  results_.resize(rows);
+  if (frame.device_rows() != nullptr && gate_->takes_device_rows()) {
+    gate_->RouteDeviceRows(header.layer, header.row_begin, frame.device_rows(), rows, experts_scratch_.data(),
+                           weights_scratch_.data(), results_.data(), pool_);
+    return absl::OkStatus();
+  }
+  if (frame.device_rows() != nullptr) {
+    rows_scratch_.resize(rows * shape_.row_bytes());
+    MK_RETURN_IF_ERROR(
+        frame.row_memory()->CopyToHost(rows_scratch_.data(), frame.device_rows(), rows_scratch_.size()));
+    data = rows_scratch_.data();
+  }
+  gate_->Route(header.layer, header.row_begin, data, rows, experts_scratch_.data(), weights_scratch_.data(),
+               results_.data(), pool_);
+  return absl::OkStatus();
+}
+
 void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
   const wire::FrameHeader& header = frame.header();
   absl::StatusOr<const std::byte*> data = wire::ReadDispatch(shape_, header, frame.payload_span());
-  if (data.ok() && (header.layer >= config_.num_hidden_layers || !gate_.HasLayer(header.layer))) {
+  if (data.ok() && (header.layer >= config_.num_hidden_layers || !gate_->HasLayer(header.layer))) {
     data = absl::InvalidArgumentError(StrCat("layer ", header.layer, " has no gate"));
   }
   if (data.ok() && header.rows > static_cast<uint32_t>(MessageRowsMax(shape_))) {
@@ -92,12 +114,14 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
     log::Warning("router", StrCat("bad message peer=", ToString(from), ": ", data.status().message()));
     return;
   }
+  if (const absl::Status routed = RouteRows(frame, *data); !routed.ok()) {
+    // As if the message had been lost: its sender asks again.
+    log::Error("router", StrCat("rows on the device: ", routed.message()));
+    return transport_->ReturnCredit(from, header.traffic_class, header.rows);
+  }
   const int64_t rows = header.rows, k = shape_.top_k, groups = shape_.num_groups;
-  experts_scratch_.resize(rows * k);
-  weights_scratch_.resize(rows * k);
-  results_.resize(rows);
-  gate_.Route(header.layer, header.row_begin, *data, rows, experts_scratch_.data(), weights_scratch_.data(),
-              results_.data(), pool_);
+  const bool on_device = frame.device_rows() != nullptr;
+  const std::byte* const x = on_device ? frame.device_rows() : *data;
   items_.clear();
   assigned_.assign(rows * groups, NodeId{});
   for (int64_t i = 0; i < rows; ++i) {
@@ -109,8 +133,8 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
       continue;
     }
     const uint64_t groups_of_row = GroupMask(config_, {experts, static_cast<size_t>(k)});
-    items_.push_back({header.row_begin + static_cast<uint32_t>(i), *data + i * shape_.row_bytes(), experts,
-                      weights_scratch_.data() + i * k, groups_of_row});
+    items_.push_back({header.row_begin + static_cast<uint32_t>(i), x + i * shape_.row_bytes(), experts,
+                      weights_scratch_.data() + i * k, groups_of_row, on_device});
   }
   sender_.Send(
       *placement_, header, items_, [&](NodeId server) { return peers_.IsUp(server); },
@@ -118,7 +142,7 @@ void RouterEngine::OnDispatch(NodeId from, const FrameRef& frame) {
         assigned_[(items_[item].row - header.row_begin) * groups + group] = server;
         if (server == NodeId{}) ++counters_.unplaced_rows;
       });
-  route_counters_.Count(header.layer, rows, experts_scratch_.data(), results_.data(), gate_.scores(),
+  route_counters_.Count(header.layer, rows, experts_scratch_.data(), results_.data(), gate_->scores(),
                         assigned_);
 
   std::vector<NodeId>& servers = servers_;

@@ -29,8 +29,8 @@ struct RouterStatus {
 
 class RouterEngine {
  public:
-  RouterEngine(Gate gate, Precision precision, std::unique_ptr<transport::Transport> transport,
-               ThreadPool& pool);
+  RouterEngine(std::unique_ptr<Gate> gate, Precision precision,
+               std::unique_ptr<transport::Transport> transport, ThreadPool& pool);
   ~RouterEngine();
 
   // Expert servers by data-plane address, and where the units are.
@@ -48,8 +48,10 @@ class RouterEngine {
   // Looks for news; with `publish`, also shows others the counters.
   void TakeMail(bool publish);
   void OnDispatch(NodeId from, const transport::FrameRef& frame);
+  // Gates the message's rows, wherever they are, into the scratch below. `data`: as ReadDispatch gave it.
+  absl::Status RouteRows(const transport::FrameRef& frame, const std::byte* data);
 
-  Gate gate_;
+  const std::unique_ptr<Gate> gate_;
   const ModelConfig config_;
   const wire::RowShape shape_;
   const std::vector<int32_t> moe_layers_;
@@ -64,6 +66,7 @@ class RouterEngine {
   std::vector<uint16_t> experts_scratch_;
   std::vector<float> weights_scratch_;
   std::vector<GateResult> results_;
+  std::vector<std::byte> rows_scratch_;  // rows that lie in row memory, for a gate that takes none there
   std::vector<WorkItem> items_;
   std::vector<NodeId> assigned_;  // [rows, groups]
   std::vector<NodeId> servers_;   // of one plan

@@ -1,44 +1,34 @@
 #include "services/router/gating/gate.h"
 
 #include "libs/base/status.h"
-#include "libs/kernels/cpu/top_k.h"
+#include "services/router/gating/cpu_gate.h"
+#if MK_HAVE_CUDA
+#include "services/router/gating/cuda_gate.h"
+#endif
 
 namespace minke::router {
 
-absl::StatusOr<Gate> Gate::Load(const Checkpoint& checkpoint, Precision precision, ThreadPool& pool) {
-  Gate gate(checkpoint.config());
-  const ModelConfig& c = gate.config_;
-  const int64_t shape[] = {c.n_routed_experts, c.hidden_size};
-  for (const int32_t layer : c.MoeLayers()) {
-    MK_ASSIGN_OR_RETURN(const TensorView view,
-                        checkpoint.Find(LayerPrefix(layer) + "mlp.gate.weight", shape));
-    gate.layers_.emplace(layer, kernels::PackedMatrix::Pack(precision, view, pool));
-    checkpoint.Release(view);
-  }
-  return gate;
+void Gate::RouteDeviceRows(int32_t, uint32_t, const std::byte*, int64_t, uint16_t*, float*, GateResult*,
+                           ThreadPool&) {
+  MK_CHECK(!"a gate without a device was given rows on one");
 }
 
-void Gate::Route(int32_t layer, uint32_t row_begin, const std::byte* x, int64_t rows, uint16_t* experts,
-                 float* weights, GateResult* results, ThreadPool& pool) {
-  const int64_t n = config_.n_routed_experts, k = config_.num_experts_per_tok;
-  float* logits = logits_.Resize(rows * n);
-  float* scores = scores_.Resize(rows * n);
-  kernels::MatMul(layers_.at(layer), x, config_.hidden_size, rows, logits, n, pool);
-  constexpr int64_t kGrain = 16;  // about 16 µs of top-k
-  pool.ParallelFor((rows + kGrain - 1) / kGrain, [&](int64_t task) {
-    for (int64_t i = task * kGrain; i < std::min(rows, (task + 1) * kGrain); ++i) {
-      const std::span<uint16_t> row_experts(experts + i * k, k);
-      absl::Status status;
-      if (override_ && override_(layer, row_begin + static_cast<uint32_t>(i), row_experts)) {
-        status = kernels::WeighExperts(config_, logits + i * n, scores + i * n, row_experts.data(),
-                                       weights + i * k);
-      } else {
-        status =
-            kernels::RouteToken(config_, logits + i * n, scores + i * n, row_experts.data(), weights + i * k);
-      }
-      results[i] = status.ok() ? GateResult::kRouted : GateResult::kRejected;
-    }
-  });
+absl::StatusOr<std::unique_ptr<Gate>> LoadGate(const Checkpoint& checkpoint, Precision precision,
+                                               Device device, int64_t rows_max, ThreadPool& pool) {
+  switch (device) {
+    case Device::kCpu:
+      return CpuGate::Load(checkpoint, precision, pool);
+    case Device::kCuda:
+      if (precision != Precision::kBF16)
+        return absl::InvalidArgumentError("--device: expected cpu with --precision=exact, found cuda");
+#if MK_HAVE_CUDA
+      return CudaGate::Load(checkpoint, rows_max);
+#else
+      (void)rows_max;
+      return absl::FailedPreconditionError("the gate on a GPU: this build has no CUDA backend");
+#endif
+  }
+  return absl::InternalError("device");
 }
 
 }  // namespace minke::router
