@@ -450,6 +450,45 @@ TEST_P(GroupedFfnTest, NotFiniteRowsStayAlone) {
   }
 }
 
+// Sums go to the rows that they are told, bit for bit what they are in order; no other row is touched.
+TEST_P(GroupedFfnTest, SumsGoToTheRowsTheyAreTold) {
+  std::mt19937 rng(23);
+  const GroupedFfnShape shape = {4, 256, 192};
+  const Experts experts = RandomExperts(rng, shape);
+  const GroupedFfnWeights weights = Load(experts, GetParam().format, *stream_);
+  const int outputs = 70, rows = 200;
+  GroupedFfn ffn = Make(shape, 2, outputs);
+  std::uniform_int_distribution<int> pick(0, 3);
+  const Work work = RandomWork(rng, outputs, 2, 2, pick);
+  std::vector<int32_t> row_of(rows);
+  std::iota(row_of.begin(), row_of.end(), 0);
+  std::shuffle(row_of.begin(), row_of.end(), rng);
+  row_of.resize(outputs);
+  const DeviceBuffer map = ToDevice(work.experts, *stream_), row_map = ToDevice(row_of, *stream_),
+                     ones = ToDevice(std::vector<float>(outputs * 2, 1.f), *stream_),
+                     x = ToDevice(RandomBF16(rng, int64_t{outputs} * shape.hidden), *stream_);
+  const auto run = [&](const int32_t* partial_rows, int out_rows) {
+    const DeviceBuffer out = Poisoned(int64_t{out_rows} * shape.hidden * 2, *stream_);
+    GroupedFfnArgs args;
+    args.weights = &weights;
+    args.x = x.as<bf16>();
+    args.outputs = outputs;
+    args.experts = map.as<int32_t>();
+    args.slot_weights = ones.as<float>();
+    args.partial = out.as<bf16>();
+    args.partial_rows = partial_rows;
+    const absl::Status status = ffn.Run(args, *stream_);
+    EXPECT_TRUE(status.ok()) << status;
+    return ToHost<bf16>(out, *stream_);
+  };
+  const auto in_order = run(nullptr, outputs), placed = run(row_map.as<int32_t>(), rows);
+  std::vector<bf16> want(int64_t{rows} * shape.hidden, 0xffff);
+  for (int i = 0; i < outputs; ++i) {
+    std::copy_n(&in_order[int64_t{i} * shape.hidden], shape.hidden, &want[int64_t{row_of[i]} * shape.hidden]);
+  }
+  EXPECT_EQ(std::memcmp(placed.data(), want.data(), want.size() * 2), 0);
+}
+
 TEST_P(GroupedFfnTest, WhatDoesNotFitIsRejected) {
   std::mt19937 rng(19);
   const Experts experts = RandomExperts(rng, {2, 64, 64});

@@ -103,6 +103,7 @@ absl::Status CudaBackend::AllocateWorkspace() {
       const int32_t experts = config_.GroupExperts(g).size();
       if (ffn_.contains(experts)) continue;
       MK_ASSIGN_OR_RETURN(cuda::GroupedFfn ffn, cuda::GroupedFfn::Create({.shape = ShapeOf(config_, experts),
+                                                                          .format = format_,
                                                                           .slots = plan_.slots(),
                                                                           .outputs_max = kOutputsMax}));
       ffn_.emplace(experts, std::move(ffn));
@@ -148,7 +149,7 @@ absl::StatusOr<std::unique_ptr<UnitBuilder>> CudaBackend::BuildUnit(UnitId unit)
 }
 
 uint64_t CudaBackend::UnitLayout(UnitId unit) const {
-  return LayoutName(format_ == cuda::FfnFormat::kFP8 ? "cuda 1 fp8" : "cuda 1 bf16", config_, unit);
+  return LayoutName(format_ == cuda::FfnFormat::kFP8 ? "cuda 2 fp8" : "cuda 1 bf16", config_, unit);
 }
 
 absl::Status CudaBackend::Run(const Units& units, uint32_t layer, std::span<const LaunchJob> jobs,
