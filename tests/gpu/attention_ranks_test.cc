@@ -5,6 +5,7 @@
 #include "absl/strings/str_format.h"
 #include "gtest/gtest.h"
 #include "libs/kernels/cuda/device.h"
+#include "libs/transport/ucx/ucx.h"
 #include "nlohmann/json.hpp"
 #include "services/attention/api/weights_api.h"
 #include "services/attention/layers/cuda_models.h"
@@ -47,6 +48,74 @@ void ExpectGoldenText(int ranks) {
 }
 
 TEST(AttentionNodeOnGpu, GreedyTextIsGolden) { ExpectGoldenText(1); }
+
+// Attention node, router and expert servers with their rows in GPU memory: the very bits of the same cluster
+// with rows staged, as long as the gate is the same; with the gate on the GPU too, the golden text.
+TEST(RowsOnGpu, SameBitsAsStaged) {
+  std::ifstream file("tests/golden/shakespeare_greedy.json");
+  const auto golden = nlohmann::json::parse(file);
+  std::vector<inference::v1::Submit> requests;
+  for (const auto& prompt : golden["prompts"]) {
+    requests.push_back(Greedy(prompt["prompt_ids"].get<std::vector<uint32_t>>(),
+                              static_cast<uint32_t>(prompt["ids"].size()), true));
+  }
+  ClusterOptions options{.checkpoint = kShipped,
+                         .precision = Precision::kBF16,
+                         .experts = 2,
+                         .experts_device = Device::kCuda,
+                         .attention_device = Device::kCuda,
+                         .threads = 4};
+  std::vector<bool> over_ucx = {false};
+  if (transport::UcxKnowsCuda()) {
+    over_ucx.push_back(true);
+  } else {
+    std::printf("UCX has no CUDA here: only inproc\n");
+  }
+  constexpr int kBlocks = 1000;  // of 256 KiB
+  for (const bool local : {false, true}) {
+    options.local_routing = local;
+    options.router_device = Device::kCpu;
+    options.ucx = false;
+    options.attention_row_blocks = options.router_row_blocks = options.expert_row_blocks = 0;
+    std::vector<Generation> want;
+    {
+      LocalCluster staged(options);
+      for (const auto& request : requests) want.push_back(staged.Run(request));
+    }
+    for (const bool ucx : over_ucx) {
+      options.ucx = ucx;
+      for (const bool on_gpu : {false, true}) {  // the router
+        if (on_gpu && local) continue;
+        options.attention_row_blocks = options.expert_row_blocks = kBlocks;
+        options.router_row_blocks = on_gpu ? kBlocks : 0;
+        options.router_device = on_gpu ? Device::kCuda : Device::kCpu;
+        LocalCluster cluster(options);
+        for (size_t i = 0; i < requests.size(); ++i) {
+          const Generation got = cluster.Run(requests[i]);
+          ASSERT_TRUE(got.error.ok()) << got.error;
+          const std::string what =
+              absl::StrFormat("prompt %d, local %d, ucx %d, router on the GPU %d", i, local, ucx, on_gpu);
+          const bool same_gate = !on_gpu && !local;
+          if (same_gate) {
+            EXPECT_EQ(got.tokens, want[i].tokens) << what;
+            EXPECT_EQ(got.prompt_logprobs, want[i].prompt_logprobs) << what;
+          } else {  // other gate, other roundings: apart where the best two are close, not early
+            ASSERT_EQ(got.tokens.size(), want[i].tokens.size()) << what;
+            const auto parts =
+                std::mismatch(want[i].tokens.begin(), want[i].tokens.end(), got.tokens.begin()).first -
+                want[i].tokens.begin();
+            EXPECT_GE(parts, 12) << what;
+          }
+        }
+        const LocalCluster::RowFrames frames = cluster.row_frames();
+        EXPECT_GT(frames.in_row_memory, 0u);
+        if (!ucx && (on_gpu || local)) {
+          EXPECT_EQ(frames.in_host_memory, 0u);
+        }
+      }
+    }
+  }
+}
 
 TEST(AttentionNodeOnGpu, GreedyTextOfTwoRanksIsGolden) {
   if (cuda::DeviceCount().value() < 2) GTEST_SKIP() << "one GPU here; this needs two";

@@ -161,6 +161,46 @@ TEST_P(Segments, GraphsGiveTheBitsOfLaunches) {
   }
 }
 
+// Sums that are on the device already, and rows that stay there: the bits of those that cross page-locked
+// memory.
+TEST_P(Segments, RowsAndSumsOnTheDeviceGiveTheSameBits) {
+  const ModelConfig& c = model_->config();
+  Lane& lane = lanes_[1];
+  auto sums = cuda::DeviceBuffer::Allocate(256 * c.hidden_size * 4).value();
+  const cuda::PinnedBuffer& staged = lane.sums;  // what the experts answer
+  const auto segments = DecodeSegments::Create(*model_, *lane.batch, sums.as<float>(), nullptr,
+                                               {.context_max = 128, .on_device = true})
+                            .value();
+  const auto upload = [&] { ASSERT_TRUE(sums.Upload(staged.as(), sums.bytes(), model_->stream()).ok()); };
+  for (const int rows : {1, 3, 6}) {
+    const std::vector<DecodeInput> inputs = Inputs(0, rows, rows);
+    const Result want = Step(lanes_[0], inputs, rows, Form::kLaunches);
+    for (const Form form : {Form::kLaunches, Form::kGraph, Form::kGraph}) {
+      upload();
+      ASSERT_TRUE(segments->Begin(inputs, form).ok());
+      Result got;
+      for (int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+        ASSERT_TRUE(segments->Attention(layer).ok());
+        if (c.IsMoeLayer(layer)) {
+          std::vector<bf16> normed(rows * c.hidden_size);
+          ASSERT_TRUE(model_->DownloadNormed(*lane.batch, lane.normed.as<bf16>()).ok());
+          ASSERT_TRUE(model_->Synchronize().ok());
+          std::copy_n(lane.normed.as<bf16>(), normed.size(), normed.begin());
+          got.normed.push_back(std::move(normed));
+        }
+        ASSERT_TRUE(segments->FeedForward(layer).ok());
+        if (!c.IsMoeLayer(layer)) continue;
+        FillSums(staged.as<float>(), rows * c.hidden_size, 100 * rows + layer);
+        upload();
+        ASSERT_TRUE(model_->Synchronize().ok());
+      }
+      ASSERT_TRUE(segments->Logits().ok());
+      got.logits = model_->DownloadLogits(rows).value();
+      EXPECT_EQ(got, want) << rows << " rows";
+    }
+  }
+}
+
 TEST_P(Segments, TwoBatchesInTurnDoNotDisturbEachOther) {
   const std::vector<DecodeInput> a = Inputs(0, 3, 0), b = Inputs(3, 2, 0);
   const Result want_a = Step(lanes_[0], a, 0, Form::kLaunches),

@@ -1,6 +1,7 @@
 """minke on a GPU against minke on CPUs, as a client sees them: `serve --device=cuda` (whole steps, graphs) and `up` with an
 attention node on the GPU. Exit code 77: no GPU here, or a build without CUDA; nothing was tested."""
 import json, os, subprocess, sys, threading, unittest
+from unittest import mock
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "e2e"))
 import harness
@@ -72,6 +73,29 @@ class Gpu(unittest.TestCase):
         for flags in (["--microbatches", "1"], ["--microbatches", "2", "--routing", "local"]):
             with harness.Cluster(MODEL, "--device=cuda", "--experts", "2", *flags) as gpu:
                 self.agrees(gpu)
+
+    def test_rows_stay_in_gpu_memory(self):
+        """Attention node, router and expert servers in processes of their own, over a UCX that knows CUDA (docs/gpu.md)."""
+        for flags in (["--microbatches", "1"], ["--microbatches", "2", "--routing", "local"]):
+            with harness.Cluster(MODEL, "--device=cuda", "--experts", "2", *flags) as gpu:
+                staged = [l for l in gpu.log().splitlines() if "rows=staged" in l]
+                if staged:
+                    self.skipTest("rows do not stay in GPU memory here: " + staged[0])
+                self.assertEqual(gpu.log().count("rows=gpu"), 4, "attention node, router, two expert servers")
+                self.agrees(gpu)
+                for role in ("attention", "expert") if "local" in flags else ("attention", "router", "expert"):
+                    frames = {"gpu": 0, "host": 0}
+                    for (name, values), count in gpu.metrics(role, labels=True).items():
+                        if name == "minke:ucx_row_frames_total":
+                            frames["gpu" if "gpu" in values.split(",") else "host"] += count
+                    self.assertGreater(frames["gpu"], 100, role)
+                    # Descriptors of a prompt's hundreds of rows (192 wide here) do not fit UCX's header.
+                    self.assertLess(frames["host"], frames["gpu"] / 10, role)
+            with mock.patch.dict(os.environ, UCX_TLS="posix,sysv,tcp,self"):
+                with harness.Cluster(MODEL, "--device=cuda", "--experts", "2", *flags) as without:
+                    self.assertNotIn("rows=gpu", without.log())
+                    self.assertIn("rows=staged", without.log())
+                    self.agrees(without)
 
     def test_what_a_gpu_does_not_do(self):
         for flags, expect in ((["--precision=exact"], "--device"), (["--mla=naive"], "--mla")):
