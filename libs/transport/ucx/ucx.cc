@@ -45,8 +45,13 @@ struct WorkerDestroyer {
 struct ListenerDestroyer {
   void operator()(ucp_listener_h listener) const noexcept { ucp_listener_destroy(listener); }
 };
+struct MemoryUnmapper {
+  ucp_context_h context = nullptr;
+  void operator()(ucp_mem_h memory) const noexcept { ucp_mem_unmap(context, memory); }
+};
 using Context = std::unique_ptr<std::remove_pointer_t<ucp_context_h>, ContextDestroyer>;
 using Worker = std::unique_ptr<std::remove_pointer_t<ucp_worker_h>, WorkerDestroyer>;
+using MappedMemory = std::unique_ptr<std::remove_pointer_t<ucp_mem_h>, MemoryUnmapper>;
 using Listener = std::unique_ptr<std::remove_pointer_t<ucp_listener_h>, ListenerDestroyer>;
 
 class FileDescriptor {
@@ -151,6 +156,23 @@ absl::StatusOr<bool> Carries(ucp_context_h context, const RowMemory* rows) {
     return UcxError("ucp_context_query", status);
   }
   return (attributes.memory_types & UCS_BIT(UCS_MEMORY_TYPE_CUDA)) != 0;
+}
+
+// Messages name the memory of their rows. Were it left to UCX to register them one by one, it would want the
+// registration of a send to a peer that has died invalidated before it calls the send over; cuda_ipc of
+// UCX 1.13 has nothing to invalidate and never answers, and the send would hold its block for ever.
+absl::StatusOr<MappedMemory> Map(ucp_context_h context, const RowMemory& rows) {
+  ucp_mem_map_params_t parameters{};
+  parameters.field_mask =
+      UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  parameters.address = rows.base();
+  parameters.length = static_cast<size_t>(rows.bytes());
+  parameters.memory_type = MemoryType(rows);
+  ucp_mem_h memory = nullptr;
+  if (ucs_status_t status = ucp_mem_map(context, &parameters, &memory); status != UCS_OK) {
+    return UcxError("ucp_mem_map of the row memory", status);
+  }
+  return MappedMemory(memory, MemoryUnmapper{context});
 }
 
 // How long a message's header may be, with everything that goes in it.
@@ -282,6 +304,7 @@ class UcxDriver final : public Driver {
   SendOperation* NewSend();
   void FreeSend(SendOperation* operation);
   ucp_worker_h worker() const { return worker_.get(); }
+  ucp_mem_h row_memory_handle() const { return mapped_rows_.get(); }
 
  private:
   struct Record {
@@ -291,12 +314,13 @@ class UcxDriver final : public Driver {
     absl::Status status;
   };
 
-  UcxDriver(FramePool* pool, RowMemory* rows, uint32_t rows_offset_max, Context context, Worker worker,
-            int worker_fd, FileDescriptor signal_fd)
+  UcxDriver(FramePool* pool, RowMemory* rows, uint32_t rows_offset_max, Context context,
+            MappedMemory mapped_rows, Worker worker, int worker_fd, FileDescriptor signal_fd)
       : pool_(pool),
         rows_(rows),
         rows_offset_max_(rows_offset_max),
         context_(std::move(context)),
+        mapped_rows_(std::move(mapped_rows)),
         worker_(std::move(worker)),
         worker_fd_(worker_fd),
         signal_fd_(std::move(signal_fd)) {}
@@ -317,6 +341,7 @@ class UcxDriver final : public Driver {
   RowMemory* const rows_;  // null: none, or UCX cannot carry rows from and to it
   const uint32_t rows_offset_max_;
   const Context context_;
+  const MappedMemory mapped_rows_;  // null without rows_
   const Worker worker_;
   const int worker_fd_;  // the worker's own
   const FileDescriptor signal_fd_;
@@ -380,6 +405,8 @@ void UcxLink::Send(FrameRef frame, uint8_t version, uint32_t credits, int64_t no
     data = rows;
     bytes -= offset;
     parameters.memory_type = MemoryType(*operation->frame.row_memory());
+    parameters.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
+    parameters.memh = driver_->row_memory_handle();
     // UCX would send up to its threshold (RNDV_THRESH, above every payload over shared memory and tcp)
     // eagerly, which copies a GPU's memory through the host's on both sides. Rendezvous goes from GPU to GPU,
     // and is quicker from one row on.
@@ -460,6 +487,10 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   MK_ASSIGN_OR_RETURN(Context context, CreateContext(settings));
   MK_ASSIGN_OR_RETURN(const bool carries_rows, Carries(context.get(), rows));
   if (!carries_rows) rows = nullptr;
+  MappedMemory mapped_rows;
+  if (rows != nullptr) {
+    MK_ASSIGN_OR_RETURN(mapped_rows, Map(context.get(), *rows));
+  }
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
   MK_ASSIGN_OR_RETURN(const size_t header_bytes_max, HeaderBytesMax(worker.get()));
   const size_t rows_offset_max = std::min<size_t>(
@@ -471,8 +502,8 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   FileDescriptor signal_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (signal_fd.get() < 0) return absl::UnavailableError(StrCat("eventfd: ", std::strerror(errno)));
   std::unique_ptr<UcxDriver> driver(new UcxDriver(pool, rows, static_cast<uint32_t>(rows_offset_max),
-                                                  std::move(context), std::move(worker), worker_fd,
-                                                  std::move(signal_fd)));
+                                                  std::move(context), std::move(mapped_rows),
+                                                  std::move(worker), worker_fd, std::move(signal_fd)));
 
   ucp_am_handler_param_t handler{};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
