@@ -1,6 +1,6 @@
 // What an expert server's launch costs beside its kernels: V2's widths and one group of 20 experts, through
-// the backend that minke-expert uses, from messages in host memory to sums in host memory. Makes a checkpoint
-// of 1.9 GB for it.
+// the backend that minke-expert uses: from messages in host memory to sums in host memory, and from rows in
+// GPU memory to sums there. Makes a checkpoint of 1.9 GB for it.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -8,6 +8,7 @@
 #include <random>
 #include <thread>
 
+#include "libs/gpu_rows/gpu_rows.h"
 #include "libs/kernels/cuda/device.h"
 #include "libs/model/make_checkpoint.h"
 #include "libs/model/testing/testing_checkpoint.h"
@@ -37,8 +38,11 @@ double Milliseconds(const std::function<void()>& work) {
 
 void Measure(const Checkpoint& checkpoint, ExpertsFormat format, ThreadPool& pool, ThreadPool& load_pool) {
   const char* name = format == ExpertsFormat::kFP8 ? "fp8" : "bf16";
-  auto backend =
-      MakeBackend(checkpoint, {.device = Device::kCuda, .format = format}, pool, load_pool).value();
+  constexpr int kBlockRows = 2048, kBlocks = 8;  // one of rows, one of sums, and those that the backend keeps
+  const auto memory = MakeGpuRowMemory(kHidden * 2, kBlockRows, kBlocks).value();
+  auto backend = MakeBackend(checkpoint, {.device = Device::kCuda, .format = format, .rows = memory.get()},
+                             pool, load_pool)
+                     .value();
   Units units;
   const double load_ms = Milliseconds([&] { units[{1, 0}] = backend->LoadUnit({1, 0}).value(); });
   const double again_ms = Milliseconds([&] { (void)backend->LoadUnit({1, 0}).value(); });
@@ -67,16 +71,34 @@ void Measure(const Checkpoint& checkpoint, ExpertsFormat format, ThreadPool& poo
     for (int r = 0; r < rows; ++r)
       outs.push_back({reinterpret_cast<std::byte*>(&sums[int64_t{r} * kHidden])});
     std::vector<uint8_t> finite(rows);
-    std::vector<double> ms;
-    for (int i = 0; i < 60; ++i) {
-      ms.push_back(Milliseconds([&] {
-        MK_CHECK(backend->Run(units, 1, {&job, 1}, hosted, outs, finite).ok());
-      }));
-    }
-    ms.erase(ms.begin(), ms.begin() + 10);
-    std::sort(ms.begin(), ms.end());
-    std::printf("%-5s %5d rows, %4.1f MB each way: %7.0f us (median of 50; best %.0f)\n", name, rows,
-                static_cast<double>(data.size()) * 2e-6, ms[ms.size() / 2] * 1e3, ms.front() * 1e3);
+    const auto measure = [&](const char* where, const LaunchJob& from, std::span<const SumTarget> to) {
+      std::vector<double> ms;
+      for (int i = 0; i < 60; ++i) {
+        ms.push_back(Milliseconds([&] {
+          MK_CHECK(backend->Run(units, 1, {&from, 1}, hosted, to, finite).ok());
+        }));
+      }
+      ms.erase(ms.begin(), ms.begin() + 10);
+      std::sort(ms.begin(), ms.end());
+      std::printf("%-5s %5d rows, %4.1f MB each way, in %s memory: %7.0f us (median of 50; best %.0f)\n",
+                  name, rows, static_cast<double>(data.size()) * 2e-6, where, ms[ms.size() / 2] * 1e3,
+                  ms.front() * 1e3);
+    };
+    measure("host", job, outs);
+    std::byte *const in = memory->TakeBlock(), *const out = memory->TakeBlock();
+    MK_CHECK(in != nullptr && out != nullptr);
+    std::vector<transport::RowCopy> copies;
+    for (int r = 0; r < rows; ++r)
+      copies.push_back({in + r * memory->row_bytes(), job.view.data + r * memory->row_bytes(), true});
+    MK_CHECK(memory->CopyRows(copies).ok());
+    LaunchJob there = job;
+    there.view.data = in;
+    there.in_row_memory = true;
+    std::vector<SumTarget> sums_there;
+    for (int r = 0; r < rows; ++r) sums_there.push_back({out + r * memory->row_bytes(), true});
+    measure("GPU", there, sums_there);
+    memory->ReturnBlock(in);
+    memory->ReturnBlock(out);
   }
 }
 
