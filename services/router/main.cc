@@ -59,6 +59,7 @@ int main(int argc, char** argv) {
   if (!data_plane.ok()) return fail(data_plane.status());
   if (automatic && data_plane->transport->row_memory() == nullptr) device = Device::kCpu;
   options.device = *device;
+  options.device_optional = automatic;
   options.registry = *std::move(registry);
   options.on_refused = [](const absl::Status& status) {
     node::Fail("router", status);

@@ -77,9 +77,14 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   const bool routes = checkpoint->config().n_routed_experts > 0 && options.expert_servers > 0;
   std::unique_ptr<Gate> gate = std::make_unique<CpuGate>(checkpoint->config());
   if (routes) {
-    MK_ASSIGN_OR_RETURN(
-        gate, LoadGate(*checkpoint, options.precision, options.device,
-                       MessageRowsMax(RowShapeOf(checkpoint->config(), options.precision)), *service->pool_));
+    const int32_t rows_max = MessageRowsMax(RowShapeOf(checkpoint->config(), options.precision));
+    auto loaded = LoadGate(*checkpoint, options.precision, options.device, rows_max, *service->pool_);
+    if (!loaded.ok() && options.device_optional && options.device != Device::kCpu) {
+      log::Warning("router", StrCat("the gate is on the CPU: ", loaded.status().message()));
+      loaded = LoadGate(*checkpoint, options.precision, Device::kCpu, rows_max, *service->pool_);
+    }
+    MK_RETURN_IF_ERROR(loaded.status());
+    gate = *std::move(loaded);
   }
   gate->SetOverrideForTest(std::move(options.gate_override));
 

@@ -29,6 +29,7 @@ struct RouterServiceOptions {
   std::shared_ptr<tls::Identity> identity = nullptr;  // of the cluster; null: plaintext
   Precision precision = Precision::kBF16;
   Device device = Device::kCpu;  // of the gate
+  bool device_optional = false;  // the CPU if the gate cannot be on the GPU (shape, memory)
   int replicas = 1;
   int spare_slots = 0;  // CoordinatorOptions
   int expert_servers =

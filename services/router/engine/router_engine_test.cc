@@ -13,6 +13,7 @@
 #include "libs/transport/testing/host_row_memory.h"
 #include "services/router/engine/testing/router_cluster.h"
 #include "services/router/gating/cpu_gate.h"
+#include "services/router/router_service.h"
 
 namespace minke::router {
 namespace {
@@ -127,6 +128,20 @@ TEST(RouterEngine, RowsWithoutFiniteScoresAreRejectedWhereverTheyAre) {
   EXPECT_EQ(outcome, plain.Dispatch(x, 1));
   EXPECT_EQ(outcome.weights[3 * Shape().top_k], wire::kRejectedRowWeight);
   EXPECT_EQ(outcome.work.lower_bound({53, 0})->first.first, 54u) << "row 3 goes to nobody";
+}
+
+// A gate that cannot be on a GPU, anywhere: an exact one.
+TEST(RouterService, AGateThatCannotBeOnAGpuIsAnErrorUnlessTheCpuWillDo) {
+  transport::InprocHub hub;
+  const auto start = [&](bool device_optional) {
+    const std::shared_ptr<const Checkpoint> checkpoint(&TheCheckpoint(), [](const Checkpoint*) {});
+    return RouterService::Start(
+               checkpoint, transport::CreateInproc(hub, {.node_id = kRouter, .role = 2}),
+               {.precision = Precision::kExact, .device = Device::kCuda, .device_optional = device_optional})
+        .status();
+  };
+  EXPECT_TRUE(absl::IsInvalidArgument(start(false))) << start(false);
+  EXPECT_TRUE(start(true).ok()) << start(true);
 }
 
 }  // namespace
