@@ -10,6 +10,7 @@
 #include "bench/gpu/random_model.h"
 #include "libs/base/status.h"
 #include "libs/cuda_model/decode_segments.h"
+#include "libs/gpu_rows/gpu_rows.h"
 #include "libs/kernels/cuda/rows.h"
 
 namespace minke::bench {
@@ -39,6 +40,59 @@ absl::StatusOr<double> HostMilliseconds(const Stream& stream, Prepare prepare, R
   }
   std::sort(times.begin(), times.end());
   return times[kRuns / 2] / (kLayers - kFirstMeasured);
+}
+
+// As a node does it with rows in GPU memory: rows into a message's blocks, and three sums a row, which lie in
+// blocks of other messages, added up.
+absl::StatusOr<double> RowsOnDevice(AttentionOnGpu& attention, int batch,
+                                    std::span<const cuda_model::DecodeInput> inputs, int64_t context_max) {
+  constexpr int kSumsEach = 3;
+  const int64_t hidden = attention.config().hidden_size, row_bytes = hidden * 2;
+  MK_ASSIGN_OR_RETURN(const auto memory, MakeGpuRowMemory(row_bytes, (1 + kSumsEach) * batch, 1));
+  MK_ASSIGN_OR_RETURN(const auto combiner, MakeGpuRowCombiner(hidden, batch, kSumsEach));
+  MK_ASSIGN_OR_RETURN(const auto lane, attention.MakeBatch());
+  MK_ASSIGN_OR_RETURN(DeviceBuffer sums, DeviceBuffer::Allocate(batch * hidden * 4));
+  MK_RETURN_IF_ERROR(sums.Fill(0, attention.stream()));
+  MK_ASSIGN_OR_RETURN(
+      const std::unique_ptr<DecodeSegments> segments,
+      DecodeSegments::Create(attention, *lane, sums.as<float>(), nullptr,
+                             {.buckets = {batch}, .context_max = context_max, .on_device = true}));
+  const auto prepare = [&]() -> absl::Status {
+    MK_RETURN_IF_ERROR(segments->Begin(inputs));
+    for (int32_t layer = 0; layer < kFirstMeasured; ++layer) {
+      MK_RETURN_IF_ERROR(segments->Attention(layer));
+      MK_RETURN_IF_ERROR(segments->FeedForward(layer));
+    }
+    return absl::OkStatus();
+  };
+  std::vector<transport::RowCopy> copies;
+  std::vector<int32_t> begin = {0};
+  std::vector<PartialSum> partials;
+  for (int row = 0; row < batch; ++row) {
+    const auto* normed = reinterpret_cast<const std::byte*>(lane->normed()) + row * row_bytes;
+    copies.push_back({memory->base() + row * row_bytes, normed});
+    for (int i = 0; i < kSumsEach; ++i) {
+      partials.push_back({memory->base() + (batch + row * kSumsEach + i) * row_bytes, false});
+      copies.push_back({memory->base() + (batch + row * kSumsEach + i) * row_bytes, normed});
+    }
+    begin.push_back(static_cast<int32_t>(partials.size()));
+  }
+  // Numbers for what experts would have sent.
+  MK_RETURN_IF_ERROR(prepare());
+  MK_RETURN_IF_ERROR(attention.Synchronize());
+  MK_RETURN_IF_ERROR(memory->CopyRows(copies));
+  std::erase_if(copies, [&](const transport::RowCopy& copy) { return memory->RowNumber(copy.to) >= batch; });
+  const auto run = [&]() -> absl::Status {
+    for (int32_t layer = kFirstMeasured; layer < kLayers; ++layer) {
+      MK_RETURN_IF_ERROR(segments->Attention(layer));
+      MK_RETURN_IF_ERROR(attention.Synchronize());
+      MK_RETURN_IF_ERROR(memory->CopyRows(copies));
+      MK_RETURN_IF_ERROR(segments->FeedForward(layer));
+      MK_RETURN_IF_ERROR(combiner->Combine(begin, partials, sums.as<float>()));
+    }
+    return absl::OkStatus();
+  };
+  return HostMilliseconds(attention.stream(), prepare, run);
 }
 
 absl::Status RunCrossing(const ModelCalls& calls, const std::string& work, int batch, const Stream& stream) {
@@ -116,9 +170,11 @@ absl::Status RunCrossing(const ModelCalls& calls, const std::string& work, int b
                             }
                             return absl::OkStatus();
                           }));
+  MK_ASSIGN_OR_RETURN(const double on_device, RowsOnDevice(*attention, batch, inputs, kPagesEach * 64));
   const double shared = 12.0 * c.hidden_size * c.moe_intermediate_size;
   calls.report({work + ", one graph", one_graph, 0, shared, 0});
   calls.report({work + ", segments", crossing, 0, shared, 0});
+  calls.report({work + ", rows in GPU memory", on_device, 0, shared, 0});
   char text[96];
   std::snprintf(text, sizeof(text), "  crossing to the host: %.1f us a layer", 1e3 * (crossing - one_graph));
   calls.report({text, crossing - one_graph, 0, values * 6.0, 0});
