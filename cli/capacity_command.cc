@@ -39,6 +39,10 @@ absl::StatusOr<Hardware> HardwareOf(const CapacityFlags& f, const PlanModel& mod
                                  Either(f.attention_memory_gb, f.memory_gb)));
   MK_ASSIGN_OR_RETURN(h.expert, CeilingsOf(Either(f.expert_gpu, f.gpu), Either(f.expert_ceilings, f.ceilings),
                                            Either(f.expert_memory_gb, f.memory_gb)));
+  if (f.gpu_rows) {
+    h.attention = WithRowsInGpuMemory(h.attention);
+    h.expert = WithRowsInGpuMemory(h.expert);
+  }
   if (f.no_crossings) {
     h.attention = WithoutCrossings(h.attention);
     h.expert = WithoutCrossings(h.expert);
@@ -115,7 +119,8 @@ void AddCapacityFlags(CLI::App& app, CapacityFlags& f, CLI::Option* simulate) {
   number("--attention-memory-gb", f.attention_memory_gb, "0: --memory-gb", 0, 1e6);
   number("--expert-memory-gb", f.expert_memory_gb, "0: --memory-gb", 0, 1e6);
   number("--memory-share", f.memory_share, "of a node's memory that may be used", 0.01, 1);
-  app.add_flag("--no-crossings", f.no_crossings, "as if rows went from GPU to GPU and launches took no time")
+  app.add_flag("--gpu-rows", f.gpu_rows, "rows stay in GPU memory, over a UCX that knows CUDA");
+  app.add_flag("--no-crossings", f.no_crossings, "as if rows took no time between GPUs, nor launches")
       ->excludes(simulate);
   CLI::Option* context = number("--context", f.context,
                                 "tokens of a sequence, decoding alone (0: by prompts and outputs)", 0, 1e7);

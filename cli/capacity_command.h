@@ -19,7 +19,7 @@ struct CapacityFlags {
   std::string attention_gpu, expert_gpu;  // empty: gpu
   std::string ceilings, attention_ceilings, expert_ceilings;
   double memory_gb = 0, attention_memory_gb = 0, expert_memory_gb = 0;  // 0: of the ceilings
-  bool no_crossings = false;
+  bool gpu_rows = false, no_crossings = false;
 
   double context = 0;  // 0: from prompt and output
   double prompt_tokens = 2048, output_tokens = 512, cached_share = 0;

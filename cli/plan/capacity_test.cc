@@ -173,8 +173,21 @@ TEST(CapacityModel, AgreesWithAnH200) {
     const LayerTimes l = model.Step({1, 8, 1, batch}, 0).layer;
     EXPECT_NEAR((l.attention_s + l.shared_s) * 1e6, us, 0.06 * us) << batch;
   }
-  for (const auto& [batch, us, part] : {std::tuple{1, 33.0, 0.2}, {16, 54.0, 0.5}, {128, 453.0, 0.1}}) {
+  for (const auto& [batch, us, part] : {std::tuple{1, 31.0, 0.2}, {16, 49.0, 0.5}, {128, 394.0, 0.1}}) {
     EXPECT_NEAR(model.Step({1, 8, 1, batch}, 0).layer.crossing_s * 1e6, us, part * us) << batch;
+  }
+  Hardware on_gpu = h;
+  on_gpu.attention = WithRowsInGpuMemory(h.attention);
+  on_gpu.expert = WithRowsInGpuMemory(h.expert);
+  const CapacityModel in_gpu_memory(PublishedShape("v2"), on_gpu, {});
+  for (const auto& [batch, us] : {std::pair{1, 24.0}, {16, 21.0}, {128, 31.0}}) {
+    EXPECT_NEAR(in_gpu_memory.Step({1, 8, 1, batch}, 0).layer.crossing_s * 1e6, us, 0.15 * us) << batch;
+  }
+  for (const auto& [rows, us, host_us] :
+       {std::tuple{48, 239.0, 340.0}, {384, 262.0, 578.0}, {1837, 429.0, 1556.0}}) {
+    const int64_t layer_rows = std::llround(rows * 8 / model.cost().groups_per_row);
+    EXPECT_NEAR(in_gpu_memory.Step({1, 8, 1, layer_rows}, 0).layer.experts_s * 1e6, us, 0.15 * us) << rows;
+    EXPECT_NEAR(model.Step({1, 8, 1, layer_rows}, 0).layer.experts_s * 1e6, host_us, 0.1 * host_us) << rows;
   }
   Hardware bare = h;
   bare.expert = WithoutCrossings(h.expert);

@@ -45,7 +45,9 @@ absl::StatusOr<Ceilings> ParseCeilings(std::string_view json, Ceilings base);
 // Reads the file; errors name it.
 absl::StatusOr<Ceilings> LoadCeilings(const std::string& path, const Ceilings& base);
 
-// As if rows went from GPU to GPU: no crossings, no fixed times.
+// Rows stay in GPU memory (docs/gpu.md): crossings without copies.
+Ceilings WithRowsInGpuMemory(Ceilings ceilings);
+// As if they took no time at all: no crossings, no fixed times.
 Ceilings WithoutCrossings(Ceilings ceilings);
 
 // INVALID_ARGUMENT naming the first rate that a role needs and is missing.
