@@ -1,7 +1,10 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <mutex>
 
+#include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/base/strings.h"
 #include "libs/gpu_rows/gpu_rows.h"
@@ -40,12 +43,25 @@ class GpuRowMemory final : public RowMemory {
 
   // On a stream of its own: the transport's keepalive thread may need it while the engine copies.
   absl::Status CopyToHost(std::byte* to, const std::byte* from, size_t bytes) override {
+    return OrExit(TryCopyToHost(to, from, bytes));
+  }
+  absl::Status CopyRows(std::span<const RowCopy> copies) override { return OrExit(TryCopyRows(copies)); }
+
+ private:
+  // A GPU's errors stay: every later call of the process fails too, and its peers would go on sending to it.
+  static absl::Status OrExit(absl::Status status) {
+    if (status.ok()) return status;
+    log::Error("rows", StrCat("the GPU is lost, this process ends: ", status.message()));
+    ::_exit(1);  // destructors would only fail on the device too
+  }
+
+  absl::Status TryCopyToHost(std::byte* to, const std::byte* from, size_t bytes) {
     MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
     MK_RETURN_IF_ERROR(cuda::CopyToHost(to, from, static_cast<int64_t>(bytes), downloads_));
     return downloads_.Synchronize();
   }
 
-  absl::Status CopyRows(std::span<const RowCopy> copies) override {
+  absl::Status TryCopyRows(std::span<const RowCopy> copies) {
     const std::lock_guard lock(copying_);
     MK_ASSIGN_OR_RETURN(const cuda::DeviceScope scope, cuda::DeviceScope::Enter(device_));
     auto* const moves = moves_.as<cuda::RowMove>();

@@ -247,7 +247,6 @@ absl::StatusOr<DataPlane> MakeDataPlane(const NodeFlags& flags, uint8_t role, co
     const int32_t rows_per_block = wire::DispatchRowsMax(shape);  // of no kind does a message have more
     const int64_t blocks = (int64_t{flags.row_memory_mib} << 20) / (rows_per_block * shape.row_bytes());
     auto rows = MakeGpuRowMemory(shape.row_bytes(), rows_per_block, static_cast<int32_t>(blocks));
-    if (!rows.ok() && !absl::IsResourceExhausted(rows.status())) return rows.status();
     staged = rows.ok() ? "UCX does not carry GPU memory" : std::string(rows.status().message());
     if (rows.ok()) plane.rows = *std::move(rows);
   }

@@ -60,6 +60,7 @@ Handshake::Handshake(Side side, const Identity& self, const TransportOptions& op
   own_hello_.version_newest = versions.newest;
   own_hello_.role = self.role;
   own_hello_.precision = static_cast<uint8_t>(self.precision);
+  own_hello_.takes_rows = options.rows != nullptr ? 1 : 0;
   if (side == Side::kResponder) state_ = State::kExpectHello;
 }
 

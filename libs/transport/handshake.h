@@ -28,7 +28,8 @@ struct HelloPayload {
   uint8_t version_newest = 0;
   uint8_t role = 0;
   uint8_t precision = 0;
-  uint8_t reserved[24] = {};  // sent as zero, ignored (but authenticated) when received
+  uint8_t takes_rows = 0;     // 1: has row memory, to which rows may come apart (wire version 2)
+  uint8_t reserved[23] = {};  // sent as zero, ignored (but authenticated) when received
 };
 static_assert(sizeof(HelloPayload) == 96 && offsetof(HelloPayload, nonce) == 24 &&
               offsetof(HelloPayload, credit_rows) == 56 && offsetof(HelloPayload, role) == 70);

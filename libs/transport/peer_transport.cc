@@ -49,7 +49,10 @@ uint64_t FrameBytes(const FrameRef& frame) {
 PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Driver> driver,
                              Identity identity, TransportOptions options)
     : identity_(std::move(identity)),
-      options_(options),
+      options_([&] {
+        if (!driver->carries_rows()) options.rows = nullptr;
+        return options;
+      }()),
       heartbeat_ns_(std::max<int64_t>(absl::ToInt64Nanoseconds(options.heartbeat), 1'000'000)),
       handshake_timeout_ns_(absl::ToInt64Nanoseconds(options.handshake_timeout)),
       send_timeout_ns_(absl::ToInt64Nanoseconds(options.send_timeout)),
@@ -57,7 +60,6 @@ PeerTransport::PeerTransport(std::unique_ptr<FramePool> pool, std::unique_ptr<Dr
       linger_ns_(std::clamp<int64_t>(heartbeat_ns_, 100'000'000, 1'000'000'000)),
       pool_(std::move(pool)),
       address_(driver->address()),
-      carries_rows_(driver->carries_rows()),
       rows_offset_max_(driver->rows_offset_max()),
       driver_(std::move(driver)),
       now_ns_(NowNs()),
@@ -147,15 +149,25 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   MK_CHECK(!wire::IsTransportKind(header.kind) && header.payload_bytes <= frame.capacity());
   const auto traffic_class = static_cast<size_t>(header.traffic_class);
   MK_CHECK(traffic_class < wire::kNumTrafficClasses);
-  if (frame.device_rows() != nullptr && NeedsHostRows(id, frame)) {
-    // A frame of its own: this one may be on its way to others. Outside the lock: it waits for the GPU.
-    MK_ASSIGN_OR_RETURN(FrameRef copy, pool_->CopyToHost(frame));
-    return Send(id, std::move(copy));
+  if (frame.device_rows() != nullptr) {
+    bool needs_host_rows = false;
+    {
+      const MutexLock lock(mutex_);
+      const Peer* const peer = Find(id);
+      needs_host_rows = peer != nullptr && NeedsHostRows(*peer, frame);
+    }
+    if (needs_host_rows) {
+      // A frame of its own: this one may be on its way to others. Outside the lock: it waits for the GPU.
+      MK_ASSIGN_OR_RETURN(FrameRef copy, pool_->CopyToHost(frame));
+      return Send(id, std::move(copy));
+    }
   }
 
   const MutexLock lock(mutex_);
   Peer* const peer = Find(id);
-  if (peer == nullptr || peer->stage != Peer::Stage::kUp) {
+  // (It may have come up between the two locks.)
+  if (peer == nullptr || peer->stage != Peer::Stage::kUp ||
+      (frame.device_rows() != nullptr && NeedsHostRows(*peer, frame))) {
     return absl::UnavailableError(StrCat("send: node ", ToString(id), " is not connected"));
   }
   const uint32_t pending = peer->lanes[0]->link->sends_pending() + peer->lanes[1]->link->sends_pending();
@@ -172,11 +184,11 @@ absl::Status PeerTransport::Send(NodeId id, FrameRef frame) {
   return absl::OkStatus();
 }
 
-bool PeerTransport::NeedsHostRows(NodeId id, const FrameRef& frame) {
-  if (!carries_rows_ || frame.rows_offset() > rows_offset_max_) return true;
-  const MutexLock lock(mutex_);
-  const Peer* const peer = Find(id);
-  return peer != nullptr && peer->stage == Peer::Stage::kUp && peer->version < wire::kVersionRowsApart;
+bool PeerTransport::NeedsHostRows(const Peer& peer, const FrameRef& frame) const {
+  // Without row memory of its own, or of an older version, a peer would have UCX bring rows of a GPU to its
+  // host bit by bit, under this transport's lock.
+  return options_.rows == nullptr || frame.rows_offset() > rows_offset_max_ || !peer.takes_rows ||
+         peer.version < wire::kVersionRowsApart;
 }
 
 bool PeerTransport::TakeCredit(NodeId id, wire::TrafficClass traffic_class, uint32_t rows) {
@@ -686,6 +698,7 @@ void PeerTransport::LaneReady(Lane* lane) {
   AtLatest(peer.deadline_ns);
   peer.version = lane->handshake.version();
   peer.role = hello.role;
+  peer.takes_rows = hello.takes_rows != 0;
   peer.silence_max_ns = 2 * std::max(heartbeat_ns_, int64_t{hello.heartbeat_ms} * 1'000'000);
   for (size_t i = 0; i < wire::kNumTrafficClasses; ++i) {
     peer.credit[i] = CreditAccount(hello.credit_rows[i], absl::ToInt64Nanoseconds(options_.credit_ttl));

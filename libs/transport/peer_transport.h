@@ -38,7 +38,7 @@ class PeerTransport final : public Transport, private DriverSink {
   NodeId self() const override { return identity_.node_id; }
   std::string address() const override { return address_; }
   FramePool& frames() override { return *pool_; }
-  RowMemory* row_memory() const override { return carries_rows_ ? options_.rows : nullptr; }
+  RowMemory* row_memory() const override { return options_.rows; }
 
   absl::Status Connect(NodeId peer, std::string_view address) override;
   void Disconnect(NodeId peer) override;
@@ -85,6 +85,7 @@ class PeerTransport final : public Transport, private DriverSink {
     Lane* lanes[wire::kNumTrafficClasses] = {};
     uint8_t version = wire::kVersion;
     uint8_t role = 0;
+    bool takes_rows = false;
     std::string transport_name;
 
     int64_t last_heard_ns = 0;
@@ -152,7 +153,7 @@ class PeerTransport final : public Transport, private DriverSink {
   void HandleFrame(Lane* lane, FrameRef frame, uint32_t credits) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Deliver(Peer& peer, FrameRef frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Whether the frame's rows have to be in its payload to reach the peer.
-  bool NeedsHostRows(NodeId id, const FrameRef& frame);
+  bool NeedsHostRows(const Peer& peer, const FrameRef& frame) const;
   void SendMessage(Lane& lane, const Handshake::Message& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SendControl(Peer& peer, wire::Kind kind, wire::TrafficClass traffic_class)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -176,7 +177,6 @@ class PeerTransport final : public Transport, private DriverSink {
   const int64_t linger_ns_;
   const std::unique_ptr<FramePool> pool_;
   const std::string address_;
-  const bool carries_rows_;
   const uint32_t rows_offset_max_;
 
   mutable Mutex mutex_;

@@ -35,7 +35,8 @@ class RowMemory {
   // Makes the device the calling thread's current one. The transport calls it in every thread that lets UCX
   // work, before it does: UCX asks CUDA for that device, and has none of its own.
   virtual void UseInThisThread() {}
-  // Waits until the bytes are in host memory.
+  // Waits until the bytes are in host memory. (Both: a GPU that fails ends the process, with a line in the
+  // log.)
   virtual absl::Status CopyToHost(std::byte* to, const std::byte* from, size_t bytes) = 0;
   // Copies rows of row_bytes() and waits. Host rows need not be page-locked.
   virtual absl::Status CopyRows(std::span<const RowCopy> copies) = 0;

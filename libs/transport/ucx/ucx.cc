@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -34,7 +35,16 @@ constexpr unsigned kMessageId = 1;      // the only active message; kinds are ou
 constexpr int kProgressRoundsMax = 64;  // per Progress(), so that a flood cannot keep the engine in here
 constexpr size_t kConnectionRequestsMax = 1024;
 constexpr absl::Duration kInterfaceTimeout = absl::Seconds(10);
+constexpr int64_t kDeviceCheckNs =
+    1'000'000'000;                           // how often a GPU with row memory is asked whether it lives
+constexpr int64_t kReceiveNs = 200'000'000;  // how long closing waits for receives under way
 constexpr int64_t kCloseNs = 1'000'000'000;  // how long the destructor waits for UCX to let go of endpoints
+
+int64_t NowNs() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1'000'000'000 + now.tv_nsec;
+}
 
 struct ContextDestroyer {
   void operator()(ucp_context_h context) const noexcept { ucp_cleanup(context); }
@@ -270,6 +280,9 @@ class UcxLink final : public Link {
 
   UcxDriver* const driver_;
   ucp_ep_h ep_ = nullptr;
+  void StartClose();
+
+  int64_t close_by_ns_ = 0;  // closed, but receives are under way: until then
   void* close_request_ = nullptr;
   bool failed_ = false;  // UCX said so; it is recorded
   bool closed_ = false;  // by the user
@@ -301,6 +314,9 @@ class UcxDriver final : public Driver {
     records_.push_back({Record::Kind::kLost, link, {}, std::move(status)});
   }
   void Closing(UcxLink* link, ucp_ep_h ep);
+  // A send to a peer that is given up is over for UCX at once, although the peer, if it lives, may still come
+  // for the rows: its block must not be somebody else's by then.
+  void KeepForAWhile(FrameRef frame) { kept_.emplace_back(NowNs() + keep_ns_, std::move(frame)); }
   SendOperation* NewSend();
   void FreeSend(SendOperation* operation);
   ucp_worker_h worker() const { return worker_.get(); }
@@ -314,7 +330,7 @@ class UcxDriver final : public Driver {
     absl::Status status;
   };
 
-  UcxDriver(FramePool* pool, RowMemory* rows, uint32_t rows_offset_max, Context context,
+  UcxDriver(FramePool* pool, RowMemory* rows, int64_t heartbeat_ns, uint32_t rows_offset_max, Context context,
             MappedMemory mapped_rows, Worker worker, int worker_fd, FileDescriptor signal_fd)
       : pool_(pool),
         rows_(rows),
@@ -323,7 +339,9 @@ class UcxDriver final : public Driver {
         mapped_rows_(std::move(mapped_rows)),
         worker_(std::move(worker)),
         worker_fd_(worker_fd),
-        signal_fd_(std::move(signal_fd)) {}
+        signal_fd_(std::move(signal_fd)),
+        silence_ns_(2 * heartbeat_ns),
+        keep_ns_(4 * heartbeat_ns + 1'000'000'000) {}
 
   static void OnConnectionRequest(ucp_conn_request_h request, void* arg);
   static ucs_status_t OnMessage(void* arg, const void* header, size_t header_bytes, void* data, size_t bytes,
@@ -347,6 +365,13 @@ class UcxDriver final : public Driver {
   const FileDescriptor signal_fd_;
   Listener listener_;
   std::string address_;
+
+  // With row memory only. Peers that heard nothing for silence_ns_ have given this node up, and after
+  // keep_ns_ their blocks hold other rows: what they offered before must not be fetched.
+  void CheckRowMemory();
+  const int64_t silence_ns_, keep_ns_;
+  int64_t last_progress_ns_ = 0, last_check_ns_ = 0;
+  std::deque<std::pair<int64_t, FrameRef>> kept_;  // until when
 
   absl::flat_hash_map<ucp_ep_h, std::unique_ptr<UcxLink>> links_;  // by endpoint, while it is ours
   std::vector<std::unique_ptr<UcxLink>> closing_;                  // until UCX is done with them
@@ -427,6 +452,9 @@ void UcxLink::OnSent(void* request, ucs_status_t status, void* arg) {
   UcxLink* const link = operation->link;
   ucp_request_free(request);
   link->Remove(operation);
+  if (status != UCS_OK && operation->frame.device_rows() != nullptr) {
+    link->driver_->KeepForAWhile(std::move(operation->frame));
+  }
   link->driver_->FreeSend(operation);
   if (status != UCS_OK) link->Fail(status);
 }
@@ -443,17 +471,29 @@ void UcxLink::Fail(ucs_status_t status) {
 
 void UcxLink::Close() {
   if (std::exchange(closed_, true)) return;
+  driver_->Closing(this, ep_);
+  // A copy from the peer's GPU that is under way answers through this endpoint when it is done.
+  if (receives_pending_ > 0) {
+    close_by_ns_ = NowNs() + kReceiveNs;
+  } else {
+    StartClose();
+  }
+}
+
+void UcxLink::StartClose() {
   ucp_request_param_t parameters{};
   parameters.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
   // What had to be read by the other side was given time before (PeerTransport lingers).
   parameters.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  const ucp_ep_h ep = std::exchange(ep_, nullptr);
-  void* const request = ucp_ep_close_nbx(ep, &parameters);
+  void* const request = ucp_ep_close_nbx(std::exchange(ep_, nullptr), &parameters);
   if (UCS_PTR_IS_PTR(request)) close_request_ = request;
-  driver_->Closing(this, ep);
 }
 
 bool UcxLink::Released() {
+  if (ep_ != nullptr) {
+    if (receives_pending_ > 0 && NowNs() < close_by_ns_) return false;
+    StartClose();
+  }
   if (close_request_ != nullptr) {
     if (ucp_request_check_status(close_request_) == UCS_INPROGRESS) return false;
     ucp_request_free(std::exchange(close_request_, nullptr));
@@ -489,7 +529,12 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   if (!carries_rows) rows = nullptr;
   MappedMemory mapped_rows;
   if (rows != nullptr) {
-    MK_ASSIGN_OR_RETURN(mapped_rows, Map(context.get(), *rows));
+    if (absl::StatusOr<MappedMemory> mapped = Map(context.get(), *rows); mapped.ok()) {
+      mapped_rows = *std::move(mapped);
+    } else {
+      log::Warning("transport", std::string(mapped.status().message()));
+      rows = nullptr;
+    }
   }
   MK_ASSIGN_OR_RETURN(Worker worker, CreateWorker(context.get()));
   MK_ASSIGN_OR_RETURN(const size_t header_bytes_max, HeaderBytesMax(worker.get()));
@@ -501,9 +546,10 @@ absl::StatusOr<std::unique_ptr<UcxDriver>> UcxDriver::Create(FramePool* pool, co
   }
   FileDescriptor signal_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (signal_fd.get() < 0) return absl::UnavailableError(StrCat("eventfd: ", std::strerror(errno)));
-  std::unique_ptr<UcxDriver> driver(new UcxDriver(pool, rows, static_cast<uint32_t>(rows_offset_max),
-                                                  std::move(context), std::move(mapped_rows),
-                                                  std::move(worker), worker_fd, std::move(signal_fd)));
+  std::unique_ptr<UcxDriver> driver(
+      new UcxDriver(pool, rows, absl::ToInt64Nanoseconds(options.transport.heartbeat),
+                    static_cast<uint32_t>(rows_offset_max), std::move(context), std::move(mapped_rows),
+                    std::move(worker), worker_fd, std::move(signal_fd)));
 
   ucp_am_handler_param_t handler{};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
@@ -604,6 +650,7 @@ void UcxDriver::Progress(DriverSink& sink) {
   UseDeviceInThisThread(rows_);
   for (int round = 0; round < kProgressRoundsMax && ucp_worker_progress(worker()) != 0; ++round) {
   }
+  if (rows_ != nullptr) CheckRowMemory();
   if (!requests_.empty()) AcceptConnections(sink);
   std::swap(records_, acting_on_);
   for (Record& record : acting_on_) {
@@ -625,6 +672,24 @@ void UcxDriver::Progress(DriverSink& sink) {
   acting_on_.clear();
   // Only now: records_ may name links that were closed while acting.
   if (!closing_.empty() && records_.empty()) ReapClosed();
+}
+
+void UcxDriver::CheckRowMemory() {
+  const int64_t now = NowNs();
+  while (!kept_.empty() && kept_.front().first <= now) kept_.pop_front();
+  if (last_progress_ns_ != 0 && now - last_progress_ns_ > silence_ns_) {
+    log::Warning("transport", StrCat("nobody looked for ", (now - last_progress_ns_) / 1'000'000,
+                                     " ms: peers have given this node up, and it gives up what they sent"));
+    std::erase_if(records_, [](const Record& record) { return record.kind == Record::Kind::kFrame; });
+    for (auto& [ep, link] : links_) link->Fail(UCS_ERR_TIMED_OUT);
+  }
+  last_progress_ns_ = now;
+  if (rows_->on_gpu() && now - last_check_ns_ > kDeviceCheckNs) {
+    last_check_ns_ = now;
+    std::byte
+        row[16];  // ends the process if the GPU is lost: UCX alone would only fail to fetch, again and again
+    (void)rows_->CopyToHost(row, rows_->base(), sizeof(row));
+  }
 }
 
 void UcxDriver::AcceptConnections(DriverSink& sink) {

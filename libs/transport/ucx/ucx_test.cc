@@ -240,6 +240,55 @@ TEST_P(UcxProcessTest, PeerKilledInTheMiddleOfRowsLeavesNoBlockBehind) {
   }));
 }
 
+// One row in row memory, on its way to the peer.
+absl::Status SendARow(Transport& transport, RowMemory& rows) {
+  FrameRef frame = transport.frames().AllocateWithRows(64 + kRowBytes, 64, rows);
+  if (!frame) return absl::ResourceExhaustedError("no free block");
+  frame.header().kind = wire::Kind::kPartial;
+  frame.header().rows = 1;
+  std::memset(frame.payload(), 0, 64);
+  std::memset(frame.device_rows(), 7, kRowBytes);
+  return transport.Send(NodeId{2}, std::move(frame));
+}
+
+// A node with row memory that stood still for longer than its peers wait does not trust what lies in its
+// queues: their blocks may hold other rows by now. Here the peer would wait two minutes, so the end comes
+// from the thawed one.
+TEST_P(UcxProcessTest, AThawedNodeWithRowMemoryGivesItsPeersUp) {
+  constexpr int kHeartbeatMs = 100;
+  HostRowMemory rows(kRowBytes, kBlockRows, 32);
+  EchoProcess peer(2, GetParam(), kHeartbeatMs);
+  const auto transport = MakeHere({.heartbeat = absl::Seconds(60), .rows = &rows});
+  Log log;
+  ASSERT_TRUE(transport->Connect(NodeId{2}, peer.address).ok());
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return log.up == 1; }));
+  peer.Signal(SIGSTOP);
+  absl::SleepFor(absl::Milliseconds(10 * kHeartbeatMs));
+  EXPECT_TRUE(log.lost.empty());
+  ASSERT_TRUE(SendARow(*transport, rows).ok());
+  peer.Signal(SIGCONT);
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return !log.lost.empty(); }));
+  EXPECT_EQ(log.frames, 0) << "echoed";
+}
+
+// The other side of the same: rows offered to a peer that was given up are left alone for a while, should it
+// live.
+TEST_P(UcxProcessTest, RowsOfALostPeerAreNotReusedAtOnce) {
+  constexpr int kHeartbeatMs = 100, kBlocks = 32;
+  HostRowMemory rows(kRowBytes, kBlockRows, kBlocks);
+  EchoProcess peer(2, GetParam(), kHeartbeatMs);
+  const auto transport = MakeHere({.heartbeat = absl::Milliseconds(kHeartbeatMs), .rows = &rows});
+  Log log;
+  ASSERT_TRUE(transport->Connect(NodeId{2}, peer.address).ok());
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return log.up == 1; }));
+  peer.Signal(SIGSTOP);
+  ASSERT_TRUE(SendARow(*transport, rows).ok());
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return !log.lost.empty(); }));
+  const absl::Time lost = absl::Now();
+  ASSERT_TRUE(WaitFor(*transport, log, [&] { return rows.blocks_free() == kBlocks; }));
+  EXPECT_GT(absl::Now() - lost, absl::Seconds(1));
+}
+
 TEST_P(UcxProcessTest, FrozenPeerIsFoundByHeartbeats) {
   constexpr int kHeartbeatMs = 100;
   EchoProcess peer(2, GetParam(), kHeartbeatMs);

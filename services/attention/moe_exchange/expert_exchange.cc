@@ -558,17 +558,18 @@ void ExpertExchange::OnPartial(Exchange& exchange, const FrameRef& frame, bool a
   for (size_t r = 0; r < view->rows.size(); ++r) {
     const wire::PartialRow& partial = view->rows[r];
     Piece* piece = FindPiece(exchange, partial.row);
+    // What comes before a row that ends the message is used, and the frame held for it.
     if (piece == nullptr) {
       ++counters_.bad_frames;
-      return;
+      break;
     }
     if (piece->attempt != header.attempt) {
       ++counters_.stale_frames;
-      return;
+      break;
     }
     if (!piece->planned) {
       if (!again && piece->early.size() < kEarlyFramesMax) piece->early.push_back(frame);
-      return;
+      break;
     }
     const uint32_t i = partial.row - piece->row_begin;
     Slot* found = nullptr;
