@@ -9,7 +9,9 @@
 
 #include <CLI/CLI.hpp>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/numbers.h"
@@ -27,6 +29,28 @@ namespace {
 using transport::Transport;
 
 constexpr int kStartTimeoutMs = 20'000;
+
+// While it lives, what is written to standard output goes to stderr, of this process and those it starts: UCX
+// says what worries it on standard output, where the JSON is to stand alone.
+class StandardOutputAside {
+ public:
+  StandardOutputAside() : saved_(fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3)) {
+    std::fflush(stdout);
+    if (saved_ >= 0) dup2(STDERR_FILENO, STDOUT_FILENO);
+  }
+  ~StandardOutputAside() {
+    std::fflush(stdout);
+    if (saved_ >= 0) {
+      dup2(saved_, STDOUT_FILENO);
+      close(saved_);
+    }
+  }
+  StandardOutputAside(const StandardOutputAside&) = delete;
+  StandardOutputAside& operator=(const StandardOutputAside&) = delete;
+
+ private:
+  const int saved_;
+};
 
 absl::StatusOr<std::vector<uint32_t>> ParseSizes(const std::string& text) {
   std::vector<uint32_t> sizes;
@@ -179,6 +203,8 @@ absl::Status RunTransport(const TransportFlags& flags, const std::string& versio
                          .poll = flags.poll,
                          .min_time_s = flags.min_time_s};
   std::ostream& table = TableStream(flags.json, out);
+  std::optional<StandardOutputAside> aside;
+  if (flags.json == "-") aside.emplace();
   const auto add = [&](TransportRow row) {
     table << FormatTransportRow(row) << std::flush;
     report.rows.push_back(std::move(row));
@@ -225,6 +251,7 @@ absl::Status RunTransport(const TransportFlags& flags, const std::string& versio
   server->Wake();
   thread.join();
   MK_RETURN_IF_ERROR(status);
+  aside.reset();
   return WriteJson(flags.json, FormatTransportJson(report), out);
 }
 

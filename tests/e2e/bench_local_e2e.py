@@ -1,6 +1,8 @@
 """`minke bench kernels` and `minke bench transport`: what they print, and what they say when they cannot. How fast this machine is
 matters to no test: bounds are those of numbers that mean something at all."""
 import json, os, re, shutil, stat, subprocess, tempfile, unittest
+from unittest import mock
+
 import harness
 from harness import MINKE, run
 
@@ -102,6 +104,12 @@ class Transport(unittest.TestCase):
                 self.assertGreater(r["ucx_perftest"]["bytes_per_s"], 0)
             else:
                 self.assertIsNone(r["ucx_perftest"])
+
+    def test_what_ucx_says_is_not_in_the_json(self):
+        with mock.patch.dict(os.environ, UCX_LOG_LEVEL="info"):
+            result, table = bench("transport", "--min-time", "0.01", "--sizes", "64")
+        self.assertEqual([r["payload_bytes"] for r in result["results"] if r["transport"] == "ucx"], [64])
+        self.assertIn("UCX", table)
 
     def test_sizes_and_selections(self):
         has_perftest = shutil.which("ucx_perftest") is not None
