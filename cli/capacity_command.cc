@@ -119,7 +119,8 @@ void AddCapacityFlags(CLI::App& app, CapacityFlags& f, CLI::Option* simulate) {
   number("--attention-memory-gb", f.attention_memory_gb, "0: --memory-gb", 0, 1e6);
   number("--expert-memory-gb", f.expert_memory_gb, "0: --memory-gb", 0, 1e6);
   number("--memory-share", f.memory_share, "of a node's memory that may be used", 0.01, 1);
-  app.add_flag("--gpu-rows", f.gpu_rows, "rows stay in GPU memory, over a UCX that knows CUDA");
+  app.add_flag("--gpu-rows", f.gpu_rows, "rows stay in GPU memory, over a UCX that knows CUDA")
+      ->excludes(simulate);
   app.add_flag("--no-crossings", f.no_crossings, "as if rows took no time between GPUs, nor launches")
       ->excludes(simulate);
   CLI::Option* context = number("--context", f.context,

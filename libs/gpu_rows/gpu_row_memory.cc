@@ -85,7 +85,6 @@ class GpuRowMemory final : public RowMemory {
     return absl::OkStatus();
   }
 
- private:
   const cuda::DeviceBuffer memory_;
   const int device_;
   const cuda::Stream copies_, downloads_;

@@ -131,13 +131,8 @@ absl::StatusOr<std::unique_ptr<AttentionService>> AttentionService::Start(
     const transport::RowMemory* const row_memory = transport->row_memory();
     const Device gate_device = row_memory != nullptr && row_memory->on_gpu() ? Device::kCuda : Device::kCpu;
     const int32_t rows_max = MessageRowsMax(RowShapeOf(checkpoint->config(), o.precision));
-    auto loaded = router::LoadGate(*checkpoint, o.precision, gate_device, rows_max, *service->pool_);
-    if (!loaded.ok() && gate_device != Device::kCpu) {
-      log::Warning("attention", StrCat("the gate is on the CPU: ", loaded.status().message()));
-      loaded = router::LoadGate(*checkpoint, o.precision, Device::kCpu, rows_max, *service->pool_);
-    }
-    MK_RETURN_IF_ERROR(loaded.status());
-    gate = *std::move(loaded);
+    MK_ASSIGN_OR_RETURN(gate, router::LoadGateOrCpus("attention", *checkpoint, o.precision, gate_device,
+                                                     rows_max, *service->pool_));
     gate->SetOverrideForTest(std::move(o.gate_override));
   }
   service->self_.set_node_id(transport->self().value);

@@ -78,11 +78,10 @@ absl::StatusOr<std::unique_ptr<RouterService>> RouterService::Start(
   std::unique_ptr<Gate> gate = std::make_unique<CpuGate>(checkpoint->config());
   if (routes) {
     const int32_t rows_max = MessageRowsMax(RowShapeOf(checkpoint->config(), options.precision));
-    auto loaded = LoadGate(*checkpoint, options.precision, options.device, rows_max, *service->pool_);
-    if (!loaded.ok() && options.device_optional && options.device != Device::kCpu) {
-      log::Warning("router", StrCat("the gate is on the CPU: ", loaded.status().message()));
-      loaded = LoadGate(*checkpoint, options.precision, Device::kCpu, rows_max, *service->pool_);
-    }
+    auto loaded = options.device_optional
+                      ? LoadGateOrCpus("router", *checkpoint, options.precision, options.device, rows_max,
+                                       *service->pool_)
+                      : LoadGate(*checkpoint, options.precision, options.device, rows_max, *service->pool_);
     MK_RETURN_IF_ERROR(loaded.status());
     gate = *std::move(loaded);
   }

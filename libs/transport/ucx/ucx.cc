@@ -590,15 +590,12 @@ UcxDriver::~UcxDriver() {
   for (ucp_conn_request_h request : requests_) ucp_listener_reject(listener_.get(), request);
   listener_.reset();
   while (!links_.empty()) links_.begin()->second->Close();
-  timespec begin{}, now{};
-  clock_gettime(CLOCK_MONOTONIC, &begin);
+  const int64_t begin = NowNs();
   do {
     while (ucp_worker_progress(worker()) != 0) {
     }
     ReapClosed();
-    clock_gettime(CLOCK_MONOTONIC, &now);
-  } while (!closing_.empty() &&
-           (now.tv_sec - begin.tv_sec) * 1'000'000'000 + now.tv_nsec - begin.tv_nsec < kCloseNs);
+  } while (!closing_.empty() && NowNs() - begin < kCloseNs);
   if (!closing_.empty()) {
     log::Warning("transport",
                  StrCat(closing_.size(), " UCX endpoints did not close; their memory is not reused"));

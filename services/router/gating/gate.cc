@@ -1,6 +1,8 @@
 #include "services/router/gating/gate.h"
 
+#include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/base/strings.h"
 #include "services/router/gating/cpu_gate.h"
 #if MK_HAVE_CUDA
 #include "services/router/gating/cuda_gate.h"
@@ -29,6 +31,15 @@ absl::StatusOr<std::unique_ptr<Gate>> LoadGate(const Checkpoint& checkpoint, Pre
 #endif
   }
   return absl::InternalError("device");
+}
+
+absl::StatusOr<std::unique_ptr<Gate>> LoadGateOrCpus(std::string_view component, const Checkpoint& checkpoint,
+                                                     Precision precision, Device device, int64_t rows_max,
+                                                     ThreadPool& pool) {
+  auto gate = LoadGate(checkpoint, precision, device, rows_max, pool);
+  if (gate.ok() || device == Device::kCpu) return gate;
+  log::Warning(component, StrCat("the gate is on the CPU: ", gate.status().message()));
+  return LoadGate(checkpoint, precision, Device::kCpu, rows_max, pool);
 }
 
 }  // namespace minke::router

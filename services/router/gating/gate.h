@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -62,5 +63,9 @@ class Gate {
 // should compute exactly, or a model it cannot.
 absl::StatusOr<std::unique_ptr<Gate>> LoadGate(const Checkpoint& checkpoint, Precision precision,
                                                Device device, int64_t rows_max, ThreadPool& pool);
+// The same, but the CPU's, after a warning of `component` that says why, where it cannot be on the GPU.
+absl::StatusOr<std::unique_ptr<Gate>> LoadGateOrCpus(std::string_view component, const Checkpoint& checkpoint,
+                                                     Precision precision, Device device, int64_t rows_max,
+                                                     ThreadPool& pool);
 
 }  // namespace minke::router
