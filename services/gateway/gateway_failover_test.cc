@@ -12,6 +12,9 @@ using nlohmann::json;
 using ::testing::HasSubstr;
 
 constexpr char kCompletions[] = "/v1/completions";
+// Two of them are longer than a thread of a busy machine waits for its turn: a node that is not frozen must
+// not seem so.
+constexpr std::chrono::milliseconds kShortHeartbeat{200};
 
 class GatewayFailover : public GatewayFixture {
  protected:
@@ -211,7 +214,7 @@ TEST_F(GatewayFailover, DrainingNodeHandsItsSequencesOverAtOnce) {
 }
 
 TEST_F(GatewayFailover, SilentNodeLosesItsSequencesWithinTwoHeartbeats) {
-  options_.attention.heartbeat = std::chrono::milliseconds(100);
+  options_.attention.heartbeat = kShortHeartbeat;
   Start(2, "0123456789");
   TestClient client(gateway_->port());
   const size_t first = StartHeld(client, 7, {{"prompt", "x"}, {"max_tokens", 25}, {"seed", 3}});
@@ -227,7 +230,7 @@ TEST_F(GatewayFailover, SilentNodeLosesItsSequencesWithinTwoHeartbeats) {
   EXPECT_EQ(submit.generation(), 1u);
   EXPECT_EQ(submit.generated_token_ids_size(), 7);
   EXPECT_EQ(submit.pages_from(), 0u);  // nobody to ask
-  EXPECT_EQ(gateway_->counters().resubmissions.load(), 1u);
+  EXPECT_TRUE(Eventually([this] { return gateway_->counters().resubmissions.load() == 1; }));
   Release();  // the frozen one goes on too, later, and nobody listens
   nodes_[first]->SetFrozen(false);
   EXPECT_EQ(text + JoinText(ReadEvents(client)), "3456789012345678901234567");
@@ -236,16 +239,17 @@ TEST_F(GatewayFailover, SilentNodeLosesItsSequencesWithinTwoHeartbeats) {
 
 // Nothing is lost when the only node freezes and goes on; and it is not the sequence's fault that it did.
 TEST_F(GatewayFailover, SilentNodesThatSpeakAgainAreNotLost) {
-  options_.attention.heartbeat = std::chrono::milliseconds(20);
+  options_.attention.heartbeat = kShortHeartbeat;
   options_.attention.lost_sessions_max = 1;
   Start(2, "0123456789");
   TestClient client(gateway_->port());
   size_t on = StartHeld(client, 2, {{"prompt", "x"}, {"max_tokens", 10}, {"seed", 0}});
-  for (int i = 0; i < 3; ++i, on = 1 - on) {
+  for (int i = 0; i < 3; ++i) {
     nodes_[on]->SetFrozen(true);
     ASSERT_TRUE(Eventually([&] { return nodes_[1 - on]->active() == 1; }));
     nodes_[on]->SetFrozen(false);
-    ASSERT_TRUE(Eventually([&] { return nodes_[on]->active() == 0; }));
+    ASSERT_TRUE(Eventually([this] { return Active() == 1; }));
+    on = nodes_[0]->active() == 1 ? 0 : 1;  // a busy machine may have made the other one seem silent too
   }
   for (const auto& node : nodes_) node->SetFrozen(true);
   ASSERT_TRUE(Eventually([this] { return !gateway_->not_ready_reason().empty(); }));
@@ -258,8 +262,8 @@ TEST_F(GatewayFailover, SilentNodesThatSpeakAgainAreNotLost) {
 
 // A connection that was cut stays established and says nothing for minutes: a new one is tried.
 TEST_F(GatewayFailover, NodeSilentForLongIsConnectedAnew) {
-  options_.attention.heartbeat = std::chrono::milliseconds(20);
-  options_.attention.absent_grace = std::chrono::milliseconds(200);
+  options_.attention.heartbeat = kShortHeartbeat;
+  options_.attention.absent_grace = 5 * kShortHeartbeat;
   options_.attention.lost_sessions_max = 2;
   Start(1, "0123456789");
   TestClient client(gateway_->port());
@@ -354,15 +358,15 @@ TEST_F(GatewayFailover, SilenceEndsARequest) {
 TEST_F(GatewayFailover, ARequestsTimeoutEndsItAndTheNodeKnowsIt) {
   Start(1, "0123456789");
   nodes_[0]->HoldAfter(2);
-  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"max_tokens", 9}, {"timeout_s", 0.1}});
+  const auto answer = Post(kCompletions, {{"prompt", "x"}, {"max_tokens", 9}, {"timeout_s", 0.5}});
   EXPECT_EQ(answer.status, 504);
   EXPECT_EQ(answer.code(), "deadline_exceeded");
   EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 0u);
-  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 100u);
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 500u);
   TestClient client(gateway_->port());
   client.Request(
       "POST", kCompletions,
-      json({{"prompt", "x"}, {"max_tokens", 9}, {"seed", 0}, {"timeout_s", 0.2}, {"stream", true}}).dump());
+      json({{"prompt", "x"}, {"max_tokens", 9}, {"seed", 0}, {"timeout_s", 1}, {"stream", true}}).dump());
   EXPECT_EQ(client.ReadHead().status, 200);
   const auto events = ReadEvents(client);
   ASSERT_EQ(events.size(), 3u);
@@ -432,8 +436,8 @@ TEST_F(GatewayGrpc, GeneratesWhatHttpDoes) {
   EXPECT_EQ(result.last.finish_reason(), inference::v1::FINISH_REASON_LENGTH);
   EXPECT_EQ(result.last.prompt_tokens(), 3u);
   EXPECT_EQ(result.last.completion_tokens(), 6u);
-  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 1000u);  // the call's, of 30 s
-  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 30'000u);
+  EXPECT_GT(nodes_[0]->last_submit().deadline_ms(), 1000u);    // the call's, of 30 s
+  EXPECT_LE(nodes_[0]->last_submit().deadline_ms(), 31'000u);  // gRPC rounds up
   request.mutable_sampling()->set_max_tokens(100);
   request.add_stop("STOP");
   result = Call(request);

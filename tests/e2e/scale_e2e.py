@@ -1,6 +1,6 @@
 """A cluster grows, shrinks and is repaired while it serves: `minke scale`, `minke up --supervise`. Clients stream all
 the while; no request fails, and each text is that of an undisturbed run."""
-import os, re, shutil, signal, stat, struct, tempfile, time, unittest
+import contextlib, os, re, shutil, signal, stat, struct, tempfile, time, unittest
 import harness
 from harness import Cluster, Streams, alive, run, wait_until
 
@@ -180,11 +180,29 @@ class Supervise(ScaleCase):
         with Cluster(MODEL, *FLAGS, "--supervise") as cluster, Streams(cluster, clients=3, max_tokens=50) as streams:
             streams.go_on(self, seconds=90)
             deaf = cluster.pids("expert")[0]
-            self.take_a_place_in_the_receive_queue(deaf)
+            others = [pid for role in ("router", "attention", "gateway", "expert") for pid in cluster.pids(role) if pid != deaf]
+            with self.frozen(others):   # a place that one of them takes meanwhile would be overwritten
+                self.take_a_place_in_the_receive_queue(deaf)
             self.assertTrue(wait_until(lambda: "nobody can reach this process any more" in cluster.log(), 60), cluster.log())
             self.assertTrue(wait_until(lambda: not alive(deaf) and self.answers(cluster), 30), cluster.log())
             streams.go_on(self, seconds=90)
             self.assertTrue(wait_until(lambda: len(self.living(cluster, "expert")) == 2, 10), cluster.log())
+
+    @contextlib.contextmanager
+    def frozen(self, pids):
+        """While none of their threads runs."""
+        def states(pid):
+            for thread in os.listdir("/proc/%d/task" % pid):
+                with open("/proc/%d/task/%s/stat" % (pid, thread)) as f:
+                    yield f.read().rsplit(")", 1)[1].split()[0]
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            self.assertTrue(wait_until(lambda: all(state == "T" for pid in pids for state in states(pid))))
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     @staticmethod
     def take_a_place_in_the_receive_queue(pid):

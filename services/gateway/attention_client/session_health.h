@@ -1,6 +1,7 @@
 // Whether the other side of a session is alive: it answers a beat every half heartbeat, from a thread that
 // the engine does not keep busy, so one that says nothing for two heartbeats is frozen or cut off; where its
-// host has no time for it, twice as much longer as its slowest recent answers took. A pure state machine;
+// host has no time for it, twice as much longer as its slowest recent answers took. Of those a bound counts
+// at most, so that a node that was frozen for long and froze again is found out too. A pure state machine;
 // time comes from outside.
 #pragma once
 
@@ -13,6 +14,7 @@ namespace minke::gateway {
 class SessionHealth {
  public:
   using Clock = std::chrono::steady_clock;
+  static constexpr int kSlowMaxHeartbeats = 4;
 
   SessionHealth() = default;
   SessionHealth(std::chrono::milliseconds heartbeat, Clock::time_point opened)
@@ -31,7 +33,8 @@ class SessionHealth {
     heard_ = now;
     if (beat <= answered_ || beat > sent_) return;
     answered_ = beat;
-    slow_ = std::max(now - sent_at_, slow_ - slow_ / 16);
+    slow_ = std::min<Clock::duration>(std::max(now - sent_at_, slow_ - slow_ / 16),
+                                      kSlowMaxHeartbeats * heartbeat_);
   }
   // This process did not look for a while: what it did not hear meanwhile says nothing.
   void Excuse(Clock::time_point now) { heard_ = now; }

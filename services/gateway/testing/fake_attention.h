@@ -104,8 +104,10 @@ class FakeAttention final : public inference::v1::Attention::Service {
       for (;;) {
         inference::v1::AttentionMessage message;
         if (frozen_) {
-          const std::lock_guard lock(state.mutex);
-          if (state.done) return;
+          {
+            const std::lock_guard lock(state.mutex);
+            if (state.done) return;
+          }
           std::this_thread::sleep_for(std::chrono::microseconds(500));
           continue;
         }
