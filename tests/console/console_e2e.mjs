@@ -17,6 +17,11 @@ async function openPage({ viewport = WIDE, colorScheme = "light", session = { "m
   const context = await browser.newContext({ viewport, colorScheme, reducedMotion: "reduce" });
   await context.addInitScript((items) => {
     for (const [name, value] of Object.entries(items)) if (!sessionStorage.getItem(name)) sessionStorage.setItem(name, value);
+    // Red, green and blue of a pixel of the heat map, in parts of its size.
+    window.heatPixel = (x, y) => {
+      const canvas = document.getElementById("heat");
+      return [...canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data].slice(0, 3);
+    };
   }, session);
   const page = await context.newPage();
   page.setDefaultTimeout(15_000);
@@ -126,12 +131,7 @@ async function stopStops(page) {
   assert.equal(await page.locator(".turn").count(), 0);
 }
 
-// Red, green and blue of a canvas pixel, in parts of its size.
-const pixel = (page, x, y) =>
-  page.evaluate(([x, y]) => {
-    const canvas = document.getElementById("heat");
-    return [...canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data].slice(0, 3);
-  }, [x, y]);
+const pixel = (page, x, y) => page.evaluate(([x, y]) => window.heatPixel(x, y), [x, y]);
 
 async function loadIsShown(page) {
   await page.locator("#heat").scrollIntoViewIfNeeded();
@@ -161,14 +161,12 @@ async function killedExpertTurnsRedAndRecovers(page) {
   const seen = await until("the server is shown as lost", () =>
     page.evaluate((id) => {
       const row = document.querySelector(`#pool-experts .member[data-key="${id}"][data-state="lost"]`);
-      const canvas = document.getElementById("heat");
-      const at = [Math.floor(0.1 * canvas.width), Math.floor(0.1 * canvas.height)]; // its column
       return row && {
         row: row.innerText,
         dot: getComputedStyle(row.querySelector(".dot")).backgroundColor,
         pool: document.querySelector("#pool-experts .pool-count").innerText,
         health: document.getElementById("health").innerText,
-        cell: [...canvas.getContext("2d").getImageData(...at, 1, 1).data],
+        cell: window.heatPixel(0.1, 0.1), // its column
       };
     }, victim.id));
   const [red, green] = seen.dot.match(/\d+/g).map(Number);

@@ -453,17 +453,17 @@ void AttentionPool::Impl::MoveFromLeavingLocked() {
     if (sequence.node->silent) {
       sequence.left_silent.push_back(from);
       ++resubmitted;
+      counters_.resubmissions.fetch_add(1);
     } else {
       sequence.pages_from = from;
       ++migrated;
+      counters_.migrations.fetch_add(1);
     }
     LeaveNodeLocked(id, &sequence);
     ++sequence.generation;  // late events of the old one are dropped
     PlaceLocked(id, &sequence, next);
   }
   if (migrated + resubmitted == 0) return;
-  counters_.migrations.fetch_add(migrated);
-  counters_.resubmissions.fetch_add(resubmitted);
   log::Info(kTag, StrCat("sequences moved away from draining nodes: ", migrated,
                          ", from silent ones: ", resubmitted));
 }
